@@ -1,0 +1,104 @@
+"""Every environment variable that Lorikeet reads, typed, in one table.
+
+``docs/environment.md`` is written from it. Variables of the libraries below us (``HF_HOME``, ``OMP_NUM_THREADS``) are
+theirs and not repeated here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from lorikeet.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class EnvVar(Generic[_T]):
+    """One environment variable.
+
+    Attributes:
+        parse: text -> value; raises ValueError with the allowed values.
+        default: what :meth:`get` gives when the variable is unset or empty.
+    """
+
+    name: str
+    meaning: str
+    parse: Callable[[str], _T]
+    default: _T
+
+    def get(self) -> _T:
+        """The variable's value now.
+
+        Raises:
+            ConfigError: names the variable, its value and the allowed ones.
+        """
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError as error:
+            raise ConfigError(f"{self.name} is {text!r}; allowed: {error}") from None
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in _BOOLEANS:
+        raise ValueError(", ".join(_BOOLEANS))
+    return _BOOLEANS[text.lower()]
+
+
+def _text(text: str) -> str | None:
+    return text
+
+
+API_KEY: EnvVar[str | None] = EnvVar(
+    "LORIKEET_API_KEY",
+    "`--api-key` when the option is not given. A key on the command line is visible to every user of the machine.",
+    _text,
+    None,
+)
+ADMIN_API_KEY: EnvVar[str | None] = EnvVar(
+    "LORIKEET_ADMIN_API_KEY",
+    "`--admin-api-key` when the option is not given.",
+    _text,
+    None,
+)
+DEMO_ONCE: EnvVar[bool] = EnvVar(
+    "DEMO_ONCE",
+    "`lorikeet demo` and `make demo` end after the table instead of serving until Ctrl-C.",
+    _boolean,
+    default=False,
+)
+
+ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (API_KEY, ADMIN_API_KEY, DEMO_ONCE)
+
+
+_DEFAULTS: dict[object, str] = {None: "unset", False: "`0`", True: "`1`"}
+
+
+def markdown() -> str:
+    """The text of ``docs/environment.md``."""
+    rows = [f"| `{v.name}` | {_DEFAULTS[v.default]} | {v.meaning} |" for v in ALL]
+    return "\n".join(
+        [
+            "# Environment variables",
+            "",
+            "<!-- written by scripts/write_docs.py from src/lorikeet/envs.py -->",
+            "",
+            "An option on the command line wins over its variable. A boolean is one of "
+            + ", ".join(f"`{word}`" for word in _BOOLEANS)
+            + ".",
+            "",
+            "| variable | default | meaning |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

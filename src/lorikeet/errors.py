@@ -1,0 +1,92 @@
+"""Every exception that Lorikeet raises on purpose.
+
+    LorikeetError
+    ├── UserError               somebody asked for what cannot be done; the message says what is allowed
+    │   ├── ConfigError         a flag, an environment variable or a combination of them
+    │   ├── ModelError          a base model that cannot be served: files, architecture, tensors
+    │   ├── AdapterError        an adapter that cannot be served exactly
+    │   └── RequestError        a field of one request
+    │       ├── AdapterNotFoundError   the request names an adapter that is not loaded
+    │       └── LoRADisabledError      the request names an adapter and LoRA is off
+    └── EngineFault             our side failed; not the fault of any request
+        ├── EngineDeadError     the engine process is gone
+        └── OutOfMemoryError    an allocation failed in a step
+
+A user error maps to HTTP 400 (or its own ``status_code``), a fault to 500 or 503. The one table that maps
+them is ``server/errors.py``.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "AdapterNotFoundError",
+    "ConfigError",
+    "EngineDeadError",
+    "EngineFault",
+    "LoRADisabledError",
+    "LorikeetError",
+    "ModelError",
+    "OutOfMemoryError",
+    "RequestError",
+    "UserError",
+]
+
+
+class LorikeetError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UserError(LorikeetError):
+    """What was asked for cannot be done; the message names what is wrong and what is allowed."""
+
+    status_code = 400
+
+
+class ConfigError(UserError):
+    """A flag, a configuration file or an environment variable is wrong."""
+
+
+class ModelError(UserError):
+    """The base model cannot be served: a file is missing, an architecture or tensor is not supported."""
+
+
+class AdapterError(UserError):
+    """The adapter cannot be served exactly, so it is not served at all."""
+
+
+class RequestError(UserError):
+    """A field of one request is wrong.
+
+    Args:
+        message: what is wrong and what is allowed.
+        param: the field's name as the client wrote it, if one field is to blame.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class AdapterNotFoundError(RequestError):
+    """The request names an adapter that is not loaded."""
+
+
+class LoRADisabledError(RequestError):
+    """The request names an adapter, but the server runs without LoRA."""
+
+
+class EngineFault(LorikeetError):
+    """Something on our side failed."""
+
+    status_code = 500
+
+
+class EngineDeadError(EngineFault):
+    """The engine process has ended; nothing that needs it can succeed."""
+
+    status_code = 503
+
+
+class OutOfMemoryError(EngineFault):
+    """An allocation failed while a step ran."""

@@ -1,0 +1,45 @@
+"""What every test gets: one thread, no network, fixed examples, and poisoned memory where tensors are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Before torch is imported, and inherited by the servers that tests start: test processes share the cores, and a sum
+# in one thread has one order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("lorikeet", derandomize=True, deadline=None, database=None)
+settings.load_profile("lorikeet")
+
+POISONED = {"ops", "lora", "worker"}
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Memory that torch hands out uninitialised is NaN, or the largest integer."""
+    import torch
+    from torch.utils import deterministic
+
+    assert deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(mode=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A row that a kernel forgot to write shows, instead of passing on the zeros of fresh memory."""
+    if POISONED.isdisjoint(request.node.path.relative_to(request.config.rootpath).parts):
+        yield
+        return
+    with poison():
+        yield
