@@ -1,0 +1,351 @@
+"""The configuration of a server or an ``LLM``: one frozen dataclass, one field per option of the command line.
+
+:func:`resolve` checks the fields and fills every auto value that needs no model; what needs the model (context
+length, largest rank, target modules, memory) is filled by the engine. Nothing is changed after that.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from lorikeet import demo
+from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
+from lorikeet.errors import ConfigError
+
+__all__ = ["OPTIONS", "LoRAPath", "ServerConfig", "parse_lora_paths", "resolve"]
+
+_T = TypeVar("_T")
+
+
+def _option(default: _T, meaning: str, **rules: Any) -> _T:
+    """A field with its option: the keywords are those of :class:`Option`."""
+    secret = rules.get("secret", False)
+    return field(
+        default=default, repr=not secret, metadata={"option": Option(meaning=meaning, **rules)}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Every option, under its name with underscores. None means: chosen by :func:`resolve` or by the engine."""
+
+    model_path: str = field(
+        metadata={
+            "option": Option(
+                meaning="base model in Hugging Face format: a directory, a hub id, or demo",
+                aliases=("model",),
+            )
+        }
+    )
+    tokenizer_path: str | None = _option(None, "directory of the tokenizer", auto="the model's")
+    served_model_name: str | None = _option(
+        None, "name of the base model in the HTTP API", auto="--model-path as given"
+    )
+    host: str = _option("127.0.0.1", "address that the HTTP server binds")
+    port: int = _option(30000, "port of the HTTP server", least=1, most=65535)
+    api_key: str | None = _option(
+        None, "key that HTTP requests must carry", auto="LORIKEET_API_KEY, or no key", secret=True
+    )
+    admin_api_key: str | None = _option(
+        None,
+        "key for requests that change the server",
+        auto="LORIKEET_ADMIN_API_KEY, or --api-key",
+        secret=True,
+    )
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = _option(
+        "info", "least level that is logged"
+    )
+    dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
+        "auto", "of weights, adapters and K/V; auto is float32 on a CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "where the model runs")
+    context_length: int | None = _option(
+        None, "longest prompt plus completion, in tokens", auto="the model's", least=2
+    )
+    enable_lora: bool | None = _option(
+        None, "serve LoRA adapters", auto="on if --lora-paths is given"
+    )
+    lora_paths: tuple[LoRAPath, ...] = _option(
+        (),
+        "adapters loaded at start: PATH, NAME=PATH, JSON with lora_name, lora_path and pinned, or demo",
+    )
+    max_loras_per_batch: int = _option(
+        8, "distinct adapters in one batch; requests for the base model do not count", least=1
+    )
+    max_loaded_loras: int | None = _option(
+        None, "adapters held in host memory at a time", auto="unlimited", least=1
+    )
+    lora_eviction_policy: Literal["lru", "fifo"] = _option(
+        "lru", "which adapter leaves device memory when the pool is full"
+    )
+    lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _option(
+        "auto", "kernels of the adapters; auto is torch on a CPU"
+    )
+    max_lora_rank: int | None = _option(
+        None, "largest rank accepted", auto="the largest of --lora-paths", least=1
+    )
+    lora_target_modules: tuple[str, ...] | None = _option(
+        None, "modules that may carry LoRA, or all", auto="the union over --lora-paths"
+    )
+    max_lora_chunk_size: int = _option(
+        16, "longest chunk of the csgmv backend", choices=(16, 32, 64, 128)
+    )
+    tp_size: int = _option(1, "tensor-parallel ranks", least=1, aliases=("tp",))
+    mem_fraction_static: float | None = _option(
+        None,
+        "part of the memory for weights, adapter pool and K/V",
+        auto="chosen from what is free",
+        above=0,
+        below=1,
+    )
+    max_running_requests: int | None = _option(
+        None, "sequences that run at a time", auto="256", least=1
+    )
+    max_total_tokens: int | None = _option(
+        None, "tokens that the K/V cache holds", auto="from the memory", least=1
+    )
+    chunked_prefill_size: int | None = _option(
+        None, "most tokens computed in one step; longer prompts are split", auto="2048", least=1
+    )
+    max_prefill_tokens: int | None = _option(
+        None, "most prompt tokens admitted in one step", auto="16384", least=1
+    )
+    page_size: int | None = _option(
+        None, "tokens in one page of the K/V cache", auto="16", least=1, most=1024
+    )
+    schedule_policy: Literal["fcfs", "lpm"] = _option(
+        "fcfs", "order of admission: first come first served, or longest cached prefix first"
+    )
+    disable_radix_cache: bool = _option(default=False, meaning="compute every prompt anew")
+    cuda_graph_max_bs: int | None = _option(
+        None, "largest batch with a CUDA graph; a CPU has none", auto="chosen by the GPU", least=1
+    )
+    cuda_graph_bs: tuple[int, ...] | None = _option(
+        None, "batch sizes with a CUDA graph; a CPU has none", auto="chosen by the GPU", least=1
+    )
+    disable_cuda_graph: bool = _option(
+        default=False, meaning="never use CUDA graphs; a CPU has none"
+    )
+    attention_backend: str | None = _option(
+        None, "sdpa (or torch_native, its name elsewhere)", auto="sdpa on a CPU"
+    )
+    load_format: Literal["auto", "safetensors", "dummy"] = _option(
+        "auto", "format of the weights; dummy is random weights from --random-seed"
+    )
+    random_seed: int | None = _option(
+        None, "seed of requests that bring none", auto="drawn at start", least=0, most=2**31 - 1
+    )
+    enable_metrics: bool = _option(default=False, meaning="serve Prometheus metrics at /metrics")
+
+
+def _table() -> dict[str, Option]:
+    hints = get_type_hints(ServerConfig)
+    return {
+        f.name: replace(
+            f.metadata["option"],
+            name=f.name,
+            type=hints[f.name],
+            default=None if f.default is MISSING else f.default,
+            required=f.default is MISSING,
+        )
+        for f in fields(ServerConfig)
+    }
+
+
+OPTIONS: dict[str, Option] = _table()
+"""Every option by its field name, in the order of the help."""
+
+# PEFT's names of the modules of the supported families; the engine checks them against the model it has loaded.
+TARGET_MODULES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "embed_tokens",
+    "lm_head",
+)
+# Names of packed projections that users of the field write for their parts.
+_PACKED_TARGETS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_ATTENTION_BACKENDS = {"auto": "sdpa", "sdpa": "sdpa", "torch_native": "sdpa"}
+
+
+def resolve(config: ServerConfig) -> ServerConfig:
+    """Check every field and fill the auto values that need no model. Resolving twice changes nothing.
+
+    Raises:
+        ConfigError: names the option, its value and what is allowed.
+    """
+    values = {name: read_value(option, getattr(config, name)) for name, option in OPTIONS.items()}
+    config = _expand_demo(replace(config, **values))
+    _check_names(config)
+    _check_device(config)
+    _check_lora(config)
+    _check_memory(config)
+    return replace(
+        config,
+        tokenizer_path=config.tokenizer_path or config.model_path,
+        dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
+        device="cpu",
+        enable_lora=_lora_is_on(config),
+        lora_backend="torch",
+        lora_target_modules=_expand_targets(config.lora_target_modules),
+        max_running_requests=config.max_running_requests or 256,
+        chunked_prefill_size=config.chunked_prefill_size or 2048,
+        max_prefill_tokens=config.max_prefill_tokens or 16384,
+        page_size=config.page_size or 16,
+        attention_backend=_ATTENTION_BACKENDS[config.attention_backend or "auto"],
+        random_seed=secrets.randbelow(2**31) if config.random_seed is None else config.random_seed,
+    )
+
+
+def notes(config: ServerConfig) -> list[str]:
+    """What was asked for and cannot matter here; the caller logs it."""
+    reasons = {
+        "cuda_graph_max_bs": "a CPU has no CUDA graphs",
+        "cuda_graph_bs": "a CPU has no CUDA graphs",
+        "disable_cuda_graph": "a CPU has no CUDA graphs",
+        "max_lora_chunk_size": "only the csgmv backend has chunks, and it needs a GPU",
+    }
+    return [
+        f"{OPTIONS[name].flag} has no effect: {reason}"
+        for name, reason in reasons.items()
+        if getattr(config, name) != OPTIONS[name].default
+    ]
+
+
+def _expand_demo(config: ServerConfig) -> ServerConfig:
+    """Replace the word ``demo`` by the embedded model and adapters, and name the base model as it was given."""
+    served = config.served_model_name or config.model_path
+    path = str(demo.model_path()) if demo.is_demo(config.model_path) else config.model_path
+    adapters: list[LoRAPath] = []
+    for entry in config.lora_paths:
+        if demo.is_demo(entry.name) and demo.is_demo(entry.path):
+            found = demo.adapter_paths().items()
+            adapters += [LoRAPath(name, str(where), pinned=entry.pinned) for name, where in found]
+        else:
+            adapters.append(entry)
+    return replace(config, model_path=path, served_model_name=served, lora_paths=tuple(adapters))
+
+
+def _check_names(config: ServerConfig) -> None:
+    served = config.served_model_name or config.model_path
+    if ":" in served:
+        raise ConfigError(
+            f"--served-model-name is {served!r} (--model-path unless given); allowed: a name without ':', "
+            "which separates base and adapter in a request's model"
+        )
+    seen: dict[str, str] = {}
+    for entry in config.lora_paths:
+        if entry.name in seen:
+            raise ConfigError(
+                f"--lora-paths names the adapter {entry.name!r} twice ({seen[entry.name]} and {entry.path}); "
+                "allowed: a different name for each, as NAME=PATH"
+            )
+        seen[entry.name] = entry.path
+    if served in seen:
+        raise ConfigError(
+            f"--lora-paths names an adapter {served!r} like the base model; rename the adapter with NAME=PATH "
+            "or the base with --served-model-name"
+        )
+
+
+def _check_device(config: ServerConfig) -> None:
+    if config.device == "cuda":
+        raise ConfigError("--device is cuda; this version runs on a CPU only; allowed: auto, cpu")
+    if config.lora_backend in ("triton", "csgmv"):
+        raise ConfigError(
+            f"--lora-backend is {config.lora_backend}, which needs a GPU; allowed on a CPU: auto, torch"
+        )
+    if config.tp_size > 1:
+        raise ConfigError(
+            f"--tp-size is {config.tp_size}, more than the devices: 1 (the CPU); allowed: 1"
+        )
+    backend = config.attention_backend
+    if backend is not None and backend not in _ATTENTION_BACKENDS:
+        raise ConfigError(
+            f"--attention-backend is {backend}; allowed on a CPU: {', '.join(_ATTENTION_BACKENDS)}"
+        )
+
+
+def _check_memory(config: ServerConfig) -> None:
+    page = config.page_size or 16
+    if config.max_total_tokens is not None and config.max_total_tokens < page:
+        raise ConfigError(
+            f"--max-total-tokens is {config.max_total_tokens}; allowed: at least one page (--page-size {page})"
+        )
+
+
+def _lora_is_on(config: ServerConfig) -> bool:
+    return bool(config.lora_paths) if config.enable_lora is None else config.enable_lora
+
+
+def _check_lora(config: ServerConfig) -> None:
+    if config.enable_lora is False and config.lora_paths:
+        raise ConfigError("--no-enable-lora contradicts --lora-paths; leave one of them out")
+    limits = ("max_loaded_loras", "max_lora_rank", "lora_target_modules")
+    given = [name for name in limits if getattr(config, name) is not None]
+    if not _lora_is_on(config):
+        if given:
+            flags = ", ".join(OPTIONS[name].flag for name in given)
+            raise ConfigError(f"{flags} given, but LoRA is off; add --enable-lora or --lora-paths")
+        return
+    missing = [name for name in limits[1:] if name not in given]
+    if missing and not config.lora_paths:
+        raise ConfigError(
+            f"--enable-lora without --lora-paths needs {' and '.join(OPTIONS[n].flag for n in missing)}: "
+            "there is no adapter to take the value from"
+        )
+    _check_lora_counts(config)
+    _check_targets(config.lora_target_modules)
+
+
+def _check_lora_counts(config: ServerConfig) -> None:
+    per_batch, loaded, given = (
+        config.max_loras_per_batch,
+        config.max_loaded_loras,
+        len(config.lora_paths),
+    )
+    if loaded is not None and loaded < per_batch:
+        raise ConfigError(
+            f"--max-loaded-loras is {loaded}; allowed: at least --max-loras-per-batch ({per_batch})"
+        )
+    if loaded is not None and loaded < given:
+        raise ConfigError(
+            f"--max-loaded-loras is {loaded}; allowed: at least the number of --lora-paths ({given})"
+        )
+    pinned = [entry.name for entry in config.lora_paths if entry.pinned]
+    if len(pinned) > per_batch - 1:
+        raise ConfigError(
+            f"--lora-paths pins {len(pinned)} adapters ({', '.join(pinned)}); allowed: at most "
+            f"--max-loras-per-batch - 1 ({per_batch - 1}), to prevent starvation of the others"
+        )
+
+
+def _check_targets(targets: tuple[str, ...] | None) -> None:
+    if targets is None or targets == ("all",):
+        return
+    if not targets:
+        raise ConfigError("--lora-target-modules is empty; allowed: module names, or all")
+    if "all" in targets:
+        raise ConfigError("--lora-target-modules: all stands alone; leave the other names out")
+    known = (*TARGET_MODULES, *_PACKED_TARGETS)
+    if unknown := [name for name in targets if name not in known]:
+        raise ConfigError(
+            f"--lora-target-modules: unknown {', '.join(unknown)}; known: {', '.join(known)}, or all alone"
+        )
+
+
+def _expand_targets(targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if targets is None:
+        return None
+    parts = [part for name in targets for part in _PACKED_TARGETS.get(name, (name,))]
+    return tuple(dict.fromkeys(parts))
