@@ -1,0 +1,1 @@
+"""The building blocks of a decoder, sharded over the ranks of a tensor-parallel group."""

@@ -1,0 +1,112 @@
+"""Angles of the rotary embedding, computed once for a step and used by every layer.
+
+Formulas and their order of rounding follow transformers' ``modeling_rope_utils.py``; sources: RoPE arXiv 2104.09864,
+YaRN arXiv 2309.00071, Llama 3.1's scaling as released with its weights.
+
+Shape legend: T tokens, H head size, F = H / 2 frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from lorikeet.core.rope import RopeSpec
+from lorikeet.layers.batch import ForwardBatch
+
+
+class RotaryEmbedding:
+    """cos and sin of a step's tokens."""
+
+    def __init__(self, rope: RopeSpec, head_dim: int, device: torch.device) -> None:
+        self._rope = rope
+        self._head_dim = head_dim
+        self._inv_freq_F = inverse_frequencies(rope, head_dim).to(device)
+
+    def cos_sin(self, batch: ForwardBatch) -> torch.Tensor:
+        """float32 [T, H]: cos in the first half of the columns, sin in the second.
+
+        Raises:
+            ValueError: dynamic scaling, a sequence longer than ``max_position``, and no lengths in the batch.
+        """
+        inv_freq = self._inv_freq_F
+        if self._rope.depends_on_length and max(batch.attn.kv_lens) > self._rope.max_position:
+            if batch.rope_lengths_T is None:
+                raise ValueError(
+                    f"dynamic RoPE beyond {self._rope.max_position} positions needs ForwardBatch.rope_lengths_T"
+                )
+            inv_freq = _dynamic_frequencies(self._rope, self._head_dim, batch.rope_lengths_T)
+        angles_TF = batch.positions_T.unsqueeze(-1).float() * inv_freq
+        cos_sin_TH = torch.cat((angles_TF.cos(), angles_TF.sin()), dim=-1)
+        factor = self._rope.attention_factor
+        return cos_sin_TH if factor == 1.0 else cos_sin_TH * factor
+
+
+def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
+    """Angle per position of each pair of dimensions, float32 [F] on the CPU.
+
+    For ``dynamic`` these are the ones of sequences up to ``max_position`` tokens.
+    """
+    return _SCALINGS[rope.kind](_unscaled(rope.theta, head_dim), rope)
+
+
+def _unscaled(theta: float, head_dim: int) -> torch.Tensor:
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, device="cpu").float() / head_dim))
+
+
+def _keep(inv_freq_F: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    return inv_freq_F
+
+
+def _linear(inv_freq_F: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    return inv_freq_F / rope.factor
+
+
+def _llama3(inv_freq_F: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    """Divide wavelengths beyond the trained length, keep short ones, blend between."""
+    original, low, high = rope.original_max_position, rope.low_freq_factor, rope.high_freq_factor
+    wavelength_F = 2 * math.pi / inv_freq_F
+    scaled_F = torch.where(wavelength_F > original / low, inv_freq_F / rope.factor, inv_freq_F)
+    smooth_F = (original / wavelength_F - low) / (high - low)
+    blended_F = (1 - smooth_F) * scaled_F / rope.factor + smooth_F * scaled_F
+    is_between_F = (wavelength_F >= original / high) & (wavelength_F <= original / low)
+    return torch.where(is_between_F, blended_F, scaled_F)
+
+
+def _yarn(inv_freq_F: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    """Keep dimensions that turn often within the trained length, divide those that turn rarely, blend between."""
+    dims = 2 * inv_freq_F.shape[0]
+
+    def dimension_of(rotations: float) -> float:
+        length = rope.original_max_position / (rotations * 2 * math.pi)
+        return dims * math.log(length) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    if low == high:
+        high += 0.001  # as the reference does: a step instead of a division by zero
+    ramp_F = ((torch.arange(dims // 2, device="cpu").float() - low) / (high - low)).clamp(0, 1)
+    keep_F = 1 - ramp_F
+    return inv_freq_F / rope.factor * (1 - keep_F) + inv_freq_F * keep_F
+
+
+_SCALINGS: dict[str, Callable[[torch.Tensor, RopeSpec], torch.Tensor]] = {
+    "default": _keep,
+    "dynamic": _keep,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def _dynamic_frequencies(rope: RopeSpec, head_dim: int, lengths_T: torch.Tensor) -> torch.Tensor:
+    """NTK-aware theta for each token's own length, [T, F]; up to ``max_position`` it is the unscaled one."""
+    lengths_T1 = lengths_T.clamp(min=rope.max_position).float().unsqueeze(-1)
+    growth_T1 = rope.factor * lengths_T1 / rope.max_position - (rope.factor - 1)
+    theta_T1 = rope.theta * growth_T1 ** (head_dim / (head_dim - 2))
+    exponents_F = torch.arange(0, head_dim, 2, device=lengths_T.device).float() / head_dim
+    return 1.0 / theta_T1**exponents_F

@@ -1,0 +1,1 @@
+"""Pure tensor functions: each has a torch form and, where it pays, a Triton form."""

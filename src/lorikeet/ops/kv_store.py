@@ -1,0 +1,26 @@
+"""Writing keys and values into the paged cache.
+
+Shape legend: T tokens, K key/value heads, H head size, C token places in the cache (pages x page size).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def store_kv_torch(
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    k_cache_CKH: torch.Tensor,
+    v_cache_CKH: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+) -> None:
+    """Semantics::
+
+        k_cache[slot_mapping] = k
+        v_cache[slot_mapping] = v
+
+    Writes to the two caches. Places must be distinct.
+    """
+    k_cache_CKH.index_copy_(0, slot_mapping_T, k_TKH)
+    v_cache_CKH.index_copy_(0, slot_mapping_T, v_TKH)

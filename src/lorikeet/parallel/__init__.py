@@ -1,0 +1,1 @@
+"""Tensor parallelism as an object that is passed in, never a global."""
