@@ -1,0 +1,1 @@
+"""The networks: what a checkpoint is (spec), how it is built and loaded, and the decoder that runs it."""

@@ -1,0 +1,100 @@
+"""The decoder of every supported family.
+
+Shape legend: T tokens of a step, N rows of T whose logits are wanted, D hidden features, H head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorikeet.attention.base import AttentionBackend
+from lorikeet.layers.attention import Attention, AttentionShape
+from lorikeet.layers.batch import ForwardBatch
+from lorikeet.layers.embedding import VocabEmbedding
+from lorikeet.layers.linear import Linear, Part, Placement, column
+from lorikeet.layers.mlp import GatedMLP
+from lorikeet.layers.norm import RMSNorm
+from lorikeet.layers.rotary import RotaryEmbedding
+from lorikeet.models.spec import ModelSpec
+from lorikeet.ops.select import Ops
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm that first adds what the previous one left to the residual stream."""
+
+    def __init__(
+        self,
+        layer: int,
+        spec: ModelSpec,
+        placement: Placement,
+        ops: Ops,
+        attention: AttentionBackend,
+    ) -> None:
+        super().__init__()
+        shape = AttentionShape(
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            qkv_bias=spec.qkv_bias,
+            o_bias=spec.o_bias,
+            qk_norm_eps=spec.rms_norm_eps if spec.qk_norm else None,
+        )
+        window = spec.sliding_windows[layer]
+        self.input_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, placement, ops.rms_norm)
+        self.attention = Attention(layer, window, shape, placement, ops, attention)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, placement, ops.rms_norm)
+        self.mlp = GatedMLP(
+            spec.hidden_size, spec.intermediate_size, placement, ops, bias=spec.mlp_bias
+        )
+
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None,
+        cos_sin_TH: torch.Tensor,
+        batch: ForwardBatch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output not yet added to the residual stream, residual stream)."""
+        x_TD, sum_TD = self.input_norm(x_TD, residual_TD)
+        x_TD, sum_TD = self.mlp_norm(self.attention(x_TD, cos_sin_TH, batch), sum_TD)
+        return self.mlp(x_TD, batch), sum_TD
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm, LM head. Weights are uninitialised until ``models/weights.py`` has filled them.
+
+    Module paths (``layers.3.attention.qkv_proj``) are those of ``ModelSpec.lora_sites``: LoRA layers take the place of
+    these modules. With tied embeddings the LM head holds the embedding's own parameter.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, placement: Placement, attention: AttentionBackend, ops: Ops
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size, placement)
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, spec, placement, ops, attention) for layer in range(spec.num_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, placement, ops.rms_norm)
+        vocab = column(placement.tp, Part(spec.vocab_size, placement.tp.size))
+        self.lm_head = Linear(spec.hidden_size, vocab, placement, bias=False, gather_output=True)
+        self._rotary = RotaryEmbedding(spec.rope, spec.head_dim, placement.device)
+
+    def tie(self) -> None:
+        """Let the LM head be the embedding table."""
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits of the rows that are wanted, float32 [N, V]; stores the step's keys and values in ``batch.kv``."""
+        cos_sin_TH = self._rotary.cos_sin(batch)
+        x_TD: torch.Tensor = self.embed_tokens(batch.input_ids_T, batch)
+        residual_TD: torch.Tensor | None = None
+        for layer in self.layers:
+            x_TD, residual_TD = layer(x_TD, residual_TD, cos_sin_TH, batch)
+        assert residual_TD is not None
+        rows_N = batch.logits_rows_N
+        x_ND, _ = self.norm(x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N))
+        return self.lm_head(x_ND, batch).float()
