@@ -1,0 +1,264 @@
+"""An adapter's directory -> :class:`HostAdapter`, or an error that names what does not fit.
+
+Strict in both directions: every module that the configuration targets must have its pair of tensors, and every tensor
+must belong to such a module. Names and shapes are checked from the file's header before any weight is read.
+
+Shape legend: R rank, K input features, O output features of a module, C = K + O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorikeet.core.sites import LoRASite, SiteSlice
+from lorikeet.errors import AdapterError
+from lorikeet.layers.linear import ShardRule
+from lorikeet.lora.adapter import HostAdapter, PackedModule
+from lorikeet.lora.adapter_config import LoRASpec, read_adapter_config
+from lorikeet.lora.base_weights import BaseWeight, is_copy
+from lorikeet.lora.layout import PoolLayout
+from lorikeet.lora.shard import shard_pair
+from lorikeet.lora.source import weights_file
+from lorikeet.lora.targets import ModuleKey, ModuleLoRA, resolve_targets
+
+_PREFIX = "base_model.model."
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A module that the configuration targets, and the tensors that must be there for it."""
+
+    key: ModuleKey
+    site: LoRASite
+    part: SiteSlice
+    lora: ModuleLoRA
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, int]]:
+        """Names of A and B in the file -> their shapes, A first."""
+        path, rank = _PREFIX + self.part.hf_path, self.lora.rank
+        if self.site.kind == "embedding":
+            names = (f"{path}.lora_embedding_A", f"{path}.lora_embedding_B")
+        else:
+            names = (f"{path}.lora_A.weight", f"{path}.lora_B.weight")
+        return {names[0]: (rank, self.site.in_features), names[1]: (self.part.out_features, rank)}
+
+
+def load_adapter(
+    name: str,
+    directory: Path,
+    sites: Sequence[LoRASite],
+    layout: PoolLayout,
+    dtype: torch.dtype,
+    *,
+    base_weight: BaseWeight | None = None,
+    rules: Sequence[ShardRule] | None = None,
+) -> HostAdapter:
+    """Read, check and pack an adapter.
+
+    Args:
+        sites: of the whole model, not of a shard.
+        layout: of the pool on this rank; its ``max_rank`` and ``targets`` are the limits.
+        dtype: of the pool.
+        base_weight: the base model's weights by name, to recognise copies of its embedding in the file. Without it an
+            adapter that carries such a copy is refused.
+        rules: of the sites, which part of each this rank holds; None is a single rank, which holds all.
+
+    Raises:
+        AdapterError: the adapter cannot be served exactly; names the field, tensor, module or file.
+    """
+    spec = read_adapter_config(directory)
+    modules = resolve_targets(spec, sites)
+    _check_limits(modules, sites, layout)
+    wanted = [
+        _Wanted(key, sites[key[0]], sites[key[0]].slices[key[1]], lora)
+        for key, lora in modules.items()
+    ]
+    path = weights_file(directory)
+    with _opened(path) as file:
+        _check_header(file, wanted, sites, path)
+        _check_copies(file, sites, base_weight, path)
+        packer = _Packer(layout, dtype, rules)
+        for module in wanted:
+            A_RK, B_OR = (file.get_tensor(tensor) for tensor in module.tensors)
+            packer.add(module, A_RK, B_OR)
+    return packer.finish(name, str(directory), spec)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file's reader; whatever is wrong with the file while it is open becomes an AdapterError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is broken or truncated: {error}") from error
+
+
+def _check_limits(
+    modules: dict[ModuleKey, ModuleLoRA], sites: Sequence[LoRASite], layout: PoolLayout
+) -> None:
+    outside = {sites[site].slices[part].name for site, part in modules} - layout.targets
+    if outside:
+        raise AdapterError(
+            f"adapter is incompatible: it changes {', '.join(sorted(outside))}, but --lora-target-modules allows "
+            f"{', '.join(sorted(layout.targets))}"
+        )
+    rank = max(module.rank for module in modules.values())
+    if rank > layout.max_rank:
+        raise AdapterError(
+            f"adapter is incompatible: its rank is {rank}, but --max-lora-rank is {layout.max_rank}"
+        )
+
+
+def _check_header(
+    file: Any, wanted: Sequence[_Wanted], sites: Sequence[LoRASite], path: Path
+) -> None:
+    """Every tensor must be expected, and every expected tensor must be there in the right shape and a known type."""
+    expected = {name: shape for module in wanted for name, shape in module.tensors.items()}
+    found = set(file.keys())
+    for name in sorted(found - set(expected) - set(_copy_names(sites))):
+        raise AdapterError(
+            f"{path}: tensor {name} matches no module that the adapter's configuration targets in the base model"
+        )
+    for name, shape in expected.items():
+        if name not in found:
+            raise AdapterError(
+                f"{path}: tensor {name} is missing; the configuration targets its module"
+            )
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise AdapterError(
+                f"{path}: tensor {name} has shape {list(stored.get_shape())}, but the base model and the configured "
+                f"rank need {list(shape)}; was the adapter made for another base model?"
+            )
+        if stored.get_dtype() not in _DTYPES:
+            raise AdapterError(
+                f"{path}: tensor {name} is of type {stored.get_dtype()}; allowed: {', '.join(_DTYPES)}"
+            )
+
+
+def _copy_names(sites: Sequence[LoRASite]) -> dict[str, str]:
+    """Names under which PEFT saves a copy of the base's embeddings -> the base's own name of that weight."""
+    paths = [site.slices[0].hf_path for site in sites if site.kind in ("embedding", "lm_head")]
+    return {
+        f"{_PREFIX}{path}{infix}.weight": f"{path}.weight"
+        for path in paths
+        for infix in ("", ".base_layer")
+    }
+
+
+def _check_copies(
+    file: Any, sites: Sequence[LoRASite], base_weight: BaseWeight | None, path: Path
+) -> None:
+    """Refuse added or retrained tokens; a true copy of the base's embedding is left unread."""
+    found = set(file.keys())
+    for name, parameter in _copy_names(sites).items():
+        if name not in found:
+            continue
+        base = base_weight(parameter) if base_weight else None
+        if base is None:
+            raise AdapterError(
+                f"{path}: tensor {name} replaces {parameter} of the base model (added tokens?), which is not "
+                "implemented, and there is no weight to compare it with"
+            )
+        shape = file.get_slice(name).get_shape()
+        if tuple(shape) != tuple(base.shape):
+            raise AdapterError(
+                f"{path}: tensor {name} has shape {list(shape)} and the base model's {list(base.shape)}; added tokens "
+                "are not implemented"
+            )
+        if not is_copy(file.get_tensor(name), base):
+            raise AdapterError(
+                f"{path}: tensor {name} differs from the base model's {parameter}; added or retrained tokens are not "
+                "implemented"
+            )
+
+
+class _Packer:
+    """Collects modules into rank pages and the digest."""
+
+    def __init__(
+        self, layout: PoolLayout, dtype: torch.dtype, rules: Sequence[ShardRule] | None
+    ) -> None:
+        self._layout = layout
+        self._dtype = dtype
+        self._rules = rules
+        self._digest = hashlib.sha256()
+        self._blocks: list[torch.Tensor] = []
+        self._page_sizes: list[int] = []
+        self._page_classes: list[int] = []
+        self._modules: list[PackedModule] = []
+        self._targets: set[str] = set()
+        self._changes = False
+
+    def add(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
+        """Check the values of one module's pair and pack this rank's part of it."""
+        for name, tensor in zip(module.tensors, (A_RK, B_OR), strict=True):
+            if not tensor.isfinite().all():
+                raise AdapterError(f"tensor {name} holds NaN or infinite values")
+            self._hash(name, tensor)
+        self._digest.update(json.dumps([module.lora.rank, module.lora.scale]).encode())
+        self._changes |= module.lora.scale != 0 and bool(A_RK.any()) and bool(B_OR.any())
+        self._pack(module, A_RK, B_OR)
+
+    def finish(self, name: str, path: str, spec: LoRASpec) -> HostAdapter:
+        """The packed adapter.
+
+        Raises:
+            AdapterError: it would change nothing.
+        """
+        if not self._changes:
+            raise AdapterError(
+                "the adapter would change nothing: A, B or the scale is zero in every module"
+            )
+        return HostAdapter(
+            name=name,
+            path=path,
+            digest=self._digest.hexdigest(),
+            spec=spec,
+            data=torch.cat(self._blocks),
+            page_sizes=tuple(self._page_sizes),
+            page_classes=tuple(self._page_classes),
+            modules=tuple(self._modules),
+            rank=max(module.rank for module in self._modules),
+            targets=tuple(sorted(self._targets)),
+        )
+
+    def _hash(self, name: str, tensor: torch.Tensor) -> None:
+        self._digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        self._digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def _pack(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
+        site, part = module.key
+        if self._rules is not None:
+            A_RK, B_OR = shard_pair(A_RK, B_OR, self._rules[site], part)
+        B_RO = B_OR.T
+        rank, num_inputs = A_RK.shape
+        num_pages, page_ranks = self._layout.num_pages(rank), self._layout.page_ranks
+        block_RC = torch.zeros(
+            num_pages * page_ranks, num_inputs + B_RO.shape[1], dtype=self._dtype
+        )
+        block_RC[:rank, :num_inputs] = A_RK
+        block_RC[:rank, num_inputs:] = B_RO
+        if not block_RC.isfinite().all():
+            raise AdapterError(
+                f"weights of {module.part.hf_path} do not fit the pool's type {self._dtype}"
+            )
+        self._modules.append(
+            PackedModule(site, part, rank, module.lora.scale, len(self._page_sizes), num_pages)
+        )
+        self._blocks.append(block_RC.flatten())
+        self._page_sizes += [page_ranks * block_RC.shape[1]] * num_pages
+        self._page_classes += [self._layout.page_class(site, part)] * num_pages
+        self._targets.add(module.part.name)

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import pytest
+
+from lorikeet.core.plan import PageCopy
+from lorikeet.errors import AdapterError
+from lorikeet.lora.rank_pages import RankPageAllocator
+from lorikeet.lora.residency import Admission, Residency
+from lorikeet.lora.tiers import LEGAL_MOVES, Resident, Tier
+
+READY, NO_ROOM = Admission.READY, Admission.NO_ROOM
+
+
+def make(
+    *, num_slots: int = 3, num_pages: int = 4, policy: str = "lru", max_pinned: int = 1
+) -> Residency:
+    """A pool of pages of 10 elements, one to a slab."""
+    allocator = RankPageAllocator((10,), 10, num_pages, [num_pages])
+    return Residency(allocator=allocator, num_slots=num_slots, policy=policy, max_pinned=max_pinned)
+
+
+def use(residency: Residency, version: int) -> None:
+    """Admit, copy, run, release."""
+    assert residency.admit(version) is READY
+    _, copies = residency.take_decisions()
+    residency.copies_done([copy.version for copy in copies], {})
+    residency.release(version)
+
+
+def test_the_base_model_takes_nothing() -> None:
+    residency = make(num_slots=1)
+    assert residency.admit(0) is READY
+    assert (residency.slot(0), residency.is_resident(0), 0 in residency) == (0, True, True)
+    residency.release(0)
+    assert residency.take_decisions() == ([], [])
+
+
+def test_admission_plans_a_copy_once() -> None:
+    residency = make()
+    residency.add(7, [0, 0])
+    assert residency.tier(7) is Tier.HOST
+    assert residency.admit(7) is READY
+    assert residency.admit(7) is READY
+    assert residency.tier(7) is Tier.COPYING
+    slots, copies = residency.take_decisions()
+    assert (slots, copies) == ([], [PageCopy(version=7, slot=1, page_ids=[0, 10])])
+    residency.copies_done([7], {})
+    assert (residency.tier(7), residency.slot(7), residency.num_uses(7)) == (Tier.DEVICE, 1, 2)
+    assert residency.take_decisions() == ([], [])
+    residency.check_integrity()
+
+
+def test_adapters_in_use_stay() -> None:
+    residency = make(num_slots=3)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    assert residency.admit(1) is READY
+    assert residency.admit(2) is READY
+    assert residency.admit(3) is NO_ROOM, "no slot"
+    residency.release(1)
+    assert residency.admit(3) is NO_ROOM, "its copy is not complete"
+    residency.copies_done([1, 2], {})
+    assert residency.admit(3) is READY
+    slots, copies = residency.take_decisions()
+    assert slots == [1]
+    assert [(copy.version, copy.slot) for copy in copies] == [(1, 1), (2, 2), (3, 1)]
+    assert residency.tier(1) is Tier.HOST
+    residency.check_integrity()
+
+
+def test_pages_are_room_too() -> None:
+    residency = make(num_slots=5, num_pages=4)
+    residency.add(1, [0] * 2)
+    residency.add(2, [0] * 2)
+    residency.add(3, [0])
+    use(residency, 1)
+    assert residency.admit(2) is READY
+    assert residency.admit(3) is READY, "1 leaves"
+    assert residency.resident() == [2, 3]
+    residency.check_integrity()
+
+
+@pytest.mark.parametrize(("policy", "leaves"), [("lru", 2), ("fifo", 1)])
+def test_policy(policy: str, leaves: int) -> None:
+    residency = make(policy=policy)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    use(residency, 1)
+    use(residency, 2)
+    use(residency, 1)
+    use(residency, 3)
+    assert residency.resident() == sorted({1, 2, 3} - {leaves})
+
+
+def test_eviction_avoids_what_the_queue_wants() -> None:
+    residency = make()
+    for version in (1, 2, 3, 4):
+        residency.add(version, [0])
+    use(residency, 1)
+    use(residency, 2)
+    residency.want([3, 1])
+    use(residency, 3)
+    assert residency.resident() == [1, 3]
+    residency.want([4, 1, 3])
+    use(residency, 4)
+    assert residency.resident() == [1, 4], "3 is wanted later than 1"
+
+
+def test_no_more_victims_than_needed() -> None:
+    allocator = RankPageAllocator((10, 20), 20, 4, [1, 2])
+    residency = Residency(allocator=allocator, num_slots=9, policy="lru", max_pinned=0)
+    residency.add(1, [0, 0])
+    residency.add(2, [1, 1])
+    residency.add(3, [1, 1])
+    for version in (1, 2):
+        use(residency, version)
+    use(residency, 3)
+    assert residency.resident() == [1, 3], "1 is the oldest, but its pages are of no use"
+    residency.check_integrity()
+
+
+def test_a_refusal_is_remembered_until_something_is_released() -> None:
+    residency = make(num_slots=2)
+    residency.add(1, [0])
+    residency.add(2, [0])
+    assert residency.admit(1) is READY
+    residency.copies_done([1], {})
+    assert residency.admit(2) is NO_ROOM
+    assert residency.admit(2) is NO_ROOM
+    residency.release(1)
+    assert residency.admit(2) is READY
+
+
+def test_pinned_is_copied_unasked_and_stays() -> None:
+    residency = make(num_slots=3)
+    residency.add(1, [0], pinned=True)
+    _, copies = residency.take_decisions()
+    assert [copy.version for copy in copies] == [1]
+    residency.copies_done([1], {})
+    for version in (2, 3, 4):
+        residency.add(version, [0])
+        use(residency, version)
+        assert 1 in residency.resident()
+    residency.set_pinned(1, pinned=False)
+    residency.add(5, [0])
+    use(residency, 5)
+    assert residency.resident() == [4, 5]
+    residency.check_integrity()
+
+
+def test_a_pin_waits_for_room() -> None:
+    residency = make(num_slots=2)
+    residency.add(1, [0])
+    assert residency.admit(1) is READY
+    residency.add(2, [0], pinned=True)
+    assert [copy.version for copy in residency.take_decisions()[1]] == [1]
+    residency.copies_done([1], {})
+    residency.release(1)
+    assert [copy.version for copy in residency.take_decisions()[1]] == [2]
+
+
+def test_too_many_pins_are_starvation() -> None:
+    residency = make(max_pinned=1)
+    residency.add(1, [0], pinned=True)
+    with pytest.raises(AdapterError, match="starvation"):
+        residency.add(2, [0], pinned=True)
+    assert 2 not in residency
+    residency.add(2, [0])
+    with pytest.raises(AdapterError, match="starvation"):
+        residency.set_pinned(2, pinned=True)
+    residency.set_pinned(1, pinned=True)
+    residency.set_pinned(1, pinned=False)
+    residency.set_pinned(2, pinned=True)
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    residency = make(num_pages=4, max_pinned=1)
+    with pytest.raises(AdapterError, match=r"needs 3 rank pages of class 0.*guarantees 4 for 2"):
+        residency.add(1, [0, 0, 0])
+
+
+def test_failed_copy_gives_its_room_back() -> None:
+    residency = make(num_slots=2)
+    residency.add(1, [0])
+    residency.add(2, [0])
+    assert residency.admit(1) is READY
+    residency.take_decisions()
+    residency.copies_done([], {1: "device lost"})
+    assert residency.admit(1) is NO_ROOM, "its sequences have not ended yet"
+    residency.check_integrity()
+    residency.release(1)
+    assert residency.resident() == []
+    assert residency.admit(2) is READY
+    slots, copies = residency.take_decisions()
+    assert (slots, [copy.slot for copy in copies]) == ([1], [1])
+    residency.copies_done([2], {})
+    residency.release(2)
+    assert residency.admit(1) is READY, "it may be tried again"
+    residency.check_integrity()
+
+
+def test_remove_waits_for_the_last_user() -> None:
+    residency = make()
+    residency.add(1, [0])
+    assert residency.admit(1) is READY
+    residency.remove(1)
+    assert 1 not in residency
+    assert residency.slot(1) == 1, "the sequence that runs with it goes on"
+    residency.release(1)
+    assert residency.resident() == [1], "its copy is on its way"
+    residency.copies_done([1], {})
+    assert residency.resident() == []
+    assert residency.take_decisions()[0] == [1]
+    residency.check_integrity()
+    with pytest.raises(ValueError, match="not in host memory"):
+        residency.admit(1)
+
+
+def test_a_version_may_come_back_before_it_is_gone() -> None:
+    residency = make()
+    residency.add(1, [0])
+    assert residency.admit(1) is READY
+    residency.copies_done([1], {})
+    residency.remove(1)
+    residency.add(1, [0])
+    residency.release(1)
+    assert residency.resident() == [1]
+    residency.check_integrity()
+
+
+def test_remove_of_an_idle_version_frees_it_at_once() -> None:
+    residency = make()
+    residency.add(1, [0])
+    use(residency, 1)
+    residency.remove(1)
+    assert (residency.resident(), residency.take_decisions()[0]) == ([], [1])
+    residency.add(2, [0])
+    residency.remove(2)
+    assert residency.take_decisions()[0] == []
+
+
+def test_misuse_is_refused() -> None:
+    residency = make()
+    residency.add(1, [0])
+    with pytest.raises(ValueError, match="there already"):
+        residency.add(1, [0])
+    with pytest.raises(ValueError, match="not in use"):
+        residency.release(1)
+    with pytest.raises(ValueError, match="no slot"):
+        residency.slot(1)
+    with pytest.raises(ValueError, match="no copy"):
+        residency.copies_done([1], {})
+    for call in (residency.admit, residency.remove, residency.tier):
+        with pytest.raises(ValueError, match="not in host memory"):
+            call(9)
+    with pytest.raises(ValueError, match="known: lru, fifo"):
+        make(policy="random")
+    with pytest.raises(ValueError, match="slot 0"):
+        make(num_slots=0)
+
+
+@pytest.mark.parametrize("before", Tier)
+@pytest.mark.parametrize("after", Tier)
+def test_only_legal_moves(before: Tier, after: Tier) -> None:
+    resident = Resident(1, (0,), pinned=False, tier=before)
+    if after in LEGAL_MOVES[before]:
+        resident.enter(after)
+        assert resident.tier is after
+    else:
+        with pytest.raises(ValueError, match=f"{before.value} -> {after.value}"):
+            resident.enter(after)
+
+
+def test_every_tier_is_reachable_and_left() -> None:
+    assert set(LEGAL_MOVES) == set(Tier)
+    assert all(LEGAL_MOVES.values())
+    assert frozenset().union(*LEGAL_MOVES.values()) == set(Tier)

@@ -1,0 +1,155 @@
+"""A decoder with adapters in a poisoned pool, fed token lists: everything between a plan and the logits but the engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from lorikeet.attention.sdpa import SDPABackend
+from lorikeet.core.plan import PageCopy
+from lorikeet.core.sites import LoRASite
+from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.attach import attach_lora
+from lorikeet.lora.base_weights import checkpoint_weight
+from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.lora.device_pool import DevicePool
+from lorikeet.lora.layout import PoolLayout
+from lorikeet.lora.loader import load_adapter
+from lorikeet.lora.rank_pages import RankPageAllocator
+from lorikeet.lora.shard import shard_site, site_rules
+from lorikeet.models.build import build_model
+from lorikeet.models.spec import read_model_spec
+from lorikeet.ops.lora.metadata import LoRABatch
+from lorikeet.ops.lora.torch_ops import TorchBackend
+from lorikeet.parallel.group import SingleRank, TPGroup
+from tests.support.paged import PagedRunner
+
+
+def all_targets(sites: Sequence[LoRASite]) -> frozenset[str]:
+    return frozenset(part.name for site in sites for part in site.slices)
+
+
+def poison(pool: DevicePool) -> None:
+    """Fill the pool's memory with NaN: whatever is read without having been copied in shows."""
+    pool._pool_E.fill_(torch.nan)
+
+
+class AdapterPool:
+    """A pool with an allocator beside it, and adapters by name."""
+
+    def __init__(
+        self,
+        sites: Sequence[LoRASite],
+        layout: PoolLayout,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rank: int = 0,
+    ) -> None:
+        self.layout = layout
+        self.pool = DevicePool(sites, layout, dtype, torch.device("cpu"), rank=rank)
+        poison(self.pool)
+        self.allocator = RankPageAllocator(
+            layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
+        )
+        self.slots: dict[str | None, int] = {None: 0}
+        self._pages: dict[str, list[int]] = {}
+
+    def add(self, name: str, adapter: HostAdapter) -> int:
+        """Make an adapter resident; returns its slot."""
+        pages = self.allocator.alloc(adapter.page_classes)
+        assert pages is not None, f"no room for {name}"
+        slot = next(n for n in range(1, self.pool.num_slots) if n not in self.slots.values())
+        self.pool.copy_in(adapter, PageCopy(version=slot, slot=slot, page_ids=pages))
+        self.slots[name], self._pages[name] = slot, pages
+        return slot
+
+    def evict(self, name: str) -> None:
+        self.pool.clear_slot(self.slots.pop(name))
+        self.allocator.free(self._pages.pop(name))
+
+
+class LoRARunner:
+    """Runs batches in which each sequence has its own adapter.
+
+    Args:
+        adapters: name -> directory; all are resident from the start.
+        tp: this runner's place in a tensor-parallel group.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        adapters: Mapping[str, Path],
+        *,
+        max_rank: int = 64,
+        max_loras_per_batch: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        tp: TPGroup | None = None,
+    ) -> None:
+        tp = tp or SingleRank()
+        spec = read_model_spec(model_dir)
+        self.model = build_model(
+            model_dir,
+            spec,
+            dtype=dtype,
+            device="cpu",
+            load_format="auto",
+            tp=tp,
+            attention=SDPABackend(),
+            progress=False,
+        )
+        self._sites, self._dtype, self._model_dir = spec.lora_sites, dtype, model_dir
+        self._rules = site_rules(self.model, self._sites)
+        local = [
+            shard_site(site, rule) for site, rule in zip(self._sites, self._rules, strict=True)
+        ]
+        layout = PoolLayout.make(
+            local,
+            all_targets(local),
+            max_rank=max_rank,
+            max_loras_per_batch=max_loras_per_batch or max(1, len(adapters)),
+            element_size=dtype.itemsize,
+        )
+        self.adapters = AdapterPool(local, layout, dtype, rank=tp.rank)
+        attach_lora(self.model, self._sites, self.adapters.pool, TorchBackend())
+        self._builder = LoRABatchBuilder(self.adapters.pool)
+        self._paged = PagedRunner(
+            self.model, num_kv_heads=max(1, spec.num_kv_heads // tp.size), num_pages=256
+        )
+        for name, directory in adapters.items():
+            self.adapters.add(name, self.load(name, directory))
+
+    def load(self, name: str, directory: Path) -> HostAdapter:
+        return load_adapter(
+            name,
+            directory,
+            self._sites,
+            self.adapters.layout,
+            self._dtype,
+            base_weight=checkpoint_weight(self._model_dir),
+            rules=self._rules,
+        )
+
+    def lora(
+        self, slots: Sequence[int], lengths: Sequence[int], rows: Sequence[int]
+    ) -> LoRABatch | None:
+        return self._builder.build(slots, lengths, rows)
+
+    def step(
+        self,
+        parts: Mapping[int, Sequence[int]],
+        adapter_of: Mapping[int, str | None],
+        rows: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Append tokens to sequences in one batch; logits of all new tokens, or of ``rows``."""
+        batch = self._paged.batch(parts, rows=rows)
+        lora = self.lora(
+            [self.adapters.slots[adapter_of.get(seq)] for seq in parts],
+            [len(tokens) for tokens in parts.values()],
+            batch.logits_rows_N.tolist(),
+        )
+        with torch.inference_mode():
+            return self.model(dataclasses.replace(batch, lora=lora))
