@@ -1,0 +1,128 @@
+"""Which waiting sequence is admitted next, and why nobody waits for ever.
+
+**Room for adapters.** At most ``max_loras_per_batch`` adapters run at a time and the device has to hold them. A
+sequence whose adapter has no room is *blocked*: it waits alone and others pass it. Sequences of the base model are
+never blocked, and their passing harms nobody who waits for an adapter's room.
+
+**The bound.** Requests that name an adapter are numbered as they arrive (``Sequence.serial``). Let b be the oldest
+blocked one. Another is admitted before it only if ``serial <= b.serial + max_passes``. Every blocked sequence c has
+``c.serial >= b.serial``, so whoever passes c has a serial in ``(c.serial, c.serial + max_passes]`` or came before it:
+**no request is passed by more than max_passes later ones that name an adapter.** When that window is used up, running
+sequences end one after the other until there is room, and b is first in line for it.
+
+**Draining.** So that b seldom waits that long, one adapter, the one with the fewest running sequences, stops admitting
+requests later than ``b.serial + max_passes // 8``. It falls idle soon and b takes its place, while the other adapters
+keep their rows full.
+
+**Longest prefix first** (``lpm``) reorders only among sequences that could run now, and within the same kind of window:
+let o be the one that ``fcfs`` would choose. Another goes before it only if ``arrival <= o.arrival + max_passes``. So no
+request that could run is passed by more than max_passes later ones of any kind. Preempted sequences keep their place
+in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorikeet.core.sequence import Sequence
+from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.queue import RunningSet, WaitingQueue
+
+# Sequences per adapter whose prefixes lpm compares; a match costs about 10 us for a prompt of 1,000 tokens.
+_LPM_WINDOW = 16
+# A pool that has no room for several adapters in a row seldom has it for the next; do not walk over hundreds.
+_MAX_REFUSALS = 16
+
+
+class Admission:
+    """Remembers between steps which adapter is draining; opens a round per step."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        queue: WaitingQueue,
+        running: RunningSet,
+        match: Callable[[Sequence], int],
+    ) -> None:
+        self.limits = limits
+        self.queue = queue
+        self.running = running
+        self.match = match
+        self._draining = 0
+
+    def open_round(self, budget: StepBudget) -> Round:
+        return Round(self, budget)
+
+    def draining(self) -> int:
+        """The adapter that gives its place to a blocked sequence; chosen again when it has fallen idle."""
+        counts = self.running.num_of_version
+        if self._draining not in counts:
+            self._draining = min(counts, key=lambda version: counts[version], default=0)
+        return self._draining
+
+
+class Round:
+    """Admission in one step: ask ``next``, then either admit the sequence or ``refuse`` it; ``close`` at the end."""
+
+    def __init__(self, admission: Admission, budget: StepBudget) -> None:
+        self._admission = admission
+        self._limits = admission.limits
+        self._queue = admission.queue
+        self._running = admission.running
+        self._budget = budget
+        self._refused: list[Sequence] = []
+        self._lengths: dict[int, int] = {}
+
+    def next(self) -> Sequence | None:
+        """The waiting sequence to try next; None if nobody may run."""
+        idle = self._queue.peek_idle(self._running.num_of_version)
+        blocked = self._refused[0] if self._refused else None
+        if self._budget.adapters <= 0 and blocked is None:
+            blocked = idle
+        if self._budget.adapters <= 0 or len(self._refused) >= _MAX_REFUSALS:
+            idle = None
+        heads = [self._queue.head(0), idle]
+        heads.extend(self._queue.head(version) for version in self._running.num_of_version)
+        eligible = [h for h in heads if h is not None and self._may_pass(h, blocked)]
+        if not eligible:
+            return None
+        oldest = min(eligible, key=lambda seq: seq.order)
+        if self._limits.policy == "fcfs" or oldest.order < 0:
+            return oldest
+        return self._longest_match(eligible, oldest, blocked)
+
+    def refuse(self, seq: Sequence) -> None:
+        """The device has no room for the adapter of ``seq``, which ``next`` returned."""
+        self._refused.append(seq)
+        self._queue.pop_idle()
+
+    def close(self) -> None:
+        """Put the refused ones back in line."""
+        for seq in self._refused:
+            self._queue.offer(seq.version)
+
+    def _may_pass(self, seq: Sequence, blocked: Sequence | None) -> bool:
+        if blocked is None or seq.version == 0 or seq.order <= blocked.order:
+            return True
+        window = self._limits.max_passes
+        if seq.version == self._admission.draining():
+            window //= 8
+        return seq.serial <= blocked.serial + window
+
+    def _longest_match(
+        self, heads: list[Sequence], oldest: Sequence, blocked: Sequence | None
+    ) -> Sequence:
+        best, best_length = oldest, self._match(oldest)
+        for head in heads:
+            for seq in self._queue.first(head.version, _LPM_WINDOW):
+                if seq.arrival > oldest.arrival + self._limits.max_passes:
+                    break
+                if self._may_pass(seq, blocked) and self._match(seq) > best_length:
+                    best, best_length = seq, self._match(seq)
+        return best
+
+    def _match(self, seq: Sequence) -> int:
+        length = self._lengths.get(seq.id)
+        if length is None:
+            length = self._lengths[seq.id] = self._admission.match(seq)
+        return length

@@ -1,0 +1,59 @@
+"""When a sequence ends."""
+
+from __future__ import annotations
+
+from lorikeet.core.request import FinishReason
+from lorikeet.core.sequence import Sequence
+from lorikeet.errors import RequestError
+from lorikeet.kv.manager import KVManager
+from lorikeet.scheduler.budget import SchedulerLimits
+
+
+def prepare(seq: Sequence, limits: SchedulerLimits, kv: KVManager) -> None:
+    """Work out the length at which a sequence ends and the tokens that end it.
+
+    ``max_new_tokens=None`` means as many as the context and the K/V pool hold.
+
+    Raises:
+        RequestError: the prompt alone, or with the tokens it asks for, is longer than the context or the pool.
+    """
+    wanted = seq.sampling.max_new_tokens
+    # The last token is sampled but never computed, so it takes no room in the pool.
+    longest = min(limits.context_length, kv.capacity + 1)
+    if wanted is None:
+        seq.max_tokens = longest
+    else:
+        seq.max_tokens = min(seq.num_prompt + wanted, limits.context_length)
+    shortest = seq.num_prompt if wanted == 0 else seq.num_prompt + 1
+    if seq.num_prompt == 0:
+        raise RequestError("the prompt is empty; at least one token is needed", "input_ids")
+    if shortest > limits.context_length:
+        raise RequestError(
+            f"the prompt has {seq.num_prompt} tokens; the context holds {limits.context_length}, "
+            "the completion included",
+            "input_ids",
+        )
+    if max(seq.num_prompt, seq.max_tokens - 1) > kv.capacity or seq.max_tokens < shortest:
+        raise RequestError(
+            f"the prompt has {seq.num_prompt} tokens and max_new_tokens is {wanted}; K/V memory holds "
+            f"{kv.capacity} tokens ({kv.num_pages} pages of {kv.page_size})",
+            "max_new_tokens" if seq.num_prompt <= kv.capacity else "input_ids",
+        )
+    # A grammar that is complete admits nothing but an end-of-sequence token, so there it always counts.
+    ignored = seq.sampling.ignore_eos and seq.sampling.grammar is None
+    eos = frozenset[int]() if ignored else limits.eos_token_ids
+    seq.stop_tokens = eos.union(seq.sampling.stop_token_ids)
+
+
+def finish_reason(seq: Sequence, token: int) -> FinishReason | None:
+    """Why ``seq`` ends with ``token``, which has just been appended; None if it goes on."""
+    if token in seq.stop_tokens and seq.num_output >= seq.sampling.min_new_tokens:
+        return FinishReason(kind="stop", matched=token)
+    if len(seq.tokens) >= seq.max_tokens:
+        return FinishReason(kind="length", length=seq.num_output)
+    return None
+
+
+def failure(message: str) -> FinishReason:
+    """The end of a sequence that our side could not serve."""
+    return FinishReason(kind="abort", message=message, status_code=500)

@@ -1,0 +1,356 @@
+"""What the next step computes, and what follows from what a step produced.
+
+``plan()`` and ``commit()`` alternate; at most one further plan may be made before the previous one is committed, so
+that planning overlaps the device's work. Everything that a plan promises is computed in the order of the plans, and
+within a step every K/V row is stored before any sequence attends to it. Hence counts move when a step is *planned*,
+full pages of a prompt can be found from then on, and pages can be given away while a step that still reads them runs.
+Only adapters' memory is written outside that order (copies run beside the computation), so an adapter counts as in use
+until the last step that computes with it is *committed*.
+
+A sequence that turns out to be finished when the step after it is planned already has one row too many there; whatever
+that row samples is dropped.
+"""
+
+from __future__ import annotations
+
+from lorikeet.core.plan import (
+    DecodeRow,
+    PrefillChunk,
+    SampledToken,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+)
+from lorikeet.core.request import FinishReason, RequestOutput
+from lorikeet.core.sequence import Sequence, SequenceState
+from lorikeet.kv.manager import KVManager
+from lorikeet.lora.residency import Admission as AdapterAdmission
+from lorikeet.lora.residency import Residency
+from lorikeet.scheduler.admission import Admission, Round
+from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.finish import failure, finish_reason, prepare
+from lorikeet.scheduler.state import State
+from lorikeet.scheduler.stats import SchedulerStats
+
+# Eviction looks this far into the queue; farther away, the order will have changed before it matters.
+_WANTED_VERSIONS = 64
+_MAX_IN_FLIGHT = 2
+
+
+class Scheduler:
+    """Continuous batching over paged K/V and a bounded number of adapters."""
+
+    def __init__(self, limits: SchedulerLimits, kv: KVManager, residency: Residency) -> None:
+        self.limits = limits
+        self._kv = kv
+        self._residency = residency
+        self._state = State(kv, residency)
+        self._queue = self._state.queue
+        self._running = self._state.running
+        self._counters = self._state.counters
+        self._admission = Admission(limits, self._queue, self._running, self._match)
+        self._freed_slots: list[int] = []
+        self._next_step = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans that are not committed."""
+        return len(self._state.in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        """True if ``plan`` may return a plan: something to compute, to copy or to clean up."""
+        return bool(
+            len(self._running)
+            or len(self._queue)
+            or self._state.ended
+            or self._freed_slots
+            or self._residency.has_decisions
+        )
+
+    def add(self, seq: Sequence) -> None:
+        """Take a new sequence into the queue.
+
+        Raises:
+            RequestError: it can never run: longer than the context or than the whole K/V pool.
+            ValueError: its id was used before, or its adapter is not in ``Residency``.
+        """
+        if seq.id in self._state.sequences or seq.state is not SequenceState.WAITING:
+            raise ValueError(f"sequence {seq.id} was added before")
+        if seq.version not in self._residency:
+            raise ValueError(f"version {seq.version} is unknown to the residency")
+        prepare(seq, self.limits, self._kv)
+        self._state.sequences[seq.id] = seq
+        self._queue.push(seq)
+
+    def abort(self, seq_id: int, reason: FinishReason) -> None:
+        """End a sequence now. Its terminal output comes out of the next ``drain``; no effect if it has ended."""
+        seq = self._state.sequences.get(seq_id)
+        if seq is not None:
+            self._state.end(seq, reason, [], None)
+
+    def plan(self) -> StepPlan | None:
+        """Decide the next step. None if there is nothing to compute, copy or clean up.
+
+        A plan that is returned must be executed and committed (or given to ``fail``).
+
+        Raises:
+            ValueError: two plans wait for their commit.
+        """
+        if len(self._state.in_flight) >= _MAX_IN_FLIGHT:
+            raise ValueError("two plans are in flight; commit one first")
+        plan = StepPlan(step=self._next_step)
+        num_preemptions = self._counters.preemptions
+        self._plan_rows(plan)
+        budget = StepBudget.for_step(
+            self.limits,
+            num_rows=len(plan.rows),
+            num_running=len(self._running),
+            num_adapters=len(self._running.num_of_version),
+        )
+        for seq in list(self._running.prefilling.values()):
+            if budget.tokens == 0:
+                break
+            self._plan_chunk(plan, seq, [], budget)
+        # Whoever lost its pages in this step must not be given them back in the same step.
+        if num_preemptions == self._counters.preemptions:
+            self._admit_waiting(plan, budget)
+        plan.ended, self._state.ended = self._state.ended, []
+        freed_slots, plan.copies = self._residency.take_decisions()
+        plan.freed_slots, self._freed_slots = [*self._freed_slots, *freed_slots], []
+        if plan.is_empty and not (plan.ended or plan.freed_slots or plan.copies):
+            return None
+        self._state.in_flight[plan.step] = []
+        self._next_step += 1
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
+        """Take in what a step produced. Plans are committed in their order.
+
+        Raises:
+            ValueError: the result is not that of this plan, or another plan is older.
+        """
+        expected = [chunk.seq for chunk in plan.chunks if chunk.sample]
+        expected.extend([row.seq for row in plan.rows])
+        if result.step != plan.step or [token.seq for token in result.tokens] != expected:
+            raise ValueError(f"the result does not fit the plan of step {plan.step}")
+        releases = self._close(plan)
+        self._residency.copies_done(result.copied, result.failed_copies)
+        for version, message in result.failed_copies.items():
+            self._fail_version(plan, version, message)
+        for seq_id, logprobs in result.prompt_logprobs.items():
+            seq = self._state.sequences.get(seq_id)
+            if seq is not None:
+                seq.prompt_logprobs.extend(logprobs)
+                seq.num_prompt_logprobs += len(logprobs)
+        for token in result.tokens:
+            seq = self._state.sequences.get(token.seq)
+            if seq is not None:
+                self._take_token(seq, token)
+        for version in releases:
+            self._residency.release(version)
+
+    def fail(self, plan: StepPlan, message: str) -> None:
+        """A step was not executed (out of memory, say): end every running sequence with an error.
+
+        All of them, because any may have found pages that this step was to fill; for the same reason the prefix cache
+        is emptied. The queue goes on. The next plan
+        repeats ``ended`` and ``freed_slots`` of this one; workers ignore what they have cleaned up already. If a later
+        plan is in flight, it has to be failed, too, after this one.
+
+        Raises:
+            ValueError: another plan is older.
+        """
+        releases = self._close(plan)
+        copies = [copy.version for copy in plan.copies]
+        self._residency.copies_done([], copies)
+        for seq in self._state.started(plan):
+            self._state.end(seq, failure(message), [], None)
+        # Pages of sequences that were aborted since the plan was made are among those that were not filled.
+        self._kv.drop_all()
+        for version in releases:
+            self._residency.release(version)
+        self._state.ended = [*plan.ended, *self._state.ended]
+        self._freed_slots = [*plan.freed_slots, *self._freed_slots]
+
+    def drain(self) -> list[RequestOutput]:
+        """Outputs since the last call, in order. Each request gets exactly one with ``finish``, its last."""
+        outputs, self._state.outputs = self._state.outputs, []
+        return outputs
+
+    def stats(self) -> SchedulerStats:
+        num_pages, num_cached = self._kv.num_pages, self._kv.num_cached
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            num_running_adapters=len(self._running.num_of_version),
+            num_waiting_adapters=self._queue.num_versions,
+            num_pages=num_pages,
+            num_used_pages=num_pages - self._kv.num_free - num_cached,
+            num_cached_pages=num_cached,
+            total_prompt_tokens=self._counters.prompt_tokens,
+            total_cached_tokens=self._counters.cached_tokens,
+            total_output_tokens=self._counters.output_tokens,
+            total_preemptions=self._counters.preemptions,
+            total_finished=self._counters.finished,
+        )
+
+    def check_integrity(self) -> None:
+        """Compare every count here, in the page manager and in the residency.
+
+        Raises:
+            AssertionError: names what does not match.
+        """
+        self._kv.check_integrity()
+        self._residency.check_integrity()
+        self._state.check_integrity(self.limits)
+
+    # -- planning ------------------------------------------------------------------------------------------------
+
+    def _match(self, seq: Sequence) -> int:
+        return self._kv.match(seq.version, seq.tokens, seq.max_cacheable)
+
+    def _plan_rows(self, plan: StepPlan) -> None:
+        """One row for each decoding sequence, oldest first, so that victims of a shortage have no row yet."""
+        page_size = self._kv.page_size
+        step, rows = plan.step, plan.rows
+        for seq in list(self._running.decoding.values()):
+            position = seq.num_scheduled
+            if position + 1 >= seq.max_tokens or seq.state is not SequenceState.DECODING:
+                # Its last token is on its way, or an older sequence has just taken its pages.
+                continue
+            new_pages: list[int] = []
+            if position % page_size == 0:
+                extension = self._make_room(seq, position + 1)
+                if extension is None:
+                    continue
+                new_pages = extension
+            rows.append(DecodeRow(seq=seq.id, position=position, new_page_ids=new_pages))
+            seq.num_scheduled = position + 1
+            seq.num_pending += 1
+            seq.last_step = step
+
+    def _make_room(self, seq: Sequence, num_tokens: int) -> list[int] | None:
+        """Pages for ``num_tokens`` tokens, taken from younger sequences if need be; None if ``seq`` had to yield."""
+        while (pages := self._kv.extend(seq.id, num_tokens)) is None:
+            victim = self._running.youngest()
+            self._state.preempt(victim)
+            if victim is seq:
+                return None
+        return pages
+
+    def _plan_chunk(
+        self, plan: StepPlan, seq: Sequence, new_pages: list[int], budget: StepBudget
+    ) -> None:
+        start = seq.num_scheduled
+        end = min(seq.num_tokens, start + budget.tokens)
+        is_last = end == seq.num_tokens
+        plan.chunks.append(
+            PrefillChunk(seq=seq.id, start=start, end=end, new_page_ids=new_pages, sample=is_last)
+        )
+        budget.tokens -= end - start
+        seq.num_scheduled = end
+        seq.last_step = plan.step
+        self._kv.commit(seq.id, seq.tokens, end)
+        if is_last:
+            seq.num_pending += 1
+            self._running.start_decoding(seq)
+
+    def _admit_waiting(self, plan: StepPlan, budget: StepBudget) -> None:
+        if not budget.can_admit or not len(self._queue):
+            return
+        if self._state.page_wait is not None:
+            headroom, num_changes = self._state.page_wait
+            if self._headroom() <= headroom and num_changes == self._kv.num_changes:
+                return
+            self._state.page_wait = None
+        candidates = self._admission.open_round(budget)
+        while budget.can_admit:
+            seq = candidates.next()
+            if seq is None or not self._admit(plan, seq, budget, candidates):
+                break
+        candidates.close()
+
+    def _headroom(self) -> int:
+        """Pages left if each running sequence took one more: admitting beyond that would only end in preemption."""
+        return self._kv.num_available - len(self._running)
+
+    def _admit(self, plan: StepPlan, seq: Sequence, budget: StepBudget, round_: Round) -> bool:
+        """Admit ``seq`` if there is room. False if pages are short: then nobody behind it is admitted either."""
+        version, limit = seq.version, seq.max_cacheable
+        if not self._kv.fits(version, seq.tokens, limit, reserve=len(self._running)):
+            self._state.page_wait = (self._headroom(), self._kv.num_changes)
+            return False
+        if not self._residency.is_resident(version):
+            self._residency.want(self._queue.versions(_WANTED_VERSIONS))
+        if self._residency.admit(version) is AdapterAdmission.NO_ROOM:
+            round_.refuse(seq)
+            return True
+        self._queue.remove(seq)
+        if version and version not in self._running.num_of_version:
+            budget.adapters -= 1
+        budget.sequences -= 1
+        self._running.add(seq)
+        admitted = self._kv.admit(seq.id, version, seq.tokens, limit)
+        seq.num_scheduled = admitted.num_cached
+        if seq.cached_tokens is None:
+            seq.cached_tokens = admitted.num_cached
+            self._counters.prompt_tokens += seq.num_prompt
+            self._counters.cached_tokens += admitted.num_cached
+        plan.starts.append(
+            SequenceStart(
+                seq=seq.id,
+                token_ids=list(seq.tokens),
+                num_prompt=seq.num_prompt,
+                num_cached=admitted.num_cached,
+                page_ids=admitted.cached_pages,
+                slot=self._residency.slot(version),
+                sampling=seq.sampling,
+                seed=seq.seed,
+                logprob_start=seq.logprob_start,
+                num_top_logprobs=seq.num_top_logprobs,
+            )
+        )
+        self._plan_chunk(plan, seq, admitted.new_pages, budget)
+        return True
+
+    # -- committing ----------------------------------------------------------------------------------------------
+
+    def _close(self, plan: StepPlan) -> list[int]:
+        """Take the oldest plan off the list of those in flight. Returns the adapters to release."""
+        if next(iter(self._state.in_flight), None) != plan.step:
+            raise ValueError(f"step {plan.step} is not the oldest that is in flight")
+        return self._state.in_flight.pop(plan.step)
+
+    def _take_token(self, seq: Sequence, token: SampledToken) -> None:
+        seq.num_pending -= 1
+        if token.error is not None:
+            self._state.end(seq, failure(token.error), [], None)
+            return
+        if seq.max_tokens == seq.num_prompt:
+            # max_new_tokens is 0. Only the prompt was to be computed; the token that its last position samples was not asked for.
+            self._state.end(seq, FinishReason(kind="length", length=0), [], None)
+            return
+        seq.tokens.append(token.token_id)
+        self._counters.output_tokens += 1
+        reason = finish_reason(seq, token.token_id)
+        if reason is not None:
+            self._state.end(seq, reason, [token.token_id], token)
+        else:
+            self._state.emit(seq, None, [token.token_id], token)
+
+    def _fail_version(self, plan: StepPlan, version: int, message: str) -> None:
+        """A copy failed. All who run with this version began with or after it, and computed with something else."""
+        reason = failure(f"the adapter could not be copied to the device: {message}")
+        for seq in self._state.started(plan):
+            if seq.version == version:
+                self._state.end(seq, reason, [], None)
+        self._kv.drop_version(version)

@@ -1,0 +1,144 @@
+"""The sequences in the engine and what they hold; every way in which they let go of it."""
+
+from __future__ import annotations
+
+from lorikeet.core.plan import SampledToken, StepPlan
+from lorikeet.core.request import FinishReason, RequestOutput
+from lorikeet.core.sequence import Sequence, SequenceState
+from lorikeet.kv.manager import KVManager
+from lorikeet.lora.residency import Residency
+from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.queue import RunningSet, WaitingQueue
+from lorikeet.scheduler.stats import Counters
+
+
+class State:
+    """What the scheduler knows between two calls.
+
+    Attributes:
+        sequences: by id, waiting and running; a sequence that has ended is not here.
+        outputs: made since the last drain.
+        ended: sequences whose worker state the next plan drops.
+        in_flight: step of each plan that is not committed, oldest first -> adapters to release once it is.
+        page_wait: (headroom, ``KVManager.num_changes``) when the first in line did not fit; there is no use in asking
+            again before one of them has moved.
+    """
+
+    def __init__(self, kv: KVManager, residency: Residency) -> None:
+        self.kv = kv
+        self.residency = residency
+        self.sequences: dict[int, Sequence] = {}
+        self.queue = WaitingQueue()
+        self.running = RunningSet()
+        self.outputs: list[RequestOutput] = []
+        self.ended: list[int] = []
+        self.in_flight: dict[int, list[int]] = {}
+        self.page_wait: tuple[int, int] | None = None
+        self.counters = Counters()
+
+    def preempt(self, seq: Sequence) -> None:
+        """Back to the queue, in front, with all its tokens; what it computed stays findable for a while."""
+        self._leave(seq)
+        seq.enter(SequenceState.PREEMPTED)
+        seq.num_scheduled = 0
+        self.queue.push_front(seq)
+        self.counters.preemptions += 1
+
+    def emit(
+        self,
+        seq: Sequence,
+        reason: FinishReason | None,
+        token_ids: list[int],
+        token: SampledToken | None,
+    ) -> None:
+        """Add an output of ``seq``; it carries the prompt's log-probabilities if they were not handed out yet."""
+        output = RequestOutput(
+            rid=seq.request.rid,
+            token_ids=token_ids,
+            cached_tokens=seq.cached_tokens or 0,
+            finish=reason,
+        )
+        if token is not None and token.logprobs is not None:
+            output.logprobs = [token.logprobs]
+        if seq.prompt_logprobs:
+            output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+        self.outputs.append(output)
+
+    def end(
+        self, seq: Sequence, reason: FinishReason, token_ids: list[int], token: SampledToken | None
+    ) -> None:
+        """The one place where a sequence ends: everything it holds is given back, and its terminal output made."""
+        if seq.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
+            self.queue.remove(seq)
+            # It may have been the one that pages were short for.
+            self.page_wait = None
+        else:
+            self._leave(seq)
+        seq.enter(SequenceState.FINISHED)
+        del self.sequences[seq.id]
+        self.counters.finished += 1
+        self.emit(seq, reason, token_ids, token)
+
+    def _leave(self, seq: Sequence) -> None:
+        """A running sequence gives back its row, its pages, its adapter and the worker's state."""
+        if self.running.remove(seq):
+            self.queue.offer(seq.version)
+        self.kv.release(seq.id, seq.tokens, min(seq.num_scheduled, seq.num_tokens))
+        self.ended.append(seq.id)
+        releases = self.in_flight.get(seq.last_step)
+        if releases is not None and seq.version:
+            releases.append(seq.version)
+        else:
+            self.residency.release(seq.version)
+
+    def started(self, plan: StepPlan) -> list[Sequence]:
+        """Sequences that compute something in ``plan`` or later, running or preempted since."""
+        computed = {chunk.seq for chunk in plan.chunks} | {row.seq for row in plan.rows}
+        preempted = [
+            seq
+            for seq in map(self.sequences.get, computed)
+            if seq is not None and seq.state is SequenceState.PREEMPTED
+        ]
+        return [*self.running.sequences(), *preempted]
+
+    def check_integrity(self, limits: SchedulerLimits) -> None:
+        """Compare the sets of sequences with each other and with what the managers hold.
+
+        Raises:
+            AssertionError: names what does not match.
+        """
+        self.queue.check_integrity(self.running.num_of_version)
+        running = self.running.sequences()
+        waiting = {seq.id for seq in self.queue.sequences()}
+        if waiting & {seq.id for seq in running} or len(waiting) + len(running) != len(
+            self.sequences
+        ):
+            raise AssertionError("a sequence is in no set or in two")
+        if self.kv.sequences() != {seq.id for seq in running}:
+            raise AssertionError("page tables are not those of the running sequences")
+        if len(running) > limits.max_running:
+            raise AssertionError(f"{len(running)} sequences run")
+        if len(self.running.num_of_version) > limits.max_loras_per_batch:
+            raise AssertionError(f"{len(self.running.num_of_version)} adapters run")
+        self._check_sequences(running)
+
+    def _check_sequences(self, running: list[Sequence]) -> None:
+        uses: dict[int, int] = {}
+        for versions in self.in_flight.values():
+            for version in versions:
+                uses[version] = uses.get(version, 0) + 1
+        for seq in running:
+            uses[seq.version] = uses.get(seq.version, 0) + 1
+            reach = max(seq.num_scheduled, seq.num_tokens)
+            # A sampled token that is not scheduled yet needs a page only when it is computed.
+            least = self.kv.pages_for(seq.num_scheduled)
+            if not least <= len(self.kv.page_table(seq.id)) <= self.kv.pages_for(reach):
+                raise AssertionError(f"sequence {seq.id}: the page table does not fit its tokens")
+            decoding = seq.id in self.running.decoding
+            if decoding and seq.num_scheduled != seq.num_tokens + seq.num_pending - 1:
+                raise AssertionError(f"sequence {seq.id}: {seq.num_scheduled} tokens scheduled")
+            if not self.in_flight and seq.num_pending:
+                raise AssertionError(f"sequence {seq.id} waits for a token that nobody samples")
+        for version in {*uses, *self.residency.resident()} - {0}:
+            if self.residency.num_uses(version) != uses.get(version, 0):
+                raise AssertionError(f"version {version}: uses are not those of its sequences")

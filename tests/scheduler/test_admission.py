@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+from lorikeet.core.request import Request, SamplingParams
+from lorikeet.core.sequence import Sequence
+from lorikeet.scheduler.admission import Admission, Round
+from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.queue import RunningSet, WaitingQueue
+
+
+class Desk:
+    """A queue and an endless supply of rows; sequences run until they are told to stop."""
+
+    def __init__(self, *, policy: str = "fcfs", max_loras: int = 2, max_passes: int = 16) -> None:
+        self.limits = SchedulerLimits(
+            max_running=1000,
+            max_step_tokens=1000,
+            max_prefill_tokens=1000,
+            context_length=100,
+            max_loras_per_batch=max_loras,
+            eos_token_ids=frozenset(),
+            policy=policy,
+            max_passes=max_passes,
+        )
+        self.queue = WaitingQueue()
+        self.running = RunningSet()
+        self.lengths: dict[int, int] = {}
+        self.admission = Admission(
+            self.limits, self.queue, self.running, lambda seq: self.lengths.get(seq.id, 0)
+        )
+        self.num_made = 0
+        self.no_room: set[int] = set()
+
+    def arrive(self, *versions: int) -> list[Sequence]:
+        seqs: list[Sequence] = []
+        for version in versions:
+            request = Request(rid="", prompt_token_ids=[1], sampling=SamplingParams())
+            seqs.append(Sequence(self.num_made, request, version, 0))
+            self.num_made += 1
+            self.queue.push(seqs[-1])
+        return seqs
+
+    def step(self) -> list[int]:
+        """One round. Returns the versions admitted, in order."""
+        budget = StepBudget.for_step(
+            self.limits,
+            num_rows=0,
+            num_running=len(self.running),
+            num_adapters=len(self.running.num_of_version),
+        )
+        admitted: list[int] = []
+        candidates: Round = self.admission.open_round(budget)
+        while (seq := candidates.next()) is not None:
+            if seq.version in self.no_room:
+                candidates.refuse(seq)
+                continue
+            self.queue.remove(seq)
+            budget.adapters -= bool(seq.version) and seq.version not in self.running.num_of_version
+            self.running.add(seq)
+            admitted.append(seq.version)
+        candidates.close()
+        self.queue.check_integrity(self.running.num_of_version)
+        return admitted
+
+    def stop(self, version: int) -> None:
+        """Every sequence of a version ends."""
+        for seq in [seq for seq in self.running.sequences() if seq.version == version]:
+            if self.running.remove(seq):
+                self.queue.offer(version)
+
+
+def test_first_come_first_served() -> None:
+    desk = Desk()
+    desk.arrive(1, 0, 2, 1, 0)
+    assert desk.step() == [1, 0, 2, 1, 0]
+
+
+def test_a_third_adapter_waits_alone() -> None:
+    desk = Desk()
+    desk.arrive(1, 2, 3, 1, 0, 3, 2)
+    assert desk.step() == [1, 2, 1, 0, 2]
+    desk.stop(1)
+    assert desk.step() == [3, 3]
+
+
+def test_the_base_model_never_waits_for_adapters() -> None:
+    desk = Desk(max_passes=1)
+    desk.arrive(1, 2, 3)
+    desk.step()
+    desk.arrive(*[0] * 50)
+    assert desk.step() == [0] * 50
+
+
+def test_the_number_of_passes_is_bounded() -> None:
+    desk = Desk(max_passes=16)
+    desk.arrive(1, 2, 3)
+    desk.step()
+    desk.arrive(*[1, 2] * 40)
+    assert len(desk.step()) <= 16
+    assert desk.step() == []
+    desk.stop(2)
+    assert desk.step()[0] == 3, "first in line for the room that appears"
+
+
+def test_one_adapter_drains_early_and_the_other_keeps_its_rows() -> None:
+    desk = Desk(max_passes=16)
+    desk.arrive(1, 1, 2, 3)
+    desk.step()
+    desk.arrive(*[1, 2] * 8)
+    admitted = desk.step()
+    assert (admitted.count(1), admitted.count(2)) == (8, 1), "2 has fewer sequences to wait for"
+
+
+def test_draining_is_decided_once() -> None:
+    desk = Desk(max_passes=8)
+    desk.arrive(1, 2, 2, 3)
+    desk.step()
+    assert desk.admission.draining() == 1
+    desk.arrive(1)
+    desk.step()
+    assert desk.admission.draining() == 1
+    desk.stop(1)
+    assert desk.step() == [3]
+    desk.stop(3)
+    assert desk.admission.draining() == 2
+
+
+def test_no_room_on_the_device_blocks_like_no_slot() -> None:
+    desk = Desk(max_loras=4, max_passes=8)
+    desk.no_room = {3}
+    desk.arrive(3, 1, 2, 0)
+    assert desk.step() == [1, 2, 0]
+    desk.arrive(*[2] * 20, 4)
+    assert desk.step() == [2] * 6, "3 has been passed eight times"
+    desk.no_room = set()
+    admitted = desk.step()
+    assert admitted[0] == 3
+    assert admitted[1:] == [2] * 14 + [4]
+
+
+def test_a_round_gives_up_after_a_few_refusals() -> None:
+    desk = Desk(max_loras=8, max_passes=64)
+    desk.no_room = set(range(1, 17))
+    desk.arrive(*range(1, 18), 0)
+    assert desk.step() == [0], "version 17 is behind too many that have no room"
+    desk.no_room.discard(2)
+    assert desk.step() == [2, 17]
+
+
+def test_preempted_come_first_whatever_the_policy() -> None:
+    desk = Desk(policy="lpm")
+    (early,) = desk.arrive(1)
+    desk.step()
+    waiting = desk.arrive(1, 0)
+    desk.lengths = {seq.id: 50 for seq in waiting}
+    desk.running.remove(early)
+    early.enter(type(early.state).PREEMPTED)
+    desk.queue.push_front(early)
+    candidates = desk.admission.open_round(StepBudget(100, 100, 2))
+    assert candidates.next() is early
+
+
+def test_longest_prefix_first() -> None:
+    desk = Desk(policy="lpm")
+    seqs = desk.arrive(1, 1, 2, 0)
+    desk.lengths = {seqs[1].id: 8, seqs[2].id: 4, seqs[3].id: 6}
+    assert desk.step() == [1, 0, 2, 1]
+
+
+def test_longest_prefix_passes_a_bounded_number_of_times() -> None:
+    desk = Desk(policy="lpm", max_passes=5)
+    (poor,) = desk.arrive(1)
+    rich = desk.arrive(*[1] * 30)
+    desk.lengths = {seq.id: 9 for seq in rich}
+    order: list[int] = []
+    candidates = desk.admission.open_round(StepBudget(100, 100, 2))
+    while (seq := candidates.next()) is not None:
+        order.append(seq.id)
+        desk.queue.remove(seq)
+    assert order.index(poor.id) == 5

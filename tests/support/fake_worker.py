@@ -1,0 +1,196 @@
+"""A worker without a model: it computes hashes, and notices every page that is not what it should be.
+
+The token after ``tokens`` is a hash of (adapter version, seed, tokens), so preemption, caching, chunking and batching
+must not change it. K/V is modelled too: each position of each page holds the hash of the whole prefix up to it, under
+the version that computed it; before a token is sampled, every earlier position of the sequence is compared. Adapter
+slots and rank pages are modelled in the same way, and copies are carried out when a plan is *submitted*, which is the
+worst moment: while the previous step has not computed yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lorikeet.core.plan import PrefillChunk, SampledToken, SequenceStart, StepPlan, StepResult
+from lorikeet.core.request import TokenLogprobs
+
+_PRIME = (1 << 61) - 1
+
+
+def prefix_hash(previous: int, token: int) -> int:
+    return (previous * 1_000_003 + token + 1) % _PRIME
+
+
+def first_hash(version: int) -> int:
+    """Hash of the empty prefix under an adapter version."""
+    return (version + 7) * 2_654_435_761 % _PRIME
+
+
+def next_token(prefix: int, seed: int, vocab_size: int) -> int:
+    mixed = (prefix ^ (seed * 0x9E3779B97F4A7C15)) % _PRIME
+    return (mixed * 1_099_511_628_211 % _PRIME >> 7) % vocab_size
+
+
+@dataclass
+class _Row:
+    """What the worker keeps of a sequence between steps."""
+
+    start: SequenceStart
+    tokens: list[int]
+    pages: list[int]
+    hashes: list[int] = field(default_factory=list)
+    version: int = -1
+
+
+class FakeWorker:
+    """Executes plans.
+
+    Args:
+        fail_copy: version -> True if its copy shall fail now.
+        fail_token: sequence -> True if the token it samples now shall be an error.
+    """
+
+    def __init__(
+        self,
+        *,
+        page_size: int,
+        num_pages: int,
+        num_slots: int,
+        vocab_size: int,
+        fail_copy: Callable[[int], bool] = lambda version: False,
+        fail_token: Callable[[int], bool] = lambda seq: False,
+    ) -> None:
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.rows: dict[int, _Row] = {}
+        self._kv: list[int | None] = [None] * (num_pages * page_size)
+        self._slots = [0] * num_slots
+        self._slot_pages: list[tuple[int, ...]] = [()] * num_slots
+        self._page_owner: dict[int, int] = {}
+        self._broken: set[int] = set()
+        self._fail_copy = fail_copy
+        self._fail_token = fail_token
+        self._submitted: deque[tuple[StepPlan, StepResult]] = deque()
+        self.num_copies = 0
+        # Sequences of steps that were never executed: their ends say nothing to this worker.
+        self.ignored: set[int] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.submit(plan)
+        return self.collect()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Take a plan; its copies are carried out now, its computation in ``collect``."""
+        result = StepResult(step=plan.step)
+        for slot in plan.freed_slots:
+            for page in self._slot_pages[slot]:
+                del self._page_owner[page]
+            self._slots[slot], self._slot_pages[slot] = 0, ()
+            self._broken.discard(slot)
+        for copy in plan.copies:
+            assert 0 < copy.slot < len(self._slots), f"slot {copy.slot}"
+            assert self._slots[copy.slot] == 0, f"slot {copy.slot} was not freed"
+            assert copy.slot not in self._broken, f"slot {copy.slot} was not cleaned"
+            self.num_copies += 1
+            if self._fail_copy(copy.version):
+                result.failed_copies[copy.version] = "the test says so"
+                self._broken.add(copy.slot)
+                continue
+            assert len(set(copy.page_ids)) == len(copy.page_ids)
+            for page in copy.page_ids:
+                assert page not in self._page_owner, f"rank page {page} is in use"
+                self._page_owner[page] = copy.slot
+            self._slots[copy.slot] = copy.version
+            self._slot_pages[copy.slot] = tuple(copy.page_ids)
+            result.copied.append(copy.version)
+        self._submitted.append((plan, result))
+
+    def collect(self) -> StepResult:
+        """Compute the oldest plan that was submitted."""
+        plan, result = self._submitted.popleft()
+        for seq in plan.ended:
+            row = self.rows.pop(seq, None)
+            assert row is not None or seq in self.ignored, f"sequence {seq} ends twice"
+        for start in plan.starts:
+            self._open(start)
+        pending: list[tuple[int, int]] = []
+        # As on a device: first the K/V of all tokens of the step is stored, then anybody attends.
+        for chunk in plan.chunks:
+            row = self.rows[chunk.seq]
+            row.pages.extend(chunk.new_page_ids)
+            assert len(row.hashes) == chunk.start < chunk.end <= len(row.tokens)
+            assert chunk.sample == (chunk.end == len(row.tokens))
+            self._store(row, chunk.end)
+            self._report_prompt(row, chunk, result)
+            pending.append((chunk.seq, chunk.end if chunk.sample else 0))
+        for decode in plan.rows:
+            row = self.rows[decode.seq]
+            row.pages.extend(decode.new_page_ids)
+            assert len(row.hashes) == decode.position == len(row.tokens) - 1
+            self._store(row, decode.position + 1)
+            pending.append((decode.seq, decode.position + 1))
+        for seq, end in pending:
+            self._attend(self.rows[seq])
+            if end:
+                result.tokens.append(self._sample(self.rows[seq]))
+        return result
+
+    def _open(self, start: SequenceStart) -> None:
+        assert start.seq not in self.rows, f"sequence {start.seq} runs already"
+        assert start.num_cached == len(start.page_ids) * self.page_size
+        assert start.num_cached < len(start.token_ids)
+        row = _Row(start, list(start.token_ids), list(start.page_ids))
+        row.version = self._version(start.slot)
+        previous = first_hash(row.version)
+        for token in row.tokens[: start.num_cached]:
+            previous = prefix_hash(previous, token)
+            row.hashes.append(previous)
+        self.rows[start.seq] = row
+
+    def _version(self, slot: int) -> int:
+        return -slot if slot in self._broken else self._slots[slot]
+
+    def _store(self, row: _Row, end: int) -> None:
+        if row.version >= 0:
+            assert self._version(row.start.slot) == row.version, "the slot holds another version"
+            for page in self._slot_pages[row.start.slot]:
+                assert self._page_owner[page] == row.start.slot, "a rank page was overwritten"
+        for position in range(len(row.hashes), end):
+            previous = row.hashes[-1] if row.hashes else first_hash(row.version)
+            row.hashes.append(prefix_hash(previous, row.tokens[position]))
+            page = row.pages[position // self.page_size]
+            self._kv[page * self.page_size + position % self.page_size] = row.hashes[-1]
+
+    def _attend(self, row: _Row) -> None:
+        if row.version < 0:
+            return
+        size, count = self.page_size, len(row.hashes)
+        seen: list[int | None] = []
+        for page in row.pages[: -(-count // size)]:
+            seen.extend(self._kv[page * size : page * size + size])
+        assert seen[:count] == row.hashes, f"sequence {row.start.seq} reads K/V of somebody else"
+
+    def _sample(self, row: _Row) -> SampledToken:
+        seq = row.start.seq
+        token = next_token(row.hashes[-1], row.start.seed, self.vocab_size)
+        row.tokens.append(token)
+        error = "the test says so" if self._fail_token(seq) else None
+        logprobs = None
+        if row.start.num_top_logprobs >= 0:
+            logprobs = TokenLogprobs(-float(len(row.tokens)), token, [])
+        return SampledToken(seq=seq, token_id=token, logprobs=logprobs, error=error)
+
+    def _report_prompt(self, row: _Row, chunk: PrefillChunk, result: StepResult) -> None:
+        """Position p is predicted by the row of token p - 1; position 0 has no log-probability."""
+        wanted = row.start.logprob_start
+        if wanted < 0:
+            return
+        found: list[TokenLogprobs] = []
+        if wanted == 0 and chunk.start == 0:
+            found.append(TokenLogprobs(None, row.tokens[0], []))
+        first, stop = max(wanted, chunk.start + 1), min(chunk.end + 1, row.start.num_prompt)
+        found.extend(TokenLogprobs(-float(p), row.tokens[p], []) for p in range(first, stop))
+        if found:
+            result.prompt_logprobs[chunk.seq] = found
