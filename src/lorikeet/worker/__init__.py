@@ -1,0 +1,1 @@
+"""One rank of the model: executes plans and samples tokens."""

@@ -1,0 +1,133 @@
+"""What the sampler remembers of one sequence between steps.
+
+Shape suffix: V vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorikeet.core.plan import SequenceStart
+from lorikeet.core.request import SamplingParams
+from lorikeet.ops.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
+from lorikeet.worker.grammar import GrammarMatcher
+
+__all__ = ["SamplingState"]
+
+
+class SamplingState:
+    """One sequence's sampling parameters and everything that its output so far decides.
+
+    Built from a :class:`SequenceStart` alone, outputs included, so that a preempted sequence goes on exactly where it
+    was: nothing else carries over from one step to the next.
+
+    Attributes:
+        seq: the sequence's number.
+        sampling: its parameters.
+        seed: key of its noise; with ``num_outputs``, the counter, it determines the noise of the next draw.
+        num_outputs: tokens sampled so far.
+        num_top: how many of the most likely tokens to report; -1 if no log-probabilities are wanted at all.
+        logprob_start: first prompt position whose log-probability is wanted, or -1.
+        prompt: the prompt if ``logprob_start`` is not -1, else empty.
+        temperature: clamped to what float32 can divide by; not used by a greedy sequence.
+        counts_V: float32 counts of output tokens, or None without frequency and presence penalty.
+        seen_V: bool, True for tokens of prompt and output, or None without repetition penalty.
+        bias: (token ids int64, values float32), or None.
+        early_stops: ids that may not be sampled before ``min_new_tokens``.
+        matcher: the grammar, or None.
+        error: why this sequence can not go on; None while it can.
+    """
+
+    __slots__ = (
+        "bias", "counts_V", "early_stops", "error", "logprob_start", "matcher", "num_outputs", "num_top", "prompt",
+        "sampling", "seed", "seen_V", "seq", "temperature",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        start: SequenceStart,
+        *,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        matcher: GrammarMatcher | None,
+        error: str | None,
+        device: torch.device,
+    ) -> None:
+        sampling = start.sampling
+        self.seq = start.seq
+        self.sampling = sampling
+        self.seed = start.seed
+        self.num_outputs = 0
+        self.num_top = start.num_top_logprobs
+        self.logprob_start = start.logprob_start
+        self.prompt = start.token_ids[: start.num_prompt] if start.logprob_start >= 0 else []
+        self.temperature = min(max(sampling.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
+        self.early_stops = tuple(sorted({*eos_token_ids, *sampling.stop_token_ids}))
+        self.matcher = matcher
+        self.error = error
+        outputs = start.token_ids[start.num_prompt :]
+        self.counts_V, self.seen_V = _histories(start, outputs, vocab_size, device)
+        self.bias = _bias(sampling, device)
+        self._replay(outputs)
+
+    @property
+    def is_early(self) -> bool:
+        """True while ``min_new_tokens`` still forbids tokens that would end the output."""
+        return self.num_outputs < self.sampling.min_new_tokens and bool(self.early_stops)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """True if the next token is the argmax of the unmodified logits."""
+        return (
+            self.sampling.is_greedy
+            and self.counts_V is None
+            and self.seen_V is None
+            and self.bias is None
+            and self.matcher is None
+            and not self.is_early
+        )
+
+    def advance(self, token_id: int) -> bool:
+        """The sequence sampled this token. False, and nothing changes, if its grammar does not admit it."""
+        if self.matcher is not None and not self.matcher.accept(token_id):
+            return False
+        self.num_outputs += 1
+        if self.counts_V is not None:
+            self.counts_V[token_id] += 1
+        if self.seen_V is not None:
+            self.seen_V[token_id] = True
+        return True
+
+    def _replay(self, outputs: list[int]) -> None:
+        """After a preemption; the histories have them already."""
+        self.num_outputs = len(outputs)
+        if self.matcher is None:
+            return
+        for index, token in enumerate(outputs):
+            if not self.matcher.accept(token):
+                self.error = f"the grammar does not admit output token {token} at position {index}"
+                return
+
+
+def _histories(
+    start: SequenceStart, outputs: list[int], vocab_size: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    sampling = start.sampling
+    counts_V = seen_V = None
+    if sampling.frequency_penalty != 0 or sampling.presence_penalty != 0:
+        tokens = torch.tensor(outputs, dtype=torch.int64, device=device)
+        counts_V = torch.bincount(tokens, minlength=vocab_size).to(torch.float32)
+    if sampling.repetition_penalty != 1:
+        seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+        seen_V[torch.tensor(start.token_ids, dtype=torch.int64, device=device)] = True
+    return counts_V, seen_V
+
+
+def _bias(sampling: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    if not sampling.logit_bias:
+        return None
+    return (
+        torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device),
+        torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device),
+    )
