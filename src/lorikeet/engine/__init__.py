@@ -1,0 +1,1 @@
+"""The loop, the process around it, and what its clients use: text in, text out."""

@@ -1,0 +1,218 @@
+"""Chat templates: Jinja in a sandbox, with what transformers gives a template and nothing more.
+
+Templates come with models and adapters, so they are code of other people: they run in Jinja's immutable sandbox, and
+every value they see has been rebuilt from plain JSON types, which have no methods that could do harm.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NoReturn, cast
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from lorikeet.errors import RequestError
+
+# What a template may raise besides its own errors when it meets messages it was not written for.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplates:
+    """The templates of one model.
+
+    Args:
+        templates: name -> Jinja source.
+        named_tokens: ``bos_token`` and so on, visible to the templates as variables.
+    """
+
+    def __init__(self, templates: Mapping[str, str], named_tokens: Mapping[str, str]) -> None:
+        self._templates = dict(templates)
+        self._named_tokens = dict(named_tokens)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._templates)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render a conversation; arguments as :meth:`Tokenizer.apply_chat_template`.
+
+        Raises:
+            RequestError: no messages, a message that is no object, no template, or a template that refuses.
+        """
+        if not messages:
+            raise RequestError("messages is empty; give at least one message", "messages")
+        source = self._pick(chat_template, has_tools=tools is not None)
+        context = {
+            **self._named_tokens,
+            **cast(dict[str, Any], _plain(dict(variables or {}), "chat_template_kwargs")),
+            "messages": [_plain_message(item, index) for index, item in enumerate(messages)],
+            "tools": _plain(None if tools is None else list(tools), "tools"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        context.setdefault("documents", None)
+        try:
+            return _compile(source).render(context)
+        except _TEMPLATE_FAULTS as error:
+            raise RequestError(
+                f"the chat template cannot render these messages: {error}", "messages"
+            ) from error
+
+    def _pick(self, chat_template: str | None, *, has_tools: bool) -> str:
+        if chat_template is not None:
+            return self._templates.get(chat_template, chat_template)
+        if has_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" in self._templates:
+            return self._templates["default"]
+        if self._templates:
+            raise RequestError(
+                f"the model has several chat templates and no default one; name one of: {', '.join(self.names)}",
+                "messages",
+            )
+        raise RequestError(
+            "the model has no chat template; send a rendered prompt instead of messages", "messages"
+        )
+
+
+def _plain_message(message: object, index: int) -> dict[str, Any]:
+    """Copy a message without its null fields (templates test for a field's presence, not for null)."""
+    where = f"messages[{index}]"
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} is {type(message).__name__}; allowed: an object", "messages")
+    given = {
+        key: value for key, value in cast(Mapping[str, Any], message).items() if value is not None
+    }
+    plain = cast(dict[str, Any], _plain(given, where))
+    reasoning = next((plain[name] for name in _REASONING_FIELDS if name in plain), None)
+    if reasoning is not None:  # templates disagree about the name of this field
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    return plain
+
+
+def _plain(value: object, where: str) -> object:
+    """Rebuild a value out of JSON types.
+
+    Raises:
+        RequestError: there is something else inside.
+    """
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        items = cast(Mapping[object, object], value).items()
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in items}
+    if isinstance(value, list | tuple):
+        entries = cast(Sequence[object], value)
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(entries)]
+    raise RequestError(
+        f"{where} is {type(value).__name__}; allowed: JSON values",
+        where.split(".")[0].split("[")[0],
+    )
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks what the assistant said, for training; serving renders its contents as they are."""
+
+    tags = {"generation"}  # noqa: RUF012  the base class declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        scope = jinja2.nodes.Scope(body)
+        return scope.set_lineno(line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace()`` without attributes that begin with an underscore, which lead out of the sandbox.
+
+    The constructor names no parameter because a template may say ``namespace(self=...)``.
+    """
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(
+            f"a chat template may not set the attribute {name!r} of a namespace"
+        )
+
+
+class _DictBuilder:
+    """``dict`` for templates: builds dictionaries and shows nothing of the class itself."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002  the signature templates know
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
+    """JSON as it is: Jinja's own filter escapes the characters of HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(
+        raise_exception=_raise_exception,
+        strftime_now=_strftime_now,
+        dict=_DictBuilder(),
+        namespace=_Namespace,
+    )
+    return environment.from_string(source)
