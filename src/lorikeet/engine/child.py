@@ -1,0 +1,160 @@
+"""The engine's own process: :class:`EngineCore` behind a socket.
+
+The loop never blocks on anything but the next message, and on that only while there is nothing to compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+
+from lorikeet.config import ServerConfig
+from lorikeet.core.messages import (
+    Abort,
+    Accepted,
+    Command,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    Submit,
+    ToEngine,
+)
+from lorikeet.core.request import FinishReason, RequestOutput
+from lorikeet.engine.core import EngineCore
+from lorikeet.engine.setup import build_engine
+from lorikeet.engine.transport import EngineAddress, EngineEndpoint
+from lorikeet.errors import LorikeetError, RequestError, UserError
+from lorikeet.log import setup_logging
+
+logger = logging.getLogger(__name__)
+
+# How long an idle engine waits for a message before it looks whether its parent still lives.
+IDLE_MS = 500
+# While a grammar compiles on its thread, its end is noticed after this long.
+COMPILING_MS = 2
+STATS_INTERVAL_S = 1.0
+
+
+def main(config: ServerConfig, address: EngineAddress, parent: int) -> None:
+    """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
+    # Ctrl-C in a terminal reaches every process of the group; the parent decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup_logging(config.log_level)
+    endpoint = EngineEndpoint(address)
+    try:
+        code = _serve(config, endpoint, parent)
+    finally:
+        endpoint.close()
+    sys.exit(code)
+
+
+def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
+    try:
+        core = build_engine(config, report=lambda phase: endpoint.send(Progress(phase)))
+    except LorikeetError as error:
+        endpoint.send(Failed(str(error), user_error=isinstance(error, UserError)))
+        return 2
+    except Exception as error:
+        logger.exception("the engine could not start")
+        endpoint.send(Failed(f"{type(error).__name__}: {error}"))
+        return 1
+    endpoint.send(Ready(core.info))
+    loop = EngineLoop(core, endpoint, parent)
+    try:
+        return loop.run()
+    except Exception as error:
+        logger.exception("the engine failed")
+        message = "".join(traceback.format_exception_only(error)).strip()
+        endpoint.send(Outputs(core.fail_all(f"the engine failed: {message}")))
+        endpoint.send(Failed(message))
+        return 1
+    finally:
+        core.close()
+
+
+class EngineLoop:
+    """Messages in, steps, messages out, until a Shutdown or the parent's death."""
+
+    def __init__(self, core: EngineCore, endpoint: EngineEndpoint, parent: int) -> None:
+        self._core = core
+        self._endpoint = endpoint
+        self._parent = parent
+        self._deadline: float | None = None  # set by Shutdown: when running requests are aborted
+        self._stats_due = 0.0
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit code."""
+        while not self._is_finished():
+            for message in self._endpoint.recv(self._patience_ms()):
+                self._handle(message)
+            outputs = self._core.step()
+            for rid in self._core.take_accepted():
+                self._endpoint.send(Accepted(rid))
+            if outputs:
+                self._endpoint.send(Outputs(outputs))
+            self._send_stats()
+        return 0
+
+    def _patience_ms(self) -> int:
+        if self._core.has_steps:
+            return 0
+        return COMPILING_MS if self._core.is_compiling else IDLE_MS
+
+    def _is_finished(self) -> bool:
+        if os.getppid() != self._parent:
+            logger.warning("the parent process is gone; the engine ends")
+            return True
+        if self._deadline is None:
+            return False
+        if self._core.num_open and time.monotonic() >= self._deadline:
+            self._core.abort(None, "the server is shutting down")
+            self._endpoint.send(Outputs(self._core.step()))
+        return not self._core.num_open
+
+    def _handle(self, message: ToEngine) -> None:
+        match message:
+            case Submit():
+                self._submit(message)
+            case Abort(rid, text):
+                self._core.abort(rid, text)
+            case Command(number, name, args):
+                self._command(number, name, args)
+            case Shutdown(drain_seconds):
+                self._deadline = time.monotonic() + drain_seconds
+
+    def _submit(self, message: Submit) -> None:
+        rid = message.request.rid
+        if self._deadline is not None:
+            self._refuse(rid, "the server is shutting down", 503)
+            return
+        try:
+            self._core.submit(message.request)
+        except RequestError:
+            # The id is in use. An answer under it would end somebody else's stream; the client never sends one twice.
+            logger.exception("request dropped")
+
+    def _refuse(self, rid: str, message: str, status_code: int) -> None:
+        finish = FinishReason(kind="abort", message=message, status_code=status_code)
+        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+
+    def _command(self, number: int, name: str, args: dict[str, object]) -> None:
+        try:
+            reply = Reply(number, self._core.command(name, args))
+        except LorikeetError as error:
+            status = error.status_code if isinstance(error, UserError) else 500
+            reply = Reply(number, error=str(error), status_code=status)
+        self._endpoint.send(reply)
+
+    def _send_stats(self) -> None:
+        now = time.monotonic()
+        if now >= self._stats_due:
+            self._stats_due = now + STATS_INTERVAL_S
+            self._endpoint.send(Stats(self._core.stats()))

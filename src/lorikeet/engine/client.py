@@ -1,0 +1,399 @@
+"""The HTTP process's view of the engine: submit requests, follow their completions, run commands, notice its death.
+
+Everything here belongs to one asyncio loop. A request is *open* from :meth:`EngineClient.submit` until its terminal
+output arrives; its id cannot be used again before that, also if nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from lorikeet.core.messages import (
+    Abort,
+    Accepted,
+    Command,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    Submit,
+    ToClient,
+)
+from lorikeet.core.request import FinishReason, Request, RequestOutput
+from lorikeet.engine.completion import Completion
+from lorikeet.engine.intake import Intake
+from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.transport import ClientTransport, ProcessHandle
+from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
+from lorikeet.metrics import EngineGauges, Outcome, RequestMetrics, RequestTimer
+
+logger = logging.getLogger(__name__)
+
+# The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
+LAST_WORDS_S = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """One request on its way.
+
+    Attributes:
+        stream: who follows it; None once nobody does.
+        group: the id by which the caller knows this request and others of its call, if that is not its own.
+        accepted: resolved by Accepted, or by a terminal output that refuses the request.
+        released: set when the terminal output has arrived and the id is free again.
+    """
+
+    request: Request
+    completion: Completion
+    timer: RequestTimer
+    index: int
+    group: str
+    stream: CompletionStream | None
+    accepted: asyncio.Future[None]
+    released: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class EngineClient:
+    """Speaks to one engine process.
+
+    Args:
+        transport: this side's end of the sockets; closed by :meth:`close`.
+        process: the engine, watched for its end.
+        tokenizer: turns text into tokens and back.
+        registry: where the metrics of requests and engine are registered.
+        model_name: label of those metrics.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: ClientTransport,
+        process: ProcessHandle,
+        tokenizer: Tokenizer,
+        registry: CollectorRegistry,
+        model_name: str,
+    ) -> None:
+        self._transport = transport
+        self._process = process
+        self.tokenizer = tokenizer
+        self._metrics = RequestMetrics(registry, model_name=model_name)
+        self._gauges = EngineGauges(registry, model_name=model_name)
+        self._open: dict[str, _Open] = {}
+        self._commands: dict[int, asyncio.Future[object]] = {}
+        self._num_commands = 0
+        self._fault: LorikeetError | None = None
+        self._info: dict[str, Any] | None = None
+        self._intake: Intake | None = None
+        self._started = asyncio.Event()
+        self._died = asyncio.Event()  # nothing more is expected of the engine
+        self._ended = asyncio.Event()  # its process is gone
+        self._on_progress: Callable[[str], None] = logger.info
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, on_progress: Callable[[str], None] = logger.info) -> dict[str, Any]:
+        """Listen to the engine and wait until it serves.
+
+        Args:
+            on_progress: told each phase of the engine's start.
+
+        Returns:
+            What the engine says of itself (``Ready.info``).
+
+        Raises:
+            UserError: the engine refused its flags or files.
+            EngineDeadError: it failed or died.
+        """
+        self._on_progress = on_progress
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        await self._started.wait()
+        if self._fault is not None:
+            raise self._fault
+        return self.info
+
+    async def died(self) -> LorikeetError:
+        """Wait until the engine is dead (maybe for ever) and say why."""
+        await self._died.wait()
+        if self._fault is None:
+            raise AssertionError("dead without a reason")
+        return self._fault
+
+    async def close(self, *, drain_seconds: float = 0.0) -> None:
+        """Tell the engine to end, after at most ``drain_seconds``, and hang up. The caller joins the process."""
+        if self._tasks and not self._ended.is_set():
+            self._transport.send(Shutdown(drain_seconds))
+            with suppress(TimeoutError):
+                # Hanging up earlier would drop the Shutdown in the queue and the last outputs.
+                async with asyncio.timeout(drain_seconds + 5.0):
+                    await self._ended.wait()
+                    await self._died.wait()
+        self._die(EngineDeadError("the server is shutting down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._transport.close()
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """``Ready.info``; only after :meth:`start`."""
+        if self._info is None:
+            raise AssertionError("the engine is not ready yet")
+        return self._info
+
+    @property
+    def intake(self) -> Intake:
+        """Makes requests of prompts, with the limits of this engine; only after :meth:`start`."""
+        if self._intake is None:
+            raise AssertionError("the engine is not ready yet")
+        return self._intake
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """The engine's newest counters and gauges."""
+        return self._gauges.values
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError if the engine is dead."""
+        if self._fault is not None:
+            raise EngineDeadError(str(self._fault))
+
+    async def submit(
+        self, requests: Sequence[Request], groups: Mapping[str, str] | None = None
+    ) -> CompletionStream:
+        """Start the requests of one call, all of them or none.
+
+        Returns once the engine has accepted every one. If it refuses one, or the caller is cancelled, the others are
+        aborted. The caller closes the stream.
+
+        Args:
+            groups: id of a request -> the id that it was expanded from; :meth:`abort` takes that one, too.
+
+        Raises:
+            RequestError: an id is in use, or the engine refused a request.
+            EngineFault: the engine failed; EngineDeadError if it is dead.
+        """
+        await self._wait_for_ids(requests)
+        stream = CompletionStream(len(requests), self._abandon)
+        entries = [
+            self._begin(stream, index, request, (groups or {}).get(request.rid, request.rid))
+            for index, request in enumerate(requests)
+        ]
+        for entry in entries:
+            self._transport.send(Submit(entry.request))
+        try:
+            await asyncio.gather(*(entry.accepted for entry in entries))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def abort(self, rid: str | None = None) -> int:
+        """End the request or the group ``rid``, or all for None, early; their streams deliver an ``abort``.
+
+        Returns:
+            How many were open.
+        """
+        found = [
+            key
+            for key, entry in self._open.items()
+            if entry.stream is not None and (rid is None or rid in (key, entry.group))
+        ]
+        for key in found:
+            self._send_abort(key)
+        return len(found)
+
+    async def command(self, name: str, **args: object) -> Any:
+        """Ask the engine for something other than tokens.
+
+        Raises:
+            UserError, EngineFault: the engine's answer was an error, by its status.
+            EngineDeadError: it is dead.
+        """
+        self.check_alive()
+        self._num_commands += 1
+        number = self._num_commands
+        future = self._commands[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._transport.send(Command(number, name, args))
+            return await future
+        finally:
+            del self._commands[number]
+
+    async def _wait_for_ids(self, requests: Sequence[Request]) -> None:
+        """Wait until ids that nobody follows any more are free; refuse those that are in use."""
+        for request in requests:
+            while (entry := self._open.get(request.rid)) is not None:
+                if entry.stream is not None:
+                    raise RequestError(
+                        f"rid: {request.rid!r} is already in use by a running request", "rid"
+                    )
+                await entry.released.wait()
+        self.check_alive()
+        if len({request.rid for request in requests}) < len(requests):
+            raise RequestError("rid: the requests of one call need different ids", "rid")
+
+    def _begin(self, stream: CompletionStream, index: int, request: Request, group: str) -> _Open:
+        entry = _Open(
+            request=request,
+            completion=Completion(request, self.tokenizer),
+            timer=self._metrics.begin(),
+            index=index,
+            group=group,
+            stream=stream,
+            accepted=asyncio.get_running_loop().create_future(),
+        )
+        self._open[request.rid] = entry
+        return entry
+
+    def _send_abort(self, rid: str) -> None:
+        if self._fault is None:
+            self._transport.send(Abort(rid))
+
+    def _abandon(self, stream: CompletionStream) -> None:
+        for rid, entry in self._open.items():
+            if entry.stream is stream:
+                entry.stream = None
+                self._send_abort(rid)
+
+    async def _listen(self) -> None:
+        try:
+            while True:
+                for message in await self._transport.recv():
+                    self._handle(message)
+        except msgspec.DecodeError as error:
+            logger.exception("a message of the engine cannot be read")
+            self._die(EngineDeadError(f"a message of the engine cannot be read: {error}"))
+
+    async def _watch(self) -> None:
+        """Wait for the end of the process."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._process.sentinel, self._ended.set)
+        try:
+            await self._ended.wait()
+        finally:
+            loop.remove_reader(self._process.sentinel)
+        if self._open or self._commands or not self._started.is_set():
+            await asyncio.sleep(LAST_WORDS_S)
+        self._die(
+            EngineDeadError(f"the engine process has ended (exit code {self._process.exitcode})")
+        )
+
+    def _handle(self, message: ToClient) -> None:
+        match message:
+            case Outputs(outputs):
+                for output in outputs:
+                    self._output(output)
+            case Accepted(rid):
+                entry = self._open.get(rid)
+                if entry is not None and not entry.accepted.done():
+                    entry.accepted.set_result(None)
+            case Reply():
+                self._reply(message)
+            case Stats(values):
+                self._gauges.update(values)
+            case Progress(phase):
+                self._on_progress(phase)
+            case Ready(info):
+                self._ready(info)
+            case Failed(text, user_error):
+                self._die(UserError(text) if user_error else EngineDeadError(text))
+
+    def _ready(self, info: dict[str, Any]) -> None:
+        self._info = info
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=info["vocab_size"],
+            context_length=info["context_length"],
+        )
+        self._started.set()
+
+    def _output(self, output: RequestOutput) -> None:
+        entry = self._open.get(output.rid)
+        if entry is None:
+            logger.error("an output of the unknown request %r", output.rid)
+            return
+        completion = entry.completion
+        if completion.finish is None:
+            entry.timer.tokens(len(output.token_ids))
+            if completion.add(output):
+                self._send_abort(output.rid)  # ended by a stop string, which the engine cannot see
+            self._publish(entry)
+        if output.finish is not None:
+            self._release(entry)
+
+    def _publish(self, entry: _Open) -> None:
+        finish = entry.completion.finish
+        if not entry.accepted.done():
+            # A terminal output without Accepted before it: refused, or aborted while it waited.
+            error = None if finish is None else finish_error(finish)
+            if error is None:
+                entry.accepted.set_result(None)
+            else:
+                entry.accepted.set_exception(error)
+        if entry.stream is not None:
+            entry.stream.update(entry.index, entry.completion)
+            if finish is not None:
+                entry.stream = None
+
+    def _release(self, entry: _Open) -> None:
+        """The terminal output is here: the id is free."""
+        completion = entry.completion
+        del self._open[entry.request.rid]
+        entry.released.set()
+        if completion.finish is None:
+            raise AssertionError("a terminal output did not finish its completion")
+        failed = finish_error(completion.finish) is not None
+        outcome: Outcome = "error" if failed else completion.finish.kind
+        entry.timer.end(
+            outcome,
+            num_prompt_tokens=len(entry.request.prompt_token_ids),
+            num_cached_tokens=completion.snapshot().cached_tokens,
+        )
+
+    def _reply(self, reply: Reply) -> None:
+        future = self._commands.get(reply.id)
+        if future is None or future.done():
+            return  # whoever asked has gone
+        if reply.error is None:
+            future.set_result(reply.result)
+            return
+        finish = FinishReason(kind="abort", message=reply.error, status_code=reply.status_code)
+        future.set_exception(finish_error(finish) or EngineFault(reply.error))
+
+    def _die(self, fault: LorikeetError) -> None:
+        """The engine is lost: everyone who waits for it is told, once."""
+        if self._fault is not None:
+            return
+        self._fault = fault
+        dead = EngineDeadError(str(fault))
+        for entry in self._open.values():
+            if not entry.accepted.done():
+                entry.accepted.set_exception(dead)
+                # Somebody may have been cancelled while waiting for it; it is no error if nobody looks.
+                entry.accepted.exception()
+            if entry.stream is not None:
+                entry.stream.fail(dead)
+            entry.released.set()
+            entry.timer.end("error", num_prompt_tokens=0, num_cached_tokens=0)
+        self._open.clear()
+        for future in self._commands.values():
+            if not future.done():
+                future.set_exception(dead)
+        self._started.set()
+        self._died.set()

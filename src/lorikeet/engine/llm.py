@@ -1,0 +1,165 @@
+"""Offline use: the engine of the server in the caller's own process.
+
+from lorikeet import LLM
+
+llm = LLM("demo", lora_paths=["demo"])
+for reply in llm.generate(["Hello"] * 2, {"temperature": 0}, lora_path=["json", None]):
+    print(reply["text"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, cast
+
+from lorikeet.config import LoRAPath, ServerConfig, resolve
+from lorikeet.core.request import SamplingParams
+from lorikeet.engine.completion import Completion
+from lorikeet.engine.intake import Intake, RequestBatch
+from lorikeet.engine.paths import tokenizer_dir
+from lorikeet.engine.reply import native_reply
+from lorikeet.engine.setup import build_engine
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.errors import EngineFault, RequestError
+
+Reply = dict[str, Any]
+Sampling = SamplingParams | Mapping[str, Any]
+
+
+class LLM:
+    """A base model with its adapters, without a server. Not safe for use by several threads at once.
+
+    Args:
+        model_path: as ``--model-path``: a directory, a hub id, or ``demo``.
+        lora_paths: as ``--lora-paths``: a list of any of its spellings, or a mapping from name to path.
+        progress: show a bar while weights load.
+        options: any other option of the server, by its field name in :class:`lorikeet.ServerConfig`.
+
+    Raises:
+        ConfigError, ModelError, AdapterError: the options or files are wrong.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        lora_paths: Iterable[str | Mapping[str, object] | LoRAPath] | Mapping[str, str] = (),
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        if isinstance(lora_paths, Mapping):
+            named = cast("Mapping[str, str]", lora_paths)
+            lora_paths = [LoRAPath(name, str(path)) for name, path in named.items()]
+        paths = cast("tuple[LoRAPath, ...]", tuple(lora_paths))
+        self.config = resolve(ServerConfig(model_path=str(model_path), lora_paths=paths, **options))
+        self._core = build_engine(self.config, report=lambda phase: None, progress=progress)
+        self.tokenizer = Tokenizer.load(tokenizer_dir(self.config))
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=cast(int, self.info["vocab_size"]),
+            context_length=cast(int, self.info["context_length"]),
+        )
+
+    @property
+    def info(self) -> dict[str, object]:
+        """What ``/get_server_info`` tells of the engine: context length, memory split, adapters, ..."""
+        return self._core.info
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Complete prompts, all in one batch, each with its own adapter.
+
+        Args:
+            prompts: text; one string or a list.
+            sampling_params: for all prompts or one per prompt; defaults as in ``POST /generate``.
+            input_ids: token ids in place of ``prompts``.
+            lora_path: adapter name for all prompts, or one per prompt; None is the base model.
+            options: the other fields of ``POST /generate``: ``return_logprob``, ``logprob_start_len``,
+                ``top_logprobs_num``, ``return_text_in_logprobs``, ``rid``.
+
+        Returns:
+            The reply of ``POST /generate``: a dict for one prompt, a list of them, in order, for a list.
+
+        Raises:
+            RequestError: a field is wrong, an adapter is unknown, a grammar does not compile; nothing is generated.
+            EngineFault: the engine failed; this object can no longer be used.
+        """
+        if unknown := options.keys() - _GENERATE_OPTIONS:
+            raise RequestError(
+                f"generate() has no option {', '.join(sorted(unknown))}; allowed: {', '.join(_GENERATE_OPTIONS)}"
+            )
+        batch = self._intake.make_requests(
+            {
+                "text": prompts,
+                "input_ids": input_ids,
+                "sampling_params": sampling_params,
+                "lora_path": lora_path,
+                **options,
+            }
+        )
+        completions = {
+            request.rid: Completion(request, self.tokenizer) for request in batch.requests
+        }
+        try:
+            self._run(batch, completions)
+        except BaseException:
+            self._abandon()
+            raise
+        text = self.tokenizer.token_text if batch.return_text_in_logprobs else None
+        replies = [native_reply(c.snapshot(), token_text=text) for c in completions.values()]
+        return replies if batch.is_list else replies[0]
+
+    def flush_cache(self) -> bool:
+        """Forget every cached prefix; False if requests are running."""
+        return cast("dict[str, bool]", self._core.command("flush_cache", {}))["success"]
+
+    def shutdown(self) -> None:
+        """End the engine's threads."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    def _run(self, batch: RequestBatch, completions: Mapping[str, Completion]) -> None:
+        for request in batch.requests:
+            self._core.submit(request)
+        while not self._core.is_idle:
+            for output in self._core.step():
+                completion = completions[output.rid]
+                if completion.add(output):
+                    self._core.abort(output.rid, "ended by a stop string")
+                _raise_error(completion)
+            self._core.wait_for_grammars()
+
+    def _abandon(self) -> None:
+        """Whatever interrupted a call: no request of it may stay in the engine."""
+        self._core.abort(None, "the call was interrupted")
+        self._core.drain()
+
+
+_GENERATE_OPTIONS = (
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "return_text_in_logprobs",
+    "rid",
+)
+
+
+def _raise_error(completion: Completion) -> None:
+    """An abort with a status is an error: the caller's below 500, ours from there on."""
+    finish = completion.finish
+    if finish is None or finish.status_code is None:
+        return
+    message = finish.message or "the request failed"
+    raise EngineFault(message) if finish.status_code >= 500 else RequestError(message)

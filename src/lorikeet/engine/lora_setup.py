@@ -1,0 +1,153 @@
+"""The LoRA part of an engine's start: limits from flags or adapters, the pool, the first adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lorikeet.config import LoRAPath, ServerConfig
+from lorikeet.core.sites import LoRASite
+from lorikeet.engine.adapters import LoadedAdapters
+from lorikeet.errors import AdapterError, ConfigError
+from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.adapter_config import read_adapter_config
+from lorikeet.lora.attach import attach_lora
+from lorikeet.lora.base_weights import checkpoint_weight
+from lorikeet.lora.device_pool import DevicePool
+from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.layout import PoolLayout
+from lorikeet.lora.loader import load_adapter
+from lorikeet.lora.rank_pages import RankPageAllocator
+from lorikeet.lora.registry import AdapterRegistry
+from lorikeet.lora.residency import Residency
+from lorikeet.lora.source import resolve_source
+from lorikeet.lora.targets import resolve_targets
+from lorikeet.ops.lora.torch_ops import TorchBackend
+
+ALL_TARGETS = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class LoRALimits:
+    """What an adapter may be: from the flags, or from the adapters named at start."""
+
+    max_rank: int
+    targets: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAParts:
+    """The parts of an engine that exist only with LoRA."""
+
+    limits: LoRALimits
+    pool: DevicePool
+    host: HostCache
+    residency: Residency
+    store: LoadedAdapters
+
+
+def resolve_limits(config: ServerConfig, sites: tuple[LoRASite, ...]) -> LoRALimits:
+    """Largest rank and allowed modules: as given, else what the adapters of ``--lora-paths`` need.
+
+    Raises:
+        ConfigError: a target module that the model does not have.
+        AdapterError: an adapter's configuration cannot be served.
+    """
+    known = {part.name for site in sites for part in site.slices}
+    wanted = config.lora_target_modules
+    if wanted == (ALL_TARGETS,):
+        targets = frozenset(known)
+    elif wanted is not None:
+        targets = frozenset(wanted)
+        if unknown := sorted(targets - known):
+            raise ConfigError(
+                f"--lora-target-modules: the model has no module named {', '.join(unknown)}; "
+                f"known: {', '.join(sorted(known))}, or {ALL_TARGETS} alone"
+            )
+    else:
+        targets = frozenset()
+    max_rank = config.max_lora_rank or 0
+    if wanted is None or config.max_lora_rank is None:
+        ranks, names = _needs(config.lora_paths, sites)
+        max_rank = config.max_lora_rank or max(ranks)
+        targets = targets if wanted is not None else names
+    return LoRALimits(max_rank, targets)
+
+
+def _needs(
+    paths: tuple[LoRAPath, ...], sites: tuple[LoRASite, ...]
+) -> tuple[list[int], frozenset[str]]:
+    """Largest rank of each adapter, and the modules that any of them changes."""
+    ranks: list[int] = []
+    names: set[str] = set()
+    for source in paths:
+        with naming(source):
+            modules = resolve_targets(read_adapter_config(resolve_source(source.path)), sites)
+        ranks.append(max(module.rank for module in modules.values()))
+        names.update(sites[site].slices[part].name for site, part in modules)
+    return ranks, frozenset(names)
+
+
+@contextmanager
+def naming(source: LoRAPath) -> Iterator[None]:
+    """Errors inside say which of several adapters they are about."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"adapter {source.name!r} ({source.path}): {error}") from error
+
+
+def build_lora(
+    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], model: nn.Module
+) -> LoRAParts:
+    """Make the pool, of the model's type and on its device, and put LoRA layers where the limits allow adapters."""
+    weight = next(model.parameters())
+    dtype, device = weight.dtype, weight.device
+    limits = resolve_limits(config, sites)
+    layout = PoolLayout.make(
+        sites,
+        limits.targets,
+        max_rank=limits.max_rank,
+        max_loras_per_batch=config.max_loras_per_batch,
+        element_size=dtype.itemsize,
+    )
+    pool = DevicePool(sites, layout, dtype, device)
+    attach_lora(model, sites, pool, TorchBackend())
+    host = HostCache(config.max_loaded_loras)
+    base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
+    residency = Residency(
+        allocator=RankPageAllocator(
+            layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
+        ),
+        num_slots=layout.num_slots,
+        policy=config.lora_eviction_policy,
+        max_pinned=config.max_loras_per_batch - 1,
+    )
+
+    def load(name: str, path: str) -> HostAdapter:
+        return load_adapter(
+            name, resolve_source(path), sites, layout, dtype, base_weight=base_weight
+        )
+
+    store = LoadedAdapters(registry=AdapterRegistry(), residency=residency, host=host, load=load)
+    return LoRAParts(limits, pool, host, residency, store)
+
+
+def no_residency() -> Residency:
+    """What the scheduler asks when LoRA is off: it knows the base model alone."""
+    nothing = RankPageAllocator((), 1, 0, ())
+    return Residency(allocator=nothing, num_slots=1, policy="lru", max_pinned=0)
+
+
+def load_first(
+    paths: tuple[LoRAPath, ...], store: LoadedAdapters, report: Callable[[str], None]
+) -> None:
+    """Load the adapters of ``--lora-paths``; one that fails is fatal and named."""
+    for number, source in enumerate(paths, 1):
+        report(f"loading adapter {source.name} ({number} of {len(paths)})")
+        with naming(source):
+            store.load(source)

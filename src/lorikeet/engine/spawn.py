@@ -1,0 +1,29 @@
+"""Start the engine process. What runs in it is ``engine/child.py``, which this process never imports: it brings torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from multiprocessing.context import SpawnProcess
+
+from lorikeet.config import ServerConfig
+from lorikeet.engine.transport import EngineAddress
+
+
+def spawn_engine(config: ServerConfig, address: EngineAddress) -> SpawnProcess:
+    """Start the engine process. It says Progress, then Ready or Failed, over ``address``.
+
+    A fresh interpreter (spawn), since the HTTP process has threads and must not share them.
+    """
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(
+        target=_run, args=(config, address, os.getpid()), name="lorikeet-engine", daemon=True
+    )
+    process.start()
+    return process
+
+
+def _run(config: ServerConfig, address: EngineAddress, parent: int) -> None:
+    from lorikeet.engine.child import main
+
+    main(config, address, parent)

@@ -1,0 +1,389 @@
+"""The client against an engine double behind the real transport."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import zmq
+from prometheus_client import CollectorRegistry
+
+from lorikeet.core.request import FinishReason, Request, SamplingParams
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.completion import Completion
+from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.transport import ClientTransport
+from lorikeet.errors import EngineDeadError, EngineFault, RequestError, UserError
+from tests.support.byte_tokenizer import save_byte_tokenizer
+from tests.support.fake_engine import Knobs, ThreadEngine
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.load(save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+class Session:
+    """A started client, its engine and its registry."""
+
+    def __init__(self, thread: ThreadEngine, tokenizer: Tokenizer) -> None:
+        self.thread = thread
+        self.engine = thread.engine
+        self.knobs = thread.knobs
+        self.registry = CollectorRegistry()
+        self.client = EngineClient(
+            transport=ClientTransport(thread.address),
+            process=thread.process,
+            tokenizer=tokenizer,
+            registry=self.registry,
+            model_name="m",
+        )
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"lorikeet_{name}", {"model_name": "m", **labels})
+
+
+@asynccontextmanager
+async def session(tokenizer: Tokenizer, **knobs: Any) -> AsyncIterator[Session]:
+    with ThreadEngine(Knobs(**knobs)) as thread:
+        made = Session(thread, tokenizer)
+        try:
+            await made.client.start()
+            yield made
+        finally:
+            thread.knobs.is_stuck = thread.knobs.hold_accept = False
+            await made.client.close()
+
+
+def request(rid: str, text: str = "ab", **sampling: Any) -> Request:
+    params: dict[str, Any] = {"max_new_tokens": 4} | sampling
+    adapter = params.pop("adapter", None)
+    return Request(
+        rid=rid,
+        prompt_token_ids=list(text.encode()),
+        sampling=SamplingParams(**params),
+        adapter=adapter,
+    )
+
+
+async def finish(stream: CompletionStream) -> dict[int, Completion]:
+    return {index: completion async for index, completion in stream}
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+async def test_a_request_from_submission_to_its_end(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.01) as made:
+        assert made.client.info["context_length"] == 512
+        stream = await made.client.submit([request("r")])
+        assert made.client.num_open == 1
+        results = await finish(stream)
+        snapshot = results[0].snapshot()
+        assert snapshot.text == "abab"
+        assert snapshot.finish is not None
+        assert snapshot.finish.kind == "length"
+        assert made.client.num_open == 0
+        assert made.metric("requests_total", outcome="length") == 1
+        assert made.metric("prompt_tokens_total") == 2
+        assert made.metric("cached_prompt_tokens_total") == 1
+        assert made.metric("generated_tokens_total") == 4
+        assert made.metric("time_to_first_token_seconds_count") == 1
+        assert made.metric("inter_token_latency_seconds_count") == 3
+        await until(lambda: "num_running" in made.client.stats)
+
+
+async def test_a_stream_grows_and_ends_with_the_finished_completion(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.01) as made:
+        stream = await made.client.submit([request("r", max_new_tokens=6)])
+        texts, finishes = [], []
+        async for _, completion in stream:
+            texts.append(completion.text)
+            finishes.append(completion.finish is not None)
+        assert texts[-1] == "ababab"
+        assert len(texts) >= 4, "a prompt consumer sees almost every token"
+        assert all(b.startswith(a) for a, b in itertools.pairwise(texts))
+        assert finishes == [False] * (len(texts) - 1) + [True]
+
+
+async def test_updates_of_a_slow_consumer_are_merged(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.001) as made:
+        stream = await made.client.submit([request("r", max_new_tokens=200)])
+        lengths = []
+        async for _, completion in stream:
+            lengths.append(len(completion.text))
+            await asyncio.sleep(0.1)
+        assert lengths[-1] == 200
+        assert len(lengths) < 20
+
+
+async def test_a_batch_is_followed_together(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer) as made:
+        requests = [request(f"r{n}", text=chr(97 + n), max_new_tokens=n + 1) for n in range(5)]
+        results = await finish(await made.client.submit(requests))
+        assert [results[n].text for n in range(5)] == ["a", "bb", "ccc", "dddd", "eeeee"]
+
+
+async def test_a_hundred_requests_at_a_time(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+
+        async def one(number: int) -> str:
+            stream = await made.client.submit(
+                [request(f"r{number}", text=f"{number:03}", max_new_tokens=6)]
+            )
+            return (await finish(stream))[0].text
+
+        texts = await asyncio.gather(*(one(number) for number in range(100)))
+        assert texts == [f"{number:03}" * 2 for number in range(100)]
+        assert made.engine.max_running > 50, "they ran together"
+        assert made.client.num_open == 0
+
+
+async def test_a_stop_string_ends_the_request_in_the_engine(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.002) as made:
+        stream = await made.client.submit([request("r", "hello", max_new_tokens=500, stop=("lo",))])
+        results = await finish(stream)
+        assert results[0].text == "hel"
+        ended = results[0].finish
+        assert ended is not None
+        assert (ended.kind, ended.matched) == ("stop", "lo")
+        await until(lambda: made.client.num_open == 0)
+        assert made.engine.aborted == ["r"]
+        assert made.metric("requests_total", outcome="stop") == 1
+        assert made.metric("requests_total", outcome="abort") == 0
+
+
+async def test_an_id_is_free_again_after_its_end_even_if_the_engine_does_not_know_yet(
+    tokenizer: Tokenizer,
+) -> None:
+    async with session(tokenizer, step_s=0.02) as made:
+        for _ in range(3):  # the engine raises if a duplicate reaches it
+            stream = await made.client.submit([request("r", max_new_tokens=100, stop=("b",))])
+            assert (await finish(stream))[0].text == "a"
+        assert made.engine.aborted == ["r", "r"] or made.engine.aborted == ["r"] * 3
+
+
+async def test_an_id_in_use_is_refused_and_the_running_request_goes_on(
+    tokenizer: Tokenizer,
+) -> None:
+    async with session(tokenizer, step_s=0.01) as made:
+        first = await made.client.submit([request("r", max_new_tokens=10)])
+        with pytest.raises(RequestError, match="'r' is already in use"):
+            await made.client.submit([request("other"), request("r")])
+        with pytest.raises(RequestError, match="different ids"):
+            await made.client.submit([request("x"), request("x")])
+        assert made.client.num_open == 1
+        assert len((await finish(first))[0].text) == 10
+
+
+async def test_a_refused_request_takes_its_batch_with_it(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+        batch = [
+            request("good", max_new_tokens=500),
+            request("bad", adapter="nobody"),
+            request("also-good", max_new_tokens=500),
+        ]
+        with pytest.raises(RequestError, match="'nobody' has never been loaded; loaded: json, sql"):
+            await made.client.submit(batch)
+        await until(lambda: made.client.num_open == 0)
+        assert sorted(made.engine.aborted) == ["also-good", "good"]
+        assert made.metric("requests_total", outcome="error") == 1
+        assert made.metric("requests_total", outcome="abort") == 2
+        assert made.metric("requests_open") == 0
+
+
+async def test_a_caller_cancelled_while_it_waits_aborts_its_requests(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, hold_accept=True) as made:
+        waiting = asyncio.create_task(made.client.submit([request("a"), request("b")]))
+        await until(lambda: made.engine.num_running == 2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await until(lambda: made.client.num_open == 0)
+        assert sorted(made.engine.aborted) == ["a", "b"]
+
+
+async def test_closing_a_stream_aborts_what_still_runs(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+        stream = await made.client.submit(
+            [request("short", max_new_tokens=1), request("long", max_new_tokens=500)]
+        )
+        async for index, completion in stream:
+            if index == 0 and completion.finish is not None:
+                break
+        stream.close()
+        stream.close()
+        await until(lambda: made.client.num_open == 0)
+        assert made.engine.aborted == ["long"]
+
+
+async def test_abort_delivers_an_abort(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+        streams = [
+            await made.client.submit([request(rid, max_new_tokens=500)]) for rid in ("a", "b", "c")
+        ]
+        assert made.client.abort("nobody") == 0
+        assert made.client.abort("a") == 1
+        ended = (await finish(streams[0]))[0].finish
+        assert ended is not None
+        assert (ended.kind, ended.status_code) == ("abort", None)
+        assert made.client.num_open == 2
+        assert made.client.abort() == 2
+        for stream in streams[1:]:
+            await finish(stream)
+        assert made.client.num_open == 0
+
+
+async def test_abort_knows_the_id_that_requests_were_expanded_from(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+        expanded = [request("a_0", max_new_tokens=500), request("a_1", max_new_tokens=500)]
+        stream = await made.client.submit(expanded, {"a_0": "a", "a_1": "a"})
+        await made.client.submit(
+            [request("a_2", max_new_tokens=500)]
+        )  # only looks like one of them
+        assert made.client.abort("a") == 2
+        await finish(stream)
+        assert made.client.num_open == 1
+
+
+async def test_a_request_that_fails_later_says_so_in_its_end(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, fail_token=ord("x")) as made:
+        results = await finish(await made.client.submit([request("bad", "abx"), request("good")]))
+        ended = results[0].finish
+        assert ended is not None
+        error = finish_error(ended)
+        assert isinstance(error, EngineFault)
+        assert error.status_code == 500
+        assert str(error) == "out of memory"
+        assert results[1].text == "abab", "the other one is not affected"
+
+
+async def test_commands_are_answered_or_refused(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer) as made:
+        answers = await asyncio.gather(*(made.client.command("adapters") for _ in range(5)))
+        assert [item["name"] for item in answers[4]] == ["json", "sql"]
+        with pytest.raises(RequestError, match="unknown command 'dance'"):
+            await made.client.command("dance")
+
+
+@pytest.mark.parametrize("last_words", [None, "it burns"])
+async def test_death_is_an_error_for_everyone_once(
+    tokenizer: Tokenizer, last_words: str | None
+) -> None:
+    async with session(tokenizer, step_s=0.005, last_words=last_words) as made:
+        running = await made.client.submit(
+            [request("a", max_new_tokens=500), request("b", max_new_tokens=500)]
+        )
+        made.knobs.is_stuck = True
+        waiting = asyncio.create_task(made.client.submit([request("c")]))
+        asking = asyncio.create_task(made.client.command("info"))
+        await asyncio.sleep(0.05)
+        made.engine.die()
+        wanted = last_words or r"the engine process has ended \(exit code 3\)"
+        with pytest.raises(EngineDeadError, match=wanted):
+            await finish(running)
+        for task in (waiting, asking):
+            with pytest.raises(EngineDeadError, match=wanted):
+                await task
+        with pytest.raises(EngineDeadError, match=wanted):
+            await made.client.submit([request("d")])
+        with pytest.raises(EngineDeadError, match=wanted):
+            await made.client.command("info")
+        with pytest.raises(EngineDeadError):
+            made.client.check_alive()
+        assert isinstance(await made.client.died(), EngineDeadError)
+        assert made.client.num_open == 0
+        assert made.client.abort() == 0
+        assert made.metric("requests_total", outcome="error") == 3
+        assert made.metric("requests_open") == 0
+        running.close()
+        gc.collect()  # a future whose error nobody looked at warns when it is collected
+
+
+async def test_a_message_that_cannot_be_read_is_the_end(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.01) as made:
+        stream = await made.client.submit([request("r", max_new_tokens=500)])
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.connect(made.thread.address.to_client)
+            socket.send(b"\x01")
+            with pytest.raises(EngineDeadError, match="cannot be read"):
+                await finish(stream)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, EngineDeadError)],
+)
+def test_which_ends_are_errors(status: int | None, kind: type[Exception] | None) -> None:
+    error = finish_error(FinishReason(kind="abort", message="why", status_code=status))
+    if kind is None:
+        assert error is None
+    else:
+        assert error is not None
+        assert type(error) is kind
+        assert str(error) == "why"
+        assert error.status_code == status
+
+
+async def test_what_came_before_the_death_is_delivered(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, die_after=3) as made:
+        stream = await made.client.submit([request("r", max_new_tokens=500)])
+        await made.client.died()
+        _, completion = await anext(stream)
+        assert completion.text == "aba"
+        with pytest.raises(EngineDeadError):
+            await anext(stream)
+
+
+@pytest.mark.parametrize(("is_user_error", "kind"), [(True, UserError), (False, EngineDeadError)])
+async def test_an_engine_that_cannot_start(
+    tokenizer: Tokenizer, is_user_error: bool, kind: type[Exception]
+) -> None:
+    knobs = Knobs(start_error="no such model", start_user_error=is_user_error)
+    phases: list[str] = []
+    with ThreadEngine(knobs) as thread:
+        made = Session(thread, tokenizer)
+        with pytest.raises(kind, match="no such model"):
+            await made.client.start(phases.append)
+        await made.client.close()
+    assert phases == ["loading nothing"]
+
+
+async def test_an_engine_that_dies_while_it_starts(tokenizer: Tokenizer) -> None:
+    with ThreadEngine(Knobs(start_s=60)) as thread:
+        made = Session(thread, tokenizer)
+        starting = asyncio.create_task(made.client.start())
+        await asyncio.sleep(0.05)
+        thread.engine.die()
+        with pytest.raises(EngineDeadError):
+            await starting
+        await made.client.close()
+
+
+async def test_close_ends_the_engine_and_drains(tokenizer: Tokenizer) -> None:
+    with ThreadEngine(Knobs(step_s=0.01)) as thread:
+        made = Session(thread, tokenizer)
+        await made.client.start()
+        stream = await made.client.submit([request("r", max_new_tokens=10)])
+        following = asyncio.create_task(finish(stream))
+        await made.client.close(drain_seconds=10)
+        assert (await following)[0].text == "ababababab"
+        assert thread.process.exitcode == 0

@@ -1,0 +1,174 @@
+"""The engine's loop with a worker that computes hashes: acceptance, refusals, aborts, commands, a worker that fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from lorikeet.core.plan import StepPlan, StepResult
+from lorikeet.core.request import Request, RequestOutput, SamplingParams
+from lorikeet.engine.adapters import NoAdapters
+from lorikeet.engine.core import EngineCore, Executor
+from lorikeet.engine.lora_setup import no_residency
+from lorikeet.errors import RequestError
+from lorikeet.kv.manager import KVManager
+from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.fake_worker import FakeWorker
+
+PAGES, PAGE_SIZE = 32, 4
+
+
+def make_core(
+    *,
+    compile_grammar: Callable[[SamplingParams], None] = lambda sampling: None,
+    worker: Executor | None = None,
+) -> EngineCore:
+    kv = KVManager(PAGE_SIZE, PAGES, radix=True)
+    limits = SchedulerLimits(
+        max_running=8,
+        max_step_tokens=32,
+        max_prefill_tokens=64,
+        context_length=64,
+        max_loras_per_batch=1,
+        eos_token_ids=frozenset({0}),
+    )
+    seeds = iter(range(1000))
+    return EngineCore(
+        scheduler=Scheduler(limits, kv, no_residency()),
+        kv=kv,
+        worker=worker
+        or FakeWorker(page_size=PAGE_SIZE, num_pages=PAGES, num_slots=1, vocab_size=100),
+        adapters=NoAdapters(),
+        compile_grammar=compile_grammar,
+        seeds=lambda: next(seeds),
+        info={"version": "test"},
+    )
+
+
+def request(rid: str = "a", **fields: object) -> Request:
+    sampling = SamplingParams(**{"max_new_tokens": 5, "ignore_eos": True} | fields)
+    return Request(rid=rid, prompt_token_ids=[1, 2, 3], sampling=sampling)
+
+
+def run(core: EngineCore) -> list[RequestOutput]:
+    outputs: list[RequestOutput] = []
+    while not core.is_idle:
+        outputs += core.step()
+        core.wait_for_grammars()
+    core.check_integrity()
+    return outputs
+
+
+def test_a_request_is_accepted_and_ends_once() -> None:
+    core = make_core()
+    core.submit(request())
+    assert core.take_accepted() == ["a"]
+    outputs = run(core)
+    assert [len(o.token_ids) for o in outputs] == [1] * 5
+    assert [o.finish is not None for o in outputs] == [False] * 4 + [True]
+    assert core.take_accepted() == []
+
+
+def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
+    core = make_core()
+    core.submit(request())
+    with pytest.raises(RequestError, match="already in use"):
+        core.submit(request())
+    assert sum(o.finish is not None for o in run(core)) == 1
+    core.submit(request())  # free again
+
+
+def test_an_adapter_without_lora_is_refused() -> None:
+    core = make_core()
+    bad = request()
+    bad.adapter = "sql"
+    core.submit(bad)
+    (output,) = core.step()
+    assert output.finish is not None
+    assert output.finish.status_code == 400
+    assert "--enable-lora" in (output.finish.message or "")
+    assert core.take_accepted() == []
+
+
+def test_a_slow_grammar_lets_others_pass() -> None:
+    gate = threading.Event()
+    core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None)
+    core.submit(request("slow", regex="a"))
+    core.submit(request("quick"))
+    outputs: list[RequestOutput] = []
+    while not any(o.finish for o in outputs):
+        outputs += core.step()
+    assert {o.rid for o in outputs} == {"quick"}
+    assert core.take_accepted() == ["quick"]
+    gate.set()
+    assert {o.rid for o in run(core)} == {"slow"}
+
+
+def test_a_bad_grammar_refuses_its_request_alone() -> None:
+    def refuse(sampling: SamplingParams) -> None:
+        raise RequestError("sampling_params.regex does not compile", "regex")
+
+    core = make_core(compile_grammar=refuse)
+    core.submit(request("bad", regex="(("))
+    core.submit(request("good"))
+    last = {o.rid: o.finish for o in run(core)}
+    assert last["bad"] is not None
+    assert last["bad"].status_code == 400
+    assert last["good"] is not None
+    assert last["good"].kind == "length"
+
+
+def test_a_request_is_aborted_while_its_grammar_compiles() -> None:
+    gate = threading.Event()
+    core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None)
+    core.submit(request("slow", regex="a"))
+    core.abort("slow", "enough")
+    (output,) = core.step()
+    assert output.finish is not None
+    assert (output.finish.kind, output.finish.message) == ("abort", "enough")
+    gate.set()
+    assert run(core) == []
+
+
+def test_abort_ends_one_or_all() -> None:
+    core = make_core()
+    for rid in "abc":
+        core.submit(request(rid, max_new_tokens=50))
+    core.step()
+    core.abort("b", "no")
+    core.abort("nobody", "no")
+    core.abort(None, "all")
+    ended = {o.rid: o.finish.message for o in run(core) if o.finish}
+    assert ended == {"a": "all", "b": "no", "c": "all"}
+
+
+def test_commands() -> None:
+    core = make_core()
+    assert core.command("flush_cache", {}) == {"success": True}
+    core.submit(request())
+    assert core.command("flush_cache", {}) == {"success": False}
+    info = core.command("info", {})
+    assert isinstance(info, dict)
+    assert info["version"] == "test"
+    assert info["num_waiting"] == 1
+    with pytest.raises(RequestError, match="flush_cache"):
+        core.command("nonsense", {})
+
+
+class BrokenWorker:
+    def execute(self, plan: StepPlan) -> StepResult:
+        raise RuntimeError("the device is lost")
+
+
+def test_a_failing_step_leaves_every_open_request_to_be_told() -> None:
+    core = make_core(worker=BrokenWorker())
+    for rid in "ab":
+        core.submit(request(rid))
+    with pytest.raises(RuntimeError, match="lost"):
+        core.step()
+    outputs = core.fail_all("the engine failed: the device is lost")
+    assert {o.rid for o in outputs} == {"a", "b"}
+    assert all(o.finish and o.finish.status_code == 500 for o in outputs)
+    assert core.num_open == 0

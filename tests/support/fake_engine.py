@@ -1,0 +1,304 @@
+"""An engine without a model that speaks the real transport.
+
+It answers each request with its own prompt, token by token and over again, until ``max_new_tokens`` or a stop token.
+It knows a few adapters, refuses what the real one refuses, and can be slow, stuck or die. A test runs it in a thread
+(:class:`ThreadEngine`) and turns its knobs while it runs, or in a process of its own (:func:`spawn_fake_engine`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Self
+
+from lorikeet.config import ServerConfig
+from lorikeet.core.messages import (
+    Abort,
+    Accepted,
+    Command,
+    Failed,
+    Outputs,
+    Progress,
+    Ready,
+    Reply,
+    Shutdown,
+    Stats,
+    Submit,
+    ToEngine,
+)
+from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from lorikeet.engine.transport import EngineAddress, EngineEndpoint
+
+CONTEXT_LENGTH = 512
+VOCAB_SIZE = 257
+
+
+@dataclass
+class Knobs:
+    """How the engine behaves; may be changed while it runs in a thread.
+
+    Attributes:
+        step_s: seconds between two tokens of a request.
+        is_stuck: reads messages, answers nothing.
+        hold_accept: takes requests and neither accepts nor refuses them.
+        die_after: dies after so many steps that produced tokens; None never.
+        last_words: message of the Failed that it sends when it dies; None dies silently.
+        start_error: cannot start, for this reason; ``start_user_error`` says whose fault it is.
+        fail_token: a request that is to output this token fails instead, with status 500.
+        start_s: seconds that its start takes.
+    """
+
+    adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
+    step_s: float = 0.0
+    is_stuck: bool = False
+    hold_accept: bool = False
+    die_after: int | None = None
+    last_words: str | None = None
+    start_error: str | None = None
+    start_user_error: bool = False
+    start_s: float = 0.0
+    fail_token: int | None = None
+
+
+@dataclass
+class _Running:
+    request: Request
+    num_out: int = 0
+
+
+class FakeEngine:
+    """The loop; ``exit_code`` is None while it runs."""
+
+    def __init__(self, address: EngineAddress, knobs: Knobs) -> None:
+        self.knobs = knobs
+        self.seen: list[Request] = []
+        self.aborted: list[str] = []
+        self.num_steps = 0
+        self._address = address
+        self._running: dict[str, _Running] = {}
+        self._deadline: float | None = None
+        self._must_die = threading.Event()
+        self.max_running = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def die(self) -> None:
+        """End at once, from any thread."""
+        self._must_die.set()
+
+    def run(self) -> int:
+        """Serve until Shutdown or death; returns the exit code."""
+        self._endpoint = EngineEndpoint(self._address)
+        self._parent = os.getppid()
+        try:
+            return self._run()
+        finally:
+            self._endpoint.close()
+
+    def _run(self) -> int:
+        knobs, endpoint = self.knobs, self._endpoint
+        endpoint.send(Progress("loading nothing"))
+        if self._must_die.wait(knobs.start_s):
+            return 3
+        if knobs.start_error is not None:
+            endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
+            return 2 if knobs.start_user_error else 1
+        endpoint.send(Ready(self._info()))
+        while not self._is_over():
+            orphan = os.getppid() != self._parent
+            if orphan or self._must_die.is_set() or self.num_steps == knobs.die_after:
+                if knobs.last_words is not None:
+                    endpoint.send(Failed(knobs.last_words))
+                return 3
+            for message in endpoint.recv(0 if self._running else 5):
+                self._handle(message)
+            self._step()
+        return 0
+
+    def _info(self) -> dict[str, object]:
+        return {
+            "version": "fake",
+            "model_path": "fake",
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": VOCAB_SIZE,
+            "dtype": "float32",
+            "max_total_num_tokens": 4096,
+            "max_lora_rank": 16,
+            "lora_target_modules": ["q_proj"],
+            "lora_enabled": bool(self.knobs.adapters),
+            "adapters": self.knobs.adapters,
+        }
+
+    def _is_over(self) -> bool:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            for rid in list(self._running):
+                self._end(rid, FinishReason(kind="abort", message="the server is shutting down"))
+        return self._deadline is not None and not self._running
+
+    def _handle(self, message: ToEngine) -> None:
+        if self.knobs.is_stuck and not isinstance(message, Shutdown):
+            return
+        match message:
+            case Submit(request):
+                self._submit(request)
+            case Abort(rid, text):
+                for key in list(self._running) if rid is None else [rid]:
+                    if key in self._running:
+                        self.aborted.append(key)
+                        self._end(key, FinishReason(kind="abort", message=text))
+            case Command():
+                self._endpoint.send(self._command(message))
+            case Shutdown(drain_seconds):
+                self._deadline = time.monotonic() + drain_seconds
+
+    def _submit(self, request: Request) -> None:
+        self.seen.append(request)
+        if request.rid in self._running:
+            raise AssertionError(f"the client let the duplicate rid {request.rid!r} through")
+        if request.adapter is not None and request.adapter not in self.knobs.adapters:
+            known = ", ".join(self.knobs.adapters)
+            self._refuse(
+                request.rid,
+                f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}",
+            )
+        elif request.sampling.regex == "(":
+            self._refuse(request.rid, "sampling_params.regex: '(' is no regular expression")
+        elif not self.knobs.hold_accept:
+            self._running[request.rid] = _Running(request)
+            self.max_running = max(self.max_running, len(self._running))
+            self._endpoint.send(Accepted(request.rid))
+        else:
+            self._running[request.rid] = _Running(request)
+
+    def _refuse(self, rid: str, message: str) -> None:
+        finish = FinishReason(kind="abort", message=message, status_code=400)
+        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+
+    def _end(self, rid: str, finish: FinishReason) -> None:
+        del self._running[rid]
+        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+
+    def _command(self, command: Command) -> Reply:
+        match command.name:
+            case "flush_cache":
+                return Reply(command.id, {"success": not self._running})
+            case "adapters":
+                items = self.knobs.adapters.items()
+                return Reply(command.id, [{"name": name, "path": path} for name, path in items])
+            case "info":
+                return Reply(command.id, self._info())
+            case name:
+                return Reply(command.id, error=f"unknown command {name!r}", status_code=400)
+
+    def _step(self) -> None:
+        if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:
+            return
+        if self.knobs.step_s:
+            self._must_die.wait(self.knobs.step_s)
+        outputs = [self._advance(entry) for entry in list(self._running.values())]
+        self._endpoint.send(Outputs(outputs))
+        self._endpoint.send(Stats({"num_running": float(len(self._running))}))
+        self.num_steps += 1
+
+    def _advance(self, entry: _Running) -> RequestOutput:
+        request, sampling = entry.request, entry.request.sampling
+        token = request.prompt_token_ids[entry.num_out % len(request.prompt_token_ids)]
+        entry.num_out += 1
+        finish = None
+        if token == self.knobs.fail_token:
+            finish = FinishReason(kind="abort", message="out of memory", status_code=500)
+        elif token in sampling.stop_token_ids:
+            finish = FinishReason(kind="stop", matched=token)
+        elif entry.num_out == sampling.max_new_tokens:
+            finish = FinishReason(kind="length", length=entry.num_out)
+        if finish is not None:
+            del self._running[request.rid]
+        return RequestOutput(
+            rid=request.rid,
+            token_ids=[token],
+            logprobs=_logprobs([token], request),
+            prompt_logprobs=(
+                _logprobs(request.prompt_token_ids[request.logprob_start_len :], request)
+                if entry.num_out == 1 and request.logprob_start_len >= 0
+                else []
+            ),
+            cached_tokens=1,
+            finish=finish,
+        )
+
+
+def _logprobs(tokens: list[int], request: Request) -> list[TokenLogprobs]:
+    if not request.return_logprob:
+        return []
+    top = [(-0.5 - rank, rank) for rank in range(request.top_logprobs_num)]
+    return [TokenLogprobs(-0.5, token, top) for token in tokens]
+
+
+class FakeProcess:
+    """What the client watches: the sentinel becomes readable when the writing end is closed."""
+
+    def __init__(self) -> None:
+        self.sentinel, self._alive = os.pipe()
+        self.exitcode: int | None = None
+
+    def end(self, code: int) -> None:
+        self.exitcode = code
+        os.close(self._alive)
+
+    def close(self) -> None:
+        os.close(self.sentinel)
+
+
+class ThreadEngine:
+    """A :class:`FakeEngine` in a thread: ``with ThreadEngine() as engine``."""
+
+    def __init__(self, knobs: Knobs | None = None) -> None:
+        self.knobs = knobs or Knobs()
+        self.address = EngineAddress.create()
+        self.process = FakeProcess()
+        self.engine = FakeEngine(self.address, self.knobs)
+        self._thread = threading.Thread(target=self._main, name="fake-engine")
+
+    def _main(self) -> None:
+        code = 1
+        try:
+            code = self.engine.run()
+        finally:
+            self.process.end(code)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.engine.die()
+        self._thread.join()
+        self.process.close()
+        self.address.remove()
+
+
+def spawn_fake_engine(
+    config: ServerConfig, address: EngineAddress, knobs: Knobs | None = None
+) -> BaseProcess:
+    """The engine in a process of its own, as ``engine.spawn.spawn_engine`` starts the real one."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_process_main, args=(address, knobs or Knobs()), name="fake-engine", daemon=True
+    )
+    process.start()
+    return process
+
+
+def _process_main(address: EngineAddress, knobs: Knobs) -> None:
+    raise SystemExit(FakeEngine(address, knobs).run())
