@@ -1,0 +1,1 @@
+"""HTTP: routes, bodies, errors and streams. Never imports torch."""

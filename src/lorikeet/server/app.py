@@ -1,0 +1,133 @@
+"""The HTTP application, and :func:`serve`, which runs it with an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+import uvloop
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from lorikeet import __version__
+from lorikeet.config import ServerConfig, resolve
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.paths import tokenizer_dir
+from lorikeet.engine.spawn import spawn_engine
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.transport import ClientTransport, EngineAddress
+from lorikeet.server import errors
+from lorikeet.server.health import HealthRoutes, metrics_router
+from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
+from lorikeet.server.middleware import AccessLog, ApiKeys
+from lorikeet.server.native import NativeRoutes
+from lorikeet.server.openai import OpenAIRoutes
+
+SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
+
+# How long running requests may take to finish after SIGTERM before they are cut off.
+DRAIN_S = 30
+# How long /health_generate waits for its token before it calls the engine stuck.
+HEALTH_TIMEOUT_S = 20.0
+# Probes need no key; what changes the server needs the admin key, if there is one.
+OPEN_PATHS = ("/health", "/health_generate")
+ADMIN_PATHS = ("/flush_cache", "/abort_request")
+
+
+def make_app(
+    config: ServerConfig,
+    client: EngineClient,
+    registry: CollectorRegistry,
+    *,
+    health_timeout: float = HEALTH_TIMEOUT_S,
+) -> FastAPI:
+    """The routes over a started client.
+
+    Args:
+        registry: the one the client counts in; shown at ``/metrics`` if the configuration says so.
+        health_timeout: seconds that ``/health_generate`` waits for its token.
+    """
+    app = FastAPI(title="Lorikeet", version=__version__)
+    app.include_router(NativeRoutes(client).router())
+    app.include_router(OpenAIRoutes(config, client).router())
+    app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
+    if config.enable_metrics:
+        app.include_router(metrics_router(registry))
+    errors.install(app)
+    # The last one added is the outermost: requests that are refused have an access line, too.
+    app.add_middleware(
+        ApiKeys,
+        api_key=config.api_key,
+        admin_api_key=config.admin_api_key,
+        admin_paths=ADMIN_PATHS,
+        open_paths=OPEN_PATHS,
+    )
+    app.add_middleware(AccessLog)
+    return app
+
+
+def serve(
+    config: ServerConfig, *, spawn: SpawnEngine = spawn_engine, drain_seconds: int = DRAIN_S
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish. Call it in the main thread.
+
+    A second signal ends it at once. When it returns or raises, the engine process is gone.
+
+    Args:
+        spawn: starts the engine process.
+        drain_seconds: how long running requests may take to finish.
+
+    Raises:
+        UserError: flags or files are wrong (ConfigError: the port is in use, ...). Nothing was served.
+        EngineDeadError: the engine died; its open requests were answered with that error.
+    """
+    config = resolve(config)
+    with bind(config.host, config.port) as listener:
+        tokenizer = Tokenizer.load(tokenizer_dir(config))
+        address = EngineAddress.create()
+        try:
+            process = spawn(config, address)
+            try:
+                work = _run(config, tokenizer, address, process, listener, drain_seconds)
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(work)
+            finally:
+                end_process(process)
+        finally:
+            address.remove()
+
+
+async def _run(
+    config: ServerConfig,
+    tokenizer: Tokenizer,
+    address: EngineAddress,
+    process: BaseProcess,
+    listener: socket.socket,
+    drain_seconds: int,
+) -> None:
+    registry = CollectorRegistry()
+    client = EngineClient(
+        transport=ClientTransport(address),
+        process=process,
+        tokenizer=tokenizer,
+        registry=registry,
+        model_name=config.served_model_name or config.model_path,
+    )
+
+    def make_server() -> HTTPServer:
+        app = make_app(config, client, registry)
+        ready_line = _ready_line(config, client)
+        return HTTPServer(app, drain_seconds=drain_seconds, ready_line=ready_line)
+
+    await run_server(client, process, listener, make_server)
+
+
+def _ready_line(config: ServerConfig, client: EngineClient) -> str:
+    adapters = list(client.info["adapters"])
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return (
+        f"Server ready at http://{host}:{config.port}: {config.served_model_name or config.model_path} "
+        f"with {len(adapters)} adapters" + (f" ({', '.join(adapters)})" if adapters else "")
+    )

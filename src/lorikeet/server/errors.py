@@ -1,0 +1,104 @@
+"""The one table from exceptions to HTTP errors, and the body that every error has.
+
+The body is OpenAI's (``{"error": {"message", "type", "param", "code"}}``); clients of the native API read ``message``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from lorikeet.errors import EngineFault, RequestError, UserError
+from lorikeet.server.replies import JSONReply
+
+ErrorBody = dict[str, dict[str, Any]]
+
+# What nginx logs for a client that left before its answer; nobody receives it.
+CLIENT_CLOSED_REQUEST = 499
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "method_not_allowed_error",
+    413: "request_too_large_error",
+}
+
+
+class ModelNotFoundError(RequestError):
+    """A model's id that is neither the base nor an adapter."""
+
+    status_code = 404
+
+
+def error_body(
+    message: str, status: int, *, param: str | None = None, code: str | None = None
+) -> ErrorBody:
+    """The body of an error with the HTTP status ``status``."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: UserError | EngineFault) -> tuple[int, ErrorBody]:
+    """Status and body of an exception raised on purpose."""
+    param = error.param if isinstance(error, RequestError) else None
+    code = "model_not_found" if isinstance(error, ModelNotFoundError) else None
+    return error.status_code, error_body(str(error), error.status_code, param=param, code=code)
+
+
+def error_response(
+    message: str, status: int, *, headers: Mapping[str, str] | None = None
+) -> JSONReply:
+    return JSONReply(error_body(message, status), status_code=status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of a route with the body above."""
+    app.add_exception_handler(UserError, _on_own)
+    app.add_exception_handler(EngineFault, _on_own)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    # Starlette's outermost layer calls this one and then raises the exception again, so uvicorn logs its traceback.
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+def _on_own(request: Request, error: Exception) -> Response:
+    if not isinstance(error, UserError | EngineFault):
+        raise error
+    status, body = describe(error)
+    return JSONReply(body, status_code=status)
+
+
+def _on_http(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    message = error.detail
+    if error.status_code == 404:
+        message = f"there is no {request.url.path}"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} {request.url.path} is not allowed; allowed: {allowed}"
+    return error_response(message, error.status_code, headers=error.headers)
+
+
+def _on_validation(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return JSONReply(error_body(f"{name}: {first['msg']}", 400, param=name), status_code=400)
+
+
+def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _on_unexpected(request: Request, error: Exception) -> Response:
+    return error_response("an error inside the server; its log has the details", 500)

@@ -1,0 +1,156 @@
+"""Is it up, what is it, and commands about the whole engine: health, model and server info, cache, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from lorikeet import __version__
+from lorikeet.config import ServerConfig
+from lorikeet.core.request import Request as EngineRequest
+from lorikeet.core.request import SamplingParams
+from lorikeet.engine.client import EngineClient
+from lorikeet.errors import RequestError
+from lorikeet.server.errors import error_response
+from lorikeet.server.replies import JSONReply, until_disconnect
+
+# How often a flush that found the engine busy is tried again within its timeout.
+FLUSH_RETRY_S = 0.05
+SECRETS = ("api_key", "admin_api_key")
+
+
+class HealthRoutes:
+    """The routes of this module.
+
+    Args:
+        generate_timeout: seconds that ``/health_generate`` waits for its token.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        client: EngineClient,
+        *,
+        generate_timeout: float,
+    ) -> None:
+        self._config = config
+        self._client = client
+        self._generate_timeout = generate_timeout
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["server"])
+        router.add_api_route("/health", self.health, methods=["GET"])
+        router.add_api_route("/health_generate", self.health_generate, methods=["GET"])
+        for path in ("/model_info", "/get_model_info"):
+            router.add_api_route(path, self.model_info, methods=["GET"])
+        for path in ("/server_info", "/get_server_info"):
+            router.add_api_route(path, self.server_info, methods=["GET"])
+        # FastAPI's document cannot hold a route with two methods; the second line is only for the document.
+        router.add_api_route(
+            "/flush_cache", self.flush_cache, methods=["GET", "POST"], include_in_schema=False
+        )
+        router.add_api_route("/flush_cache", self.flush_cache, methods=["POST"])
+        return router
+
+    async def health(self) -> Response:
+        """200 while the engine lives; says nothing about how busy it is."""
+        self._client.check_alive()
+        return JSONReply({"status": "ok"})
+
+    async def health_generate(self, request: Request) -> Response:
+        """Generate one token; 503 if the engine is dead or does not answer in time."""
+        try:
+            async with asyncio.timeout(self._generate_timeout):
+                await until_disconnect(request.receive, self._generate_one())
+        except TimeoutError:
+            return error_response(
+                f"the engine produced no token within {self._generate_timeout:g} seconds", 503
+            )
+        return JSONReply({"status": "ok"})
+
+    async def _generate_one(self) -> None:
+        probe = EngineRequest(
+            rid=f"health-{uuid.uuid4().hex}",
+            prompt_token_ids=[0],
+            sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
+        )
+        stream = await self._client.submit([probe])
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            stream.close()
+
+    async def model_info(self) -> Response:
+        info = self._client.info
+        config = self._config
+        return JSONReply(
+            {
+                "model_path": config.model_path,
+                "tokenizer_path": config.tokenizer_path or config.model_path,
+                "served_model_name": config.served_model_name or config.model_path,
+                "is_generation": True,
+                "context_length": info["context_length"],
+                "vocab_size": info["vocab_size"],
+                "dtype": info["dtype"],
+                "lora_enabled": info["lora_enabled"],
+                "max_lora_rank": info["max_lora_rank"],
+                "lora_target_modules": info["lora_target_modules"],
+            }
+        )
+
+    async def server_info(self) -> Response:
+        """Every field of the configuration but the keys, what the engine reported, and its newest numbers."""
+        fields: dict[str, Any] = dataclasses.asdict(self._config)
+        for name in SECRETS:
+            del fields[name]
+        return JSONReply(
+            {
+                **fields,
+                **self._client.info,
+                "version": __version__,
+                "internal_states": [dict(self._client.stats)],
+            }
+        )
+
+    async def flush_cache(self, request: Request) -> Response:
+        """Forget cached prefixes. The engine must be idle; ``timeout`` is how many seconds to wait until it is."""
+        deadline = time.monotonic() + _seconds(request, "timeout")
+        while not (await self._client.command("flush_cache"))["success"]:
+            if time.monotonic() + FLUSH_RETRY_S > deadline:
+                return error_response(
+                    "the cache was not flushed: requests are running; wait until they have ended or pass "
+                    "timeout=SECONDS",
+                    400,
+                )
+            await asyncio.sleep(FLUSH_RETRY_S)
+        return JSONReply({"success": True, "message": "the prefix cache is empty"})
+
+
+def metrics_router(registry: CollectorRegistry) -> APIRouter:
+    """``GET /metrics`` in the text format of Prometheus."""
+
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    router = APIRouter(tags=["server"])
+    router.add_api_route("/metrics", metrics, methods=["GET"])
+    return router
+
+
+def _seconds(request: Request, name: str) -> float:
+    text = request.query_params.get(name, "0")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise RequestError(f"{name}: must be a number of seconds, at least 0; got {text!r}", name)
+    return value

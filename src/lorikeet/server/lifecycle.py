@@ -1,0 +1,186 @@
+"""The life of the server process: reserve the port, wait for the engine, serve, drain, leave no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Generator
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from lorikeet.engine.client import EngineClient
+from lorikeet.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# How long the engine process may take to end after it was told to, before it is terminated, and then killed.
+ENGINE_EXIT_S = 5.0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Reserve the address before any work. Nobody can connect yet: that begins when uvicorn listens.
+
+    Raises:
+        ConfigError: the port is in use or not permitted, or the host is no address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host}: {error.strerror}") from None
+    # A name like localhost has addresses of both kinds; IPv4 is what clients of this API write.
+    family, kind, protocol, _, where = min(found, key=lambda item: item[0] != socket.AF_INET)
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        # Reuse was for lingering connections of a former server. If it stayed on, another starting server could
+        # bind the same port as long as neither of the two listens.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"--port {port} on {host} is in use; stop what uses it or give another port"
+        else:
+            message = f"--host {host} --port {port} cannot be used: {error.strerror}"
+        raise ConfigError(message) from None
+    return listener
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn on a socket that is already bound, logging the line that says it is ready.
+
+    Args:
+        drain_seconds: how long running requests may take to finish once it stops.
+    """
+
+    def __init__(self, app: FastAPI, *, drain_seconds: int, ready_line: str) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                timeout_graceful_shutdown=drain_seconds,
+            )
+        )
+        self._ready_line = ready_line
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals to :class:`StopSignals`; uvicorn would raise them again at its end."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("%s", self._ready_line)
+
+
+class StopSignals:
+    """SIGINT and SIGTERM: the first one asks for the end, the second one forces it."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.forced = asyncio.Event()
+
+    def install(self) -> None:
+        """Listen to the signals in the running loop (of the main thread)."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if not self.asked.is_set():
+            logger.info("%s: finishing what runs; send it again to stop at once", name)
+            self.asked.set()
+        else:
+            logger.warning("%s: stopping at once", name)
+            self.forced.set()
+
+
+async def run_server(
+    client: EngineClient,
+    process: BaseProcess,
+    listener: socket.socket,
+    make_server: Callable[[], HTTPServer],
+) -> None:
+    """Wait for the engine, serve until a signal or the engine's death, drain, and hang up.
+
+    Args:
+        make_server: called when the engine is ready.
+
+    Raises:
+        UserError, EngineDeadError: the engine could not start; or it died while it served, after the open requests
+            were answered with that error.
+    """
+    stop = StopSignals()
+    stop.install()
+    try:
+        starting = asyncio.ensure_future(client.start())
+        await _first(starting, stop.asked.wait())
+        if not starting.done():
+            process.terminate()  # an engine that loads does not read messages
+            await _cancelled(starting)
+            return
+        starting.result()
+        await _serve(make_server(), client, process, listener, stop)
+    finally:
+        await client.close()
+
+
+async def _serve(
+    server: HTTPServer,
+    client: EngineClient,
+    process: BaseProcess,
+    listener: socket.socket,
+    stop: StopSignals,
+) -> None:
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    death = asyncio.ensure_future(client.died())
+    await _first(serving, death, stop.asked.wait())
+    server.should_exit = True
+    await _first(serving, stop.forced.wait())
+    if not serving.done():
+        process.kill()
+        await _cancelled(serving)
+        return
+    serving.result()
+    if death.done():
+        raise death.result()
+    await _cancelled(death)
+
+
+async def _first(*work: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:
+    """Wait until one is done; coroutines that are not are cancelled, futures go on."""
+    futures = [asyncio.ensure_future(item) for item in work]
+    try:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for item, future in zip(work, futures, strict=True):
+            if item is not future:
+                await _cancelled(future)
+
+
+async def _cancelled(future: asyncio.Future[Any]) -> None:
+    future.cancel()
+    await asyncio.gather(future, return_exceptions=True)
+
+
+def end_process(process: BaseProcess) -> None:
+    """Wait for the engine process, by force if it must be."""
+    for force in (process.terminate, process.kill):
+        process.join(ENGINE_EXIT_S)
+        if process.exitcode is not None:
+            return
+        logger.warning("the engine process has not ended after %.0f s; forcing it", ENGINE_EXIT_S)
+        force()
+    process.join()

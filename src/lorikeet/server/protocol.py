@@ -1,0 +1,107 @@
+"""The bodies of HTTP requests as pydantic models, and the one way to read them.
+
+A body is checked strictly (``"true"`` is not a boolean) and what is wrong with it is a RequestError, which names the
+field, the value and what is allowed. The description of a field is the text of what is allowed. Keys that a model does
+not have are ignored: clients of this API send many.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from lorikeet.errors import RequestError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+# Longest quotation of a wrong value in a message.
+MAX_QUOTE = 60
+
+
+class Body(BaseModel):
+    """Base of every body."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class GenerateBody(Body):
+    """``POST /generate``. Null is the same as not given. The values are checked by ``engine/intake.py``."""
+
+    text: str | list[str] | None = Field(None, description="a string or a list of strings")
+    input_ids: list[int] | list[list[int]] | None = Field(
+        None, description="a list of token ids or a list of such lists"
+    )
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="an object or a list of objects, one per prompt"
+    )
+    lora_path: str | list[str | None] | None = Field(
+        None,
+        description="an adapter's name, null (the base model) or a list of them, one per prompt",
+    )
+    stream: bool | None = Field(None, description="true or false")
+    rid: str | list[str] | None = Field(
+        None, description="a string or a list of strings, one per prompt"
+    )
+    return_logprob: bool | list[bool | None] | None = Field(
+        None, description="true, false or a list of them, one per prompt"
+    )
+    logprob_start_len: int | list[int | None] | None = Field(
+        None, description="an integer or a list of integers, one per prompt"
+    )
+    top_logprobs_num: int | list[int | None] | None = Field(
+        None, description="an integer or a list of integers, one per prompt"
+    )
+    return_text_in_logprobs: bool | None = Field(None, description="true or false")
+
+
+class AbortBody(Body):
+    """``POST /abort_request``."""
+
+    rid: str | None = Field(None, description="a string")
+    abort_all: bool = Field(default=False, description="true or false")
+
+
+def parse_body(model: type[_Model], data: bytes) -> _Model:
+    """Read a JSON body.
+
+    Raises:
+        RequestError: it is not JSON, not an object, or a field has the wrong type.
+    """
+    try:
+        value: object = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body must be a JSON object; got {_quote(value)}")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        # A union reports each of its members; the deepest report is about the member that the client meant.
+        raise _refusal(model, max(error.errors(), key=_depth)) from None
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The ``openapi_extra`` of a route whose body :func:`parse_body` reads."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _depth(error: ErrorDetails) -> int:
+    return len(error["loc"])
+
+
+def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
+    name = str(error["loc"][0])
+    field = model.model_fields.get(name)
+    allowed = field.description if field else None
+    # Integers of the path are positions in lists; its strings after the first name members of unions.
+    where = name + "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+    return RequestError(f"{where}: must be {allowed}; got {_quote(error['input'])}", name)
+
+
+def _quote(value: object) -> str:
+    text = orjson.dumps(value).decode()
+    return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "…"

@@ -1,0 +1,123 @@
+"""The application over an engine double: in the test's loop (``api``) or behind real sockets (``live``)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry
+
+from lorikeet.config import ServerConfig
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.transport import ClientTransport
+from lorikeet.server.app import make_app
+from tests.support.byte_tokenizer import save_byte_tokenizer
+from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
+from tests.support.live_server import LiveServer
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer and nothing else."""
+    return save_byte_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer.load(model_dir)
+
+
+@dataclass
+class Api:
+    """An application in the test's own loop."""
+
+    http: httpx.AsyncClient
+    client: EngineClient
+    thread: ThreadEngine
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.thread.engine
+
+    @property
+    def knobs(self) -> Knobs:
+        return self.thread.knobs
+
+    async def generate(self, **body: Any) -> httpx.Response:
+        return await self.http.post("/generate", json=body)
+
+
+MakeApi = Callable[..., Any]
+
+
+@pytest.fixture
+def config(model_dir: Path) -> ServerConfig:
+    return ServerConfig(model_path=str(model_dir), served_model_name="base", enable_metrics=True)
+
+
+@asynccontextmanager
+async def open_api(
+    config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs, health_timeout: float = 60.0
+) -> AsyncIterator[Api]:
+    registry = CollectorRegistry()
+    with ThreadEngine(knobs) as thread:
+        client = EngineClient(
+            transport=ClientTransport(thread.address),
+            process=thread.process,
+            tokenizer=tokenizer,
+            registry=registry,
+            model_name="base",
+        )
+        try:
+            await client.start()
+            app = make_app(config, client, registry, health_timeout=health_timeout)
+            # An exception that escapes is answered with 500, as uvicorn does.
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+                yield Api(http, client, thread)
+        finally:
+            knobs.is_stuck = knobs.hold_accept = False
+            await client.close()
+
+
+@pytest.fixture
+async def api(config: ServerConfig, tokenizer: Tokenizer) -> AsyncIterator[Api]:
+    async with open_api(config, tokenizer, Knobs()) as made:
+        yield made
+
+
+@pytest.fixture
+async def make_api(config: ServerConfig, tokenizer: Tokenizer) -> AsyncIterator[MakeApi]:
+    """``await make_api(config=..., health_timeout=..., **knobs)``."""
+    async with AsyncExitStack() as stack:
+
+        async def make(
+            config: ServerConfig = config, health_timeout: float = 60.0, **knobs: Any
+        ) -> Api:
+            return await stack.enter_async_context(
+                open_api(config, tokenizer, Knobs(**knobs), health_timeout)
+            )
+
+        yield make
+
+
+@pytest.fixture
+def make_live(config: ServerConfig, tokenizer: Tokenizer) -> Iterator[Callable[..., LiveServer]]:
+    """``make_live(**knobs)``: a server on a free port."""
+    with ExitStack() as stack:
+
+        def make(config: ServerConfig = config, **knobs: Any) -> LiveServer:
+            return stack.enter_context(LiveServer(config, tokenizer, Knobs(**knobs)))
+
+        yield make

@@ -1,0 +1,119 @@
+"""Health, info, cache and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from lorikeet import __version__
+from lorikeet.config import LoRAPath, ServerConfig
+from tests.server.conftest import Api, MakeApi
+from tests.server.test_native import message
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_health_follows_the_engine(api: Api) -> None:
+    assert (await api.http.get("/health")).status_code == 200
+    assert (await api.http.get("/health_generate")).status_code == 200
+    assert len(api.engine.seen) == 1, "/health asks nothing of the engine"
+    assert api.engine.seen[0].sampling.max_new_tokens == 1
+    api.engine.die()
+    await api.client.died()
+    for path in ("/health", "/health_generate"):
+        reply = await api.http.get(path)
+        assert reply.status_code == 503
+        assert "the engine process has ended" in message(reply)
+
+
+async def test_a_stuck_engine_is_up_but_not_healthy(make_api: MakeApi) -> None:
+    api: Api = await make_api(health_timeout=0.2, hold_accept=True)
+    reply = await api.http.get("/health_generate")
+    assert reply.status_code == 503
+    assert "no token within 0.2 seconds" in message(reply)
+    assert (await api.http.get("/health")).status_code == 200
+    async with asyncio.timeout(60):  # the probe is not left behind
+        while api.client.num_open:
+            await asyncio.sleep(0.005)
+    assert len(api.engine.aborted) == 1
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/get_model_info"])
+async def test_model_info(api: Api, config: ServerConfig, path: str) -> None:
+    info = (await api.http.get(path)).json()
+    assert info["model_path"] == info["tokenizer_path"] == config.model_path
+    assert info["served_model_name"] == "base"
+    assert info["is_generation"] is True
+    assert info["context_length"] == 512
+    assert info["lora_enabled"] is True
+    assert info["max_lora_rank"] == 16
+
+
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+async def test_server_info_has_everything_but_the_keys(
+    make_api: MakeApi, config: ServerConfig, path: str
+) -> None:
+    config = replace(
+        config,
+        api_key="topsecret",
+        admin_api_key="moresecret",
+        lora_paths=(LoRAPath("json", "/a/json", pinned=True),),
+    )
+    api: Api = await make_api(config=config)
+    reply = await api.http.get(path, headers={"Authorization": "Bearer topsecret"})
+    assert "secret" not in reply.text
+    info = reply.json()
+    assert "api_key" not in info
+    assert info["lora_paths"][0]["name"] == "json"
+    assert info["schedule_policy"] == "fcfs"
+    assert info["max_total_num_tokens"] == 4096
+    assert info["version"] == __version__
+    assert isinstance(info["internal_states"], list)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_flush_cache(api: Api, method: str) -> None:
+    reply = await api.http.request(method, "/flush_cache")
+    assert (reply.status_code, reply.json()["success"]) == (200, True)
+
+
+async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
+    api: Api = await make_api(step_s=0.02)
+    call = asyncio.create_task(api.generate(text="a", sampling_params={"max_new_tokens": 20}))
+    while not api.engine.num_running:
+        await asyncio.sleep(0.001)
+    reply = await api.http.post("/flush_cache")
+    assert reply.status_code == 400
+    assert "requests are running" in message(reply)
+    reply = await api.http.post("/flush_cache?timeout=0.1")
+    assert reply.status_code == 400
+    assert not call.done()
+    assert (await api.http.post("/flush_cache", params={"timeout": "20"})).status_code == 200
+    assert (await call).json()["text"] == "a" * 20
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan", ""])
+async def test_flush_cache_refuses_other_timeouts(api: Api, value: str) -> None:
+    reply = await api.http.post("/flush_cache", params={"timeout": value})
+    assert reply.status_code == 400
+    assert "timeout: must be a number of seconds" in message(reply)
+
+
+async def test_metrics_count_what_was_served(api: Api) -> None:
+    await api.generate(text=["a", "b"], sampling_params={"max_new_tokens": 3})
+    await api.generate(text="a", lora_path="nobody")
+    reply = await api.http.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain")
+    lines = reply.text.splitlines()
+    assert 'lorikeet_requests_total{model_name="base",outcome="length"} 2.0' in lines
+    assert 'lorikeet_requests_total{model_name="base",outcome="error"} 1.0' in lines
+    assert 'lorikeet_generated_tokens_total{model_name="base"} 6.0' in lines
+    assert 'lorikeet_time_to_first_token_seconds_count{model_name="base"} 2.0' in lines
+    assert any(line.startswith("lorikeet_engine_num_running{") for line in lines)
+
+
+async def test_no_metrics_unless_asked_for(make_api: MakeApi, config: ServerConfig) -> None:
+    api: Api = await make_api(config=replace(config, enable_metrics=False))
+    assert (await api.http.get("/metrics")).status_code == 404

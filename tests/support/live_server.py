@@ -1,0 +1,93 @@
+"""The real server on a free port, in a thread, over an engine double."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from lorikeet.config import ServerConfig
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.transport import ClientTransport
+from lorikeet.server.app import make_app
+from lorikeet.server.lifecycle import HTTPServer, bind
+from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Fail unless ``condition`` becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+class LiveServer:
+    """``with LiveServer(config, tokenizer, knobs) as server``: requests go to ``server.url``."""
+
+    client: EngineClient
+    port: int
+
+    def __init__(self, config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self.thread = ThreadEngine(knobs)
+        self.knobs = knobs
+        self._server: HTTPServer | None = None
+        self._thread = threading.Thread(target=self._main, name="live-server")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.thread.engine
+
+    def _main(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        registry = CollectorRegistry()
+        self.client = EngineClient(
+            transport=ClientTransport(self.thread.address),
+            process=self.thread.process,
+            tokenizer=self._tokenizer,
+            registry=registry,
+            model_name="base",
+        )
+        try:
+            await self.client.start()
+            with bind("127.0.0.1", 0) as listener:
+                self.port = listener.getsockname()[1]
+                app = make_app(self._config, self.client, registry)
+                self._server = HTTPServer(app, drain_seconds=1, ready_line="live server ready")
+                await self._server.serve(sockets=[listener])
+        finally:
+            await self.client.close()
+
+    def __enter__(self) -> Self:
+        self.thread.__enter__()
+        self._thread.start()
+        wait_until(lambda: self._server is not None and self._server.started)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.knobs.is_stuck = self.knobs.hold_accept = False
+        if self._server is not None:
+            self._server.should_exit = True
+        self._thread.join()
+        self.thread.__exit__(kind, error, trace)
