@@ -1,0 +1,217 @@
+"""The command ``lorikeet``: serve, demo, generate.
+
+A mistake of the user is one line on stderr and exit code 2; a failure of ours is one line and exit code 1. The
+modules behind a command are imported when it runs, so that ``--help`` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import FrameType
+
+from lorikeet import __version__, demo, envs
+from lorikeet.config import ServerConfig, notes
+from lorikeet.errors import ConfigError, LorikeetError, UserError
+from lorikeet.log import setup_logging
+from lorikeet.options import Parser, add_options, config_from_args
+from lorikeet.utils import format_table
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+_OVERVIEW = """\
+One base model, many LoRA adapters, every sequence of a batch with its own.
+
+commands:
+  serve      the HTTP server; `python -m lorikeet.launch_server` is the same
+  demo       the embedded model and its adapters: one question, every answer
+  generate   answer prompts without a server
+
+`lorikeet COMMAND --help` lists the options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        return _fail(error, EXIT_USER_ERROR)
+    except LorikeetError as error:
+        return _fail(error, EXIT_FAULT)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _fail(error: LorikeetError, code: int) -> int:
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"lorikeet: error: {line}\n")
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    parser = Parser(
+        prog="lorikeet",
+        description=_OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    if not words:
+        raise ConfigError(f"a command is missing; known: {', '.join(COMMANDS)}")
+    if not words[0].startswith("-"):
+        raise ConfigError(f"unknown command {words[0]!r}; known: {', '.join(COMMANDS)}")
+    parser.parse(words)
+    return 0
+
+
+def _serve(words: list[str]) -> int:
+    parser = Parser(prog="lorikeet serve", description="Serve a base model and its adapters.")
+    add_options(parser)
+    config = config_from_args(parser.parse(words))
+    setup_logging(config.log_level)
+    _log_notes(config)
+    from lorikeet.server.app import serve
+
+    serve(config)
+    return 0
+
+
+def _demo(words: list[str]) -> int:
+    parser = Parser(
+        prog="lorikeet demo",
+        description=f"Ask the embedded model and each of its adapters: {demo.QUESTION}",
+    )
+    parser.add_argument(
+        "--port", default=None, help="port of the server (default: 30000, or a free one)"
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="end after the table (as DEMO_ONCE=1 does)"
+    )
+    args = parser.parse(words)
+    if args.port is not None and not args.port.isdecimal():
+        raise ConfigError(
+            f"--port is {args.port!r}; allowed: an integer at least 1 and at most 65535"
+        )
+    from lorikeet.demo_run import run
+
+    once = args.once or envs.DEMO_ONCE.get()
+    # Whoever ends us (a closed terminal, a supervisor) ends the server too.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        run(once=once, port=None if args.port is None else int(args.port))
+    except KeyboardInterrupt:
+        sys.stdout.write("\nThe server has ended.\n")
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _generate(words: list[str]) -> int:
+    parser = Parser(
+        prog="lorikeet generate", description="Answer prompts in this process, without a server."
+    )
+    own = parser.add_argument_group("prompts")
+    own.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given several times"
+    )
+    own.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="an adapter: once for all prompts, or once for each; '' is the base model",
+    )
+    own.add_argument(
+        "--sampling-params",
+        default="{}",
+        metavar="JSON",
+        help='like the field of the HTTP API, e.g. \'{"temperature": 0, "max_new_tokens": 64}\'',
+    )
+    add_options(parser)
+    args = parser.parse(words)
+    prompts, sampling = list(args.prompt), _json_object(args.sampling_params)
+    if not prompts:
+        raise ConfigError("--prompt is required")
+    adapters = _adapters(list(args.lora), len(prompts))
+    config = config_from_args(args)
+    setup_logging(config.log_level)
+    _log_notes(config)
+    sys.stdout.write(_answer(config, prompts, sampling, adapters) + "\n")
+    return 0
+
+
+def _answer(
+    config: ServerConfig,
+    prompts: list[str],
+    sampling: dict[str, object],
+    adapters: list[str | None],
+) -> str:
+    from lorikeet.engine.llm import LLM
+
+    options = asdict(config)
+    model_path = options.pop("model_path")
+    # As text, which keeps what a plain NAME=PATH cannot say.
+    paths = [
+        json.dumps({"lora_name": p["name"], "lora_path": p["path"], "pinned": p["pinned"]})
+        for p in options.pop("lora_paths")
+    ]
+    llm = LLM(model_path, lora_paths=paths, **options)
+    replies = llm.generate(prompts, sampling, lora_path=adapters)
+    texts = [str(reply["text"]).strip() for reply in replies]
+    if len(texts) == 1:
+        return texts[0]
+    rows = [
+        (prompt, adapter or "(base)", text)
+        for prompt, adapter, text in zip(prompts, adapters, texts, strict=True)
+    ]
+    width = shutil.get_terminal_size((110, 24)).columns
+    return format_table(("prompt", "adapter", "answer"), rows, width=width)
+
+
+def _adapters(names: list[str], num_prompts: int) -> list[str | None]:
+    if len(names) not in (0, 1, num_prompts):
+        raise ConfigError(
+            f"--lora is given {len(names)} times for {num_prompts} prompts; allowed: once, or once for each"
+        )
+    given = names * num_prompts if len(names) == 1 else names or [""] * num_prompts
+    return [name or None for name in given]
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--sampling-params is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--sampling-params is {text!r}; allowed: a JSON object")
+    return value
+
+
+def _log_notes(config: ServerConfig) -> None:
+    for note in notes(config):
+        logger.warning("%s", note)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "demo": _demo,
+    "generate": _generate,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

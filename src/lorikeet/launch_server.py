@@ -1,0 +1,10 @@
+"""``python -m lorikeet.launch_server``: the same as ``lorikeet serve``."""
+
+from __future__ import annotations
+
+import sys
+
+from lorikeet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))
