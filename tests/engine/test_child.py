@@ -60,33 +60,35 @@ def serve(*turns: ToEngine | Callable[[], None] | None, parent: int | None = Non
 
 
 def test_requests_are_accepted_answered_and_drained() -> None:
-    script = serve(Submit(request("a")), Submit(request("b")), Shutdown(drain_seconds=30))
+    script = serve(Submit([request("a")]), Submit([request("b")]), Shutdown(drain_seconds=30))
     assert [m.rid for m in script.sent if isinstance(m, Accepted)] == ["a", "b"]
     assert script.finishes() == {"a": "length", "b": "length"}
 
 
 def test_a_shutdown_without_patience_aborts() -> None:
-    script = serve(Submit(request("a", max_new_tokens=50)), Shutdown())
+    script = serve(Submit([request("a", max_new_tokens=50)]), Shutdown())
     assert "shutting down" in script.finishes()["a"]
 
 
 def test_no_new_request_after_a_shutdown() -> None:
     script = serve(
-        Submit(request("a", max_new_tokens=20)), Shutdown(drain_seconds=30), Submit(request("b"))
+        Submit([request("a", max_new_tokens=20)]),
+        Shutdown(drain_seconds=30),
+        Submit([request("b")]),
     )
     assert script.finishes()["a"] == "length"
     assert "shutting down" in script.finishes()["b"]
 
 
 def test_an_id_that_is_sent_twice_does_not_end_the_first(caplog: pytest.LogCaptureFixture) -> None:
-    script = serve(Submit(request("a")), Submit(request("a")), Shutdown(drain_seconds=30))
+    script = serve(Submit([request("a")]), Submit([request("a")]), Shutdown(drain_seconds=30))
     assert script.finishes() == {"a": "length"}
     assert "request dropped" in caplog.text
 
 
 def test_abort_and_commands() -> None:
     script = serve(
-        Submit(request("a", max_new_tokens=50)),
+        Submit([request("a", max_new_tokens=50)]),
         Abort("a"),
         Command(7, "info"),
         Command(8, "nonsense"),
@@ -101,5 +103,5 @@ def test_abort_and_commands() -> None:
 
 
 def test_it_ends_when_its_parent_is_gone() -> None:
-    script = serve(Submit(request("a")), parent=-1)
+    script = serve(Submit([request("a")]), parent=-1)
     assert script.sent == []

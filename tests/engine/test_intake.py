@@ -152,9 +152,9 @@ def test_new_tokens_are_limited_by_the_context(intake: Intake) -> None:
 def test_numbers_that_fit_no_message_are_brought_into_range(intake: Intake) -> None:
     [request] = make(intake, text="a", sampling_params={"top_k": 10**30, "max_new_tokens": 10**30})
     assert request.sampling.top_k == VOCAB
-    sent = decode_to_engine(encode(Submit(request)))
+    sent = decode_to_engine(encode(Submit([request])))
     assert isinstance(sent, Submit)
-    assert sent.request == request
+    assert sent.requests == [request]
 
 
 @pytest.mark.parametrize(
@@ -380,4 +380,4 @@ def test_any_json_is_requests_or_a_named_error(
         return
     assert requests
     for request in requests:
-        decode_to_engine(encode(Submit(request)))
+        decode_to_engine(encode(Submit([request])))

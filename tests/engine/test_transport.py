@@ -28,7 +28,7 @@ def address() -> Iterator[EngineAddress]:
 
 def test_messages_arrive_whole_and_in_order_in_both_directions(address: EngineAddress) -> None:
     request = Request(rid="r", prompt_token_ids=[1, 2], sampling=SamplingParams(stop=("a",)))
-    to_engine = [Submit(request), Abort("r"), Command(7, "info", {"x": [1]}), Shutdown(1.5)]
+    to_engine = [Submit([request]), Abort("r"), Command(7, "info", {"x": [1]}), Shutdown(1.5)]
     finish = FinishReason(kind="stop", matched="a")
     to_client = [Accepted("r"), Outputs([RequestOutput(rid="r", token_ids=[3], finish=finish)])]
 

@@ -146,8 +146,9 @@ class FakeEngine:
         if self.knobs.is_stuck and not isinstance(message, Shutdown):
             return
         match message:
-            case Submit(request):
-                self._submit(request)
+            case Submit(requests):
+                for request in requests:
+                    self._submit(request)
             case Abort(rid, text):
                 for key in list(self._running) if rid is None else [rid]:
                     if key in self._running:

@@ -12,9 +12,12 @@ from lorikeet.core.request import Request, RequestOutput
 
 
 class Submit(msgspec.Struct, tag=True):
-    """Start a request. Answered by ``Accepted`` or by ``Outputs`` with a terminal output."""
+    """Start the requests of one call, so that they can share their first step.
 
-    request: Request
+    Each is answered by ``Accepted`` or by ``Outputs`` with a terminal output.
+    """
+
+    requests: list[Request]
 
 
 class Abort(msgspec.Struct, tag=True):

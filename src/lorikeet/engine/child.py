@@ -27,7 +27,7 @@ from lorikeet.core.messages import (
     Submit,
     ToEngine,
 )
-from lorikeet.core.request import FinishReason, RequestOutput
+from lorikeet.core.request import FinishReason, Request, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
@@ -121,8 +121,9 @@ class EngineLoop:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Submit():
-                self._submit(message)
+            case Submit(requests):
+                for request in requests:
+                    self._submit(request)
             case Abort(rid, text):
                 self._core.abort(rid, text)
             case Command(number, name, args):
@@ -130,13 +131,12 @@ class EngineLoop:
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
-    def _submit(self, message: Submit) -> None:
-        rid = message.request.rid
+    def _submit(self, request: Request) -> None:
         if self._deadline is not None:
-            self._refuse(rid, "the server is shutting down", 503)
+            self._refuse(request.rid, "the server is shutting down", 503)
             return
         try:
-            self._core.submit(message.request)
+            self._core.submit(request)
         except RequestError:
             # The id is in use. An answer under it would end somebody else's stream; the client never sends one twice.
             logger.exception("request dropped")

@@ -194,8 +194,7 @@ class EngineClient:
             self._begin(stream, index, request, (groups or {}).get(request.rid, request.rid))
             for index, request in enumerate(requests)
         ]
-        for entry in entries:
-            self._transport.send(Submit(entry.request))
+        self._transport.send(Submit([entry.request for entry in entries]))
         try:
             await asyncio.gather(*(entry.accepted for entry in entries))
         except BaseException:

@@ -91,7 +91,7 @@ class EngineCore:
     @property
     def has_steps(self) -> bool:
         """True if a step may have something to compute or to release."""
-        return bool(self._scheduler.num_waiting or self._scheduler.num_running or self._outputs)
+        return self._scheduler.has_work or bool(self._outputs)
 
     @property
     def is_idle(self) -> bool:
