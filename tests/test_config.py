@@ -133,6 +133,8 @@ def test_keys_are_not_shown():
         ({"served_model_name": "org:base"}, ["--served-model-name is 'org:base'", "without ':'"]),
         ({"model_path": "a:b"}, ["--served-model-name is 'a:b'"]),
         ({"lora_paths": 3.5}, ["--lora-paths is 3.5"]),
+        ({"lora_disk_cache_gb": 0}, ["--lora-disk-cache-gb is 0", "above 0"]),
+        ({"lora_root": ("",)}, ["--lora-root is"]),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(options, words):
@@ -151,6 +153,22 @@ def test_a_bad_value_is_named_with_what_is_allowed(options, words):
         ({"max_lora_rank": 8}, ["--max-lora-rank given", "LoRA is off", "--enable-lora"]),
         ({"lora_target_modules": ("all",)}, ["--lora-target-modules given", "LoRA is off"]),
         ({"max_loaded_loras": 9}, ["--max-loaded-loras given", "LoRA is off"]),
+        ({"lora_root": (".",)}, ["--lora-root given", "LoRA is off"]),
+        ({"lora_resolver_dir": "."}, ["--lora-resolver-dir given", "LoRA is off"]),
+        ({"lora_disk_cache_dir": "c"}, ["--lora-disk-cache-dir given", "LoRA is off"]),
+        ({"lora_disk_cache_gb": 3}, ["--lora-disk-cache-gb given", "LoRA is off"]),
+        (
+            {"lora_paths": (A,), "lora_root": ("/no/such",)},
+            ["--lora-root is '/no/such'", "a directory that exists"],
+        ),
+        (
+            {"lora_paths": (A,), "lora_resolver_dir": __file__},
+            ["--lora-resolver-dir is", "a directory that exists"],
+        ),
+        (
+            {"lora_paths": (A,), "lora_root": ("a\0",)},
+            ["--lora-root is", "a directory that exists"],
+        ),
         (
             {"lora_paths": (A,), "max_loaded_loras": 2},
             ["--max-loaded-loras is 2", "--max-loras-per-batch (8)"],
@@ -168,6 +186,10 @@ def test_a_bad_value_is_named_with_what_is_allowed(options, words):
         (
             {"lora_paths": (A, LoRAPath("a", "other"))},
             ["'a' twice", "path/a", "other", "NAME=PATH"],
+        ),
+        (
+            {"lora_paths": (A, LoRAPath("a", "s3://key:secret@bucket/a"))},
+            ["'a' twice", "s3://***@bucket/a"],
         ),
         ({"lora_paths": (LoRAPath("base", "p"),)}, ["'base' like the base model"]),
         (
@@ -194,6 +216,15 @@ def test_bounds_are_inclusive():
     assert resolved.max_loaded_loras == 2
     pinned = (replace(A, pinned=True), B)
     assert config(lora_paths=pinned, max_loras_per_batch=2).lora_paths == pinned
+
+
+def test_directories_of_adapters_become_real_paths(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    resolved = config(lora_paths=(A,), lora_root=("link", "."), lora_resolver_dir="link")
+    assert resolved.lora_root == (str(tmp_path), str(tmp_path))
+    assert resolved.lora_resolver_dir == str(tmp_path)
+    assert resolve(resolved) == resolved
 
 
 def test_packed_targets_mean_their_parts():
@@ -241,6 +272,8 @@ def test_a_directory_named_demo_can_be_an_adapter():
         ("path/to/it", LoRAPath("path/to/it", "path/to/it")),
         ("sql=path/to/it", LoRAPath("sql", "path/to/it")),
         ("a=p=q", LoRAPath("a", "p=q")),
+        ("a=https://u:p@host/a?key=b", LoRAPath("a", "https://u:p@host/a?key=b")),
+        ("s3://bucket/a", LoRAPath("s3://bucket/a", "s3://bucket/a")),
         ('{"lora_name": "n", "lora_path": "p"}', LoRAPath("n", "p")),
         ('{"lora_name":"n","lora_path":"p=q","pinned":true}', LoRAPath("n", "p=q", pinned=True)),
         ({"lora_name": "n", "lora_path": "p", "pinned": False}, LoRAPath("n", "p")),
@@ -258,6 +291,10 @@ def test_spellings_of_an_adapter(entry, expected):
         (7, ["7", "NAME=PATH"]),
         ("=path", ["'=path'", "both"]),
         ("name=", ["'name='", "both"]),
+        ("https://host/a?key=secret", ["URL", "NAME=URL"]),
+        ('{"lora_name": 3, "lora_path": "https://h/a?secret"}', ["https://h/a?***", "lora_name"]),
+        ({"lora_path": "s3://u:secret@b/a"}, ["s3://***@b/a", "lora_name is missing"]),
+        ("https://user:secret@host/a", ["URL", "NAME=URL"]),
         ('{"lora_name": "n"}', ["lora_path is missing"]),
         ('{"lora_path": "p"}', ["lora_name is missing"]),
         ('{"lora_name": "n", "lora_path": ""}', ["lora_path must be text"]),
@@ -274,6 +311,7 @@ def test_a_bad_adapter_entry_is_refused(entry, words):
     with pytest.raises(ConfigError) as caught:
         parse_lora_paths([entry])
     assert all(word in str(caught.value) for word in words), caught.value
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from lorikeet import demo
 from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
+from lorikeet.masking import mask
 
 __all__ = ["OPTIONS", "LoRAPath", "ServerConfig", "parse_lora_paths", "resolve"]
 
@@ -91,6 +93,19 @@ class ServerConfig:
     )
     max_lora_chunk_size: int = _option(
         16, "longest chunk of the csgmv backend", choices=(16, 32, 64, 128)
+    )
+    lora_root: tuple[str, ...] = _option(
+        (),
+        "directories that hold every local adapter which a request may load; none: any directory",
+    )
+    lora_resolver_dir: str | None = _option(
+        None, "directory where a name that is not loaded is looked up on its first use"
+    )
+    lora_disk_cache_dir: str | None = _option(
+        None, "where adapters from s3://, gs:// and http(s):// are kept", auto="~/.cache/lorikeet"
+    )
+    lora_disk_cache_gb: float | None = _option(
+        None, "most GB (10^9 bytes) that are kept there", auto="20", above=0
     )
     tp_size: int = _option(1, "tensor-parallel ranks", least=1, aliases=("tp",))
     mem_fraction_static: float | None = _option(
@@ -198,6 +213,10 @@ def resolve(config: ServerConfig) -> ServerConfig:
         enable_lora=_lora_is_on(config),
         lora_backend="torch",
         lora_target_modules=_expand_targets(config.lora_target_modules),
+        lora_root=tuple(_directory("lora_root", path) for path in config.lora_root),
+        lora_resolver_dir=_directory("lora_resolver_dir", config.lora_resolver_dir)
+        if config.lora_resolver_dir
+        else None,
         max_running_requests=config.max_running_requests or 256,
         chunked_prefill_size=config.chunked_prefill_size or 2048,
         max_prefill_tokens=config.max_prefill_tokens or 16384,
@@ -247,7 +266,7 @@ def _check_names(config: ServerConfig) -> None:
     for entry in config.lora_paths:
         if entry.name in seen:
             raise ConfigError(
-                f"--lora-paths names the adapter {entry.name!r} twice ({seen[entry.name]} and {entry.path}); "
+                f"--lora-paths names the adapter {entry.name!r} twice ({mask(seen[entry.name])} and {mask(entry.path)}); "
                 "allowed: a different name for each, as NAME=PATH"
             )
         seen[entry.name] = entry.path
@@ -284,6 +303,17 @@ def _check_memory(config: ServerConfig) -> None:
         )
 
 
+def _directory(name: str, path: str) -> str:
+    """The real path of a directory that has to be there: a link that changes later changes nothing."""
+    try:
+        found = Path(path).expanduser().resolve()
+        if found.is_dir():
+            return str(found)
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a home that is not there, a NUL
+        pass
+    raise ConfigError(f"{OPTIONS[name].flag} is {path!r}; allowed: a directory that exists")
+
+
 def _lora_is_on(config: ServerConfig) -> bool:
     return bool(config.lora_paths) if config.enable_lora is None else config.enable_lora
 
@@ -291,14 +321,16 @@ def _lora_is_on(config: ServerConfig) -> bool:
 def _check_lora(config: ServerConfig) -> None:
     if config.enable_lora is False and config.lora_paths:
         raise ConfigError("--no-enable-lora contradicts --lora-paths; leave one of them out")
-    limits = ("max_loaded_loras", "max_lora_rank", "lora_target_modules")
-    given = [name for name in limits if getattr(config, name) is not None]
+    needed = ("max_lora_rank", "lora_target_modules")
+    sources = ("lora_root", "lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
+    names = ("max_loaded_loras", *needed, *sources)
+    given = [name for name in names if getattr(config, name) != OPTIONS[name].default]
     if not _lora_is_on(config):
         if given:
             flags = ", ".join(OPTIONS[name].flag for name in given)
             raise ConfigError(f"{flags} given, but LoRA is off; add --enable-lora or --lora-paths")
         return
-    missing = [name for name in limits[1:] if name not in given]
+    missing = [name for name in needed if name not in given]
     if missing and not config.lora_paths:
         raise ConfigError(
             f"--enable-lora without --lora-paths needs {' and '.join(OPTIONS[n].flag for n in missing)}: "

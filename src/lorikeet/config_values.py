@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin
 
 from lorikeet.errors import ConfigError
+from lorikeet.masking import mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,10 @@ def parse_lora_paths(entries: Iterable[object]) -> tuple[LoRAPath, ...]:
     Raises:
         ConfigError: an entry cannot be read; a shell that ate the quotes of the JSON is recognised.
     """
-    return tuple(_parse_lora_path(entry) for entry in entries)
+    try:
+        return tuple(_parse_lora_path(entry) for entry in entries)
+    except ConfigError as error:
+        raise ConfigError(mask(str(error))) from None
 
 
 def _parse_lora_path(entry: object) -> LoRAPath:
@@ -236,6 +240,9 @@ def _parse_lora_path(entry: object) -> LoRAPath:
     if _MANGLED.match(text):
         raise _quoting(text)
     name, separator, path = text.partition("=")
+    if "://" in name and (separator or set("?#@") & set(name)):
+        # The "=" of a query is no separator, and as a name the URL's keys would be seen by everybody.
+        raise ConfigError("--lora-paths has a URL with a query or a password; allowed: NAME=URL")
     if not separator:
         return LoRAPath(name=text, path=text)
     if not name.strip() or not path.strip():

@@ -77,7 +77,19 @@ DEMO_ONCE: EnvVar[bool] = EnvVar(
     default=False,
 )
 
-ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (API_KEY, ADMIN_API_KEY, DEMO_ONCE)
+HF_ENDPOINT: EnvVar[str | None] = EnvVar(
+    "HF_ENDPOINT",
+    "The Hugging Face hub that adapters are downloaded from, in place of huggingface.co (a mirror, say).",
+    _text,
+    None,
+)
+
+ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (
+    API_KEY,
+    ADMIN_API_KEY,
+    DEMO_ONCE,
+    HF_ENDPOINT,
+)
 
 
 _DEFAULTS: dict[object, str] = {None: "unset", False: "`0`", True: "`1`"}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.errors import AdapterError
-from lorikeet.lora.source import resolve_source
+from lorikeet.lora import source
+from lorikeet.lora.source import SourceOptions, open_source, resolve_source
 
 # What the client's own HTTP library raises when a transfer breaks off.
 HFHTTPError = HfHubHTTPError.__bases__[0]
@@ -33,6 +38,7 @@ def test_a_local_directory(tmp_path):
         (("adapter_config.json",), "adapter_model.safetensors"),
         (("adapter_config.json", "model.safetensors"), "adapter_model.safetensors"),
         (("adapter_config.json", "adapter_model.bin"), "pickle"),
+        (("adapter_config.json", "adapter_model.safetensors.index.json"), "shards"),
     ],
 )
 def test_missing_files_are_named(tmp_path, files, says):
@@ -69,14 +75,17 @@ def test_a_file_in_place_of_a_directory(tmp_path):
 def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     calls = []
 
-    def download(repo_id, *, allow_patterns):
+    def download(repo_id, *, allow_patterns, **rest):
         calls.append((repo_id, allow_patterns))
         return str(_fill(tmp_path / "snap", "adapter_config.json", "adapter_model.safetensors"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_source("owner/some-adapter_v1.0") == tmp_path / "snap"
     assert calls == [
-        ("owner/some-adapter_v1.0", ["adapter_config.json", "adapter_model.safetensors"])
+        (
+            "owner/some-adapter_v1.0",
+            ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"],
+        )
     ]
 
 
@@ -111,3 +120,126 @@ def test_a_failed_download_names_the_id_and_the_reason(error, monkeypatch):
         AdapterError, match=r"owner/name.*no (such snapshot|such repository|network)"
     ):
         resolve_source("owner/name")
+
+
+# ---- --lora-root ----
+
+
+@pytest.fixture
+def root(tmp_path):
+    _fill(tmp_path / "root" / "a", "adapter_config.json", "adapter_model.safetensors")
+    _fill(tmp_path / "outside", "adapter_config.json", "adapter_model.safetensors")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def inside(root):
+    return SourceOptions(roots=(root,))
+
+
+def refused(path, options):
+    with pytest.raises(AdapterError) as caught:
+        resolve_source(str(path), options)
+    return str(caught.value)
+
+
+def test_below_a_root(root, inside):
+    assert resolve_source(str(root / "a"), inside) == root / "a"
+    assert resolve_source(str(root / "a" / ".." / "a"), inside) == root / "a"
+
+
+def test_outside_of_every_root(root, inside):
+    outside = root.parent / "outside"
+    for path in (outside, root / ".." / "outside", root / "a" / ".." / ".." / "outside"):
+        assert "outside of --lora-root" in refused(path, inside)
+    assert resolve_source(str(outside), inside.trusted()) == outside
+    both = SourceOptions(roots=(root, outside))
+    assert resolve_source(str(outside), both) == outside
+
+
+def test_a_name_that_only_begins_like_a_root(root, inside):
+    path = _fill(root.parent / "root2", "adapter_config.json", "adapter_model.safetensors")
+    assert "outside of --lora-root" in refused(path, inside)
+
+
+def test_what_is_outside_is_not_told_apart_from_what_is_not_there(root, inside):
+    there, missing = root.parent / "outside", root.parent / "missing"
+    assert refused(there, inside).replace("outside", "") == refused(missing, inside).replace(
+        "missing", ""
+    ).replace("outside", "")
+
+
+def test_a_link_out_of_a_root(root, inside):
+    (root / "link").symlink_to(root.parent / "outside")
+    assert "outside of --lora-root" in refused(root / "link", inside)
+
+
+def test_a_file_that_is_a_link_out_of_a_root(root, inside):
+    weights = root / "a" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(root.parent / "outside" / "adapter_model.safetensors")
+    assert "leads out of --lora-root" in refused(root / "a", inside)
+    assert resolve_source(str(root / "a")) == root / "a"
+
+
+def test_a_link_within_a_root_is_followed_once(root, inside):
+    (root / "link").symlink_to(root / "a")
+    assert resolve_source(str(root / "link"), inside) == root / "a"
+
+
+def test_a_root_that_is_a_link(root):
+    (root.parent / "alias").symlink_to(root)
+    options = SourceOptions(roots=(root.parent / "alias",))
+    assert resolve_source(str(root / "a"), options) == root / "a"
+
+
+def test_roots_bind_local_paths_only(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *a, **k: str(_fill(tmp_path / "snap", *source_files())),
+    )
+    assert resolve_source("owner/name", inside) == tmp_path / "snap"
+
+
+def source_files():
+    return "adapter_config.json", source.WEIGHTS_FILE
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "~no-such-user-here/a", "loop/a"])
+def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for options in (SourceOptions(), inside):
+        assert refused(path, options).startswith("adapter path")
+
+
+@pytest.mark.parametrize("path", ["file:///etc", "FILE:/etc", "ftp://h/a", "simplecache::s3://b/a"])
+def test_other_schemes(path):
+    assert "adapter path" in refused(path, SourceOptions())
+
+
+def test_a_pipe_in_place_of_a_file(tmp_path):
+    os.mkfifo(_fill(tmp_path / "a", "adapter_config.json") / "adapter_model.safetensors")
+    assert "has no adapter_model.safetensors" in refused(tmp_path / "a", SourceOptions())
+
+
+def test_an_error_inside_the_context_is_not_ours(root):
+    with pytest.raises(ZeroDivisionError), open_source(str(root / "a")):
+        _ = 1 / 0
+
+
+def test_options_of_a_configuration(root):
+    config = resolve(
+        ServerConfig(
+            model_path="base",
+            lora_paths=(LoRAPath("a", "p"),),
+            lora_root=(str(root / ".." / "root"),),
+            lora_disk_cache_dir="cache",
+            lora_disk_cache_gb=1.5,
+        )
+    )
+    assert SourceOptions.from_config(config) == SourceOptions(
+        roots=(root,), cache_dir=Path("cache"), cache_bytes=1_500_000_000
+    )
+    assert SourceOptions.from_config(resolve(ServerConfig(model_path="base"))) == SourceOptions()

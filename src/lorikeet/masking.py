@@ -1,0 +1,30 @@
+"""URLs without their secrets: a password or a key in a URL must not reach a log, a reply or an error message."""
+
+from __future__ import annotations
+
+import re
+
+_URL = re.compile(
+    r"""
+    (?P<scheme> \b[a-z][a-z0-9+.-]*:// )
+    (?P<user>
+        [^\s/?\#"'<>@:]* : (?! \d*(?:[/?\#\s"'<>)]|$) ) [^\s"'<>]* @   # a password, even with / or ? in it; no port
+      | [^\s/?\#"'<>]* @
+    )?
+    (?P<rest> [^\s?\#"'<>]* )
+    (?P<query> [?\#][^\s"'<>]* )?
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def mask(text: str) -> str:
+    """``text`` with the user information and the query of every URL in it replaced by ``***``. Rather too much than too
+    little: a query ends only at a blank, a quote or an angle bracket."""
+    return _URL.sub(_masked, text)
+
+
+def _masked(match: re.Match[str]) -> str:
+    user = "***@" if match["user"] else ""
+    query = "?***" if match["query"] else ""
+    return f"{match['scheme']}{user}{match['rest']}{query}"
