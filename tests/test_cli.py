@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 
 from lorikeet import __version__, demo_run
 from lorikeet.cli import main
-from lorikeet.errors import EngineDeadError, ModelError
+from lorikeet.config import LoRAPath
+from lorikeet.errors import AdapterError, EngineDeadError, ModelError
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def error_line(capsys) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "a command is missing; known: serve, demo, generate"),
-        (["bench"], "unknown command 'bench'; known: serve, demo, generate"),
+        ([], "a command is missing; known: serve, demo, generate, check-adapter"),
+        (["bench"], "unknown command 'bench'; known: serve, demo, generate, check-adapter"),
         (["--nope"], "unknown argument --nope"),
         (["serve"], "--model-path is required"),
         (["serve", "--model", "m", "--device", "cuda"], "--device is cuda"),
@@ -55,6 +57,11 @@ def error_line(capsys) -> str:
         ),
         (["generate", "--model", "m", "--prompt", "a", "--sampling-params", "{"], "is not JSON"),
         (["generate", "--model", "m", "--prompt", "a", "--sampling-params", "[]"], "a JSON object"),
+        (["check-adapter", "a"], "--model-path is required"),
+        (["check-adapter", "--model", "m"], "path"),
+        (["check-adapter", "a", "--model", "m", "--max-lora-rank", "0"], "--max-lora-rank is '0'"),
+        (["check-adapter", "a", "--model", "m", "--lora-target-modules", "x"], "x"),
+        (["check-adapter", "a", "--model", "m", "--port", "1"], "unknown argument --port"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, words):
@@ -63,7 +70,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, argv, words):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["serve", "--help"], ["demo", "-h"], ["generate", "-h"]]
+    "argv",
+    [["--help"], ["serve", "--help"], ["demo", "-h"], ["generate", "-h"], ["check-adapter", "-h"]],
 )
 def test_help_ends_well(capsys, argv):
     with pytest.raises(SystemExit) as caught:
@@ -176,6 +184,46 @@ def test_generate_shows_several_answers_in_a_table(module, capsys, adapters, ans
     table = capsys.readouterr().out
     assert all(answer in table for answer in answers)
     assert ("(base)" in table) == ("None" in "".join(answers))
+
+
+@pytest.fixture
+def checked(module):
+    """What ``check-adapter`` was asked to check."""
+    calls = []
+
+    def check_adapter(config, *, base_norms):
+        calls.append((config, base_norms))
+        if config.lora_paths[0].path == "bad":
+            raise AdapterError("rank 9 is\ntoo much")
+        if config.lora_paths[0].path == "gone":
+            raise ModelError("no such base")
+        return {"rank": 4}
+
+    def format_check(report, *, width):
+        return f"table of {report} in {width}"
+
+    module("lorikeet.engine.check", check_adapter=check_adapter, format_check=format_check)
+    return calls
+
+
+def test_check_adapter_prints_a_table_or_json(checked, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    assert main(["check-adapter", "a=b", "--model-path", "m"]) == 0
+    assert capsys.readouterr().out == "table of {'rank': 4} in 90\n"
+    argv = ["check-adapter", "a", "--model", "m", "--json", "--base-norms", "--max_lora_rank", "8"]
+    assert main([*argv, "--lora-target-modules", "q_proj", "v_proj", "--dtype", "bfloat16"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rank": 4}
+    (first, _), (second, base_norms) = checked
+    assert first.lora_paths == (LoRAPath("adapter", "a=b"),)
+    assert (second.max_lora_rank, second.dtype, base_norms) == (8, "bfloat16", True)
+    assert second.lora_target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(("path", "code"), [("bad", 1), ("gone", 2)])
+def test_a_refused_adapter_has_its_own_exit_code(checked, capsys, path, code):
+    assert main(["check-adapter", path, "--model-path", "m"]) == code
+    error_line(capsys)
+    assert len(checked) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The command ``lorikeet``: serve, demo, generate.
+"""The command ``lorikeet``: serve, demo, generate, check-adapter.
 
-A mistake of the user is one line on stderr and exit code 2; a failure of ours is one line and exit code 1. The
-modules behind a command are imported when it runs, so that ``--help`` and a wrong flag answer at once.
+A mistake of the user is one line on stderr and exit code 2; a failure of ours is one line and exit code 1, and so is
+an adapter that ``check-adapter`` refuses. The modules behind a command are imported when it runs, so that ``--help`` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import asdict
 from types import FrameType
 
 from lorikeet import __version__, demo, envs
-from lorikeet.config import ServerConfig, notes
-from lorikeet.errors import ConfigError, LorikeetError, UserError
+from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, notes
+from lorikeet.errors import AdapterError, ConfigError, LorikeetError, UserError
 from lorikeet.log import setup_logging
-from lorikeet.options import Parser, add_options, config_from_args
+from lorikeet.options import Parser, add_options, config_from_args, config_from_values
 from lorikeet.utils import format_table
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ commands:
   serve      the HTTP server; `python -m lorikeet.launch_server` is the same
   demo       the embedded model and its adapters: one question, every answer
   generate   answer prompts without a server
+  check-adapter
+             would the server take this adapter, and what would it do?
 
 `lorikeet COMMAND --help` lists the options."""
 
@@ -183,6 +185,42 @@ def _answer(
     return format_table(("prompt", "adapter", "answer"), rows, width=width)
 
 
+def _check_adapter(words: list[str]) -> int:
+    parser = Parser(
+        prog="lorikeet check-adapter",
+        description="Check an adapter against a base model as the server would, and show what it does.",
+    )
+    parser.add_argument("path", help="directory or source of the adapter, as in --lora-paths")
+    for name in ("model_path", "max_lora_rank", "lora_target_modules", "dtype"):
+        option = OPTIONS[name]
+        parser.add_argument(
+            *option.flags,
+            dest=name,
+            default=argparse.SUPPRESS,
+            nargs="+" if name == "lora_target_modules" else None,
+            help=option.meaning.replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--base-norms",
+        action="store_true",
+        help="also read the base model's weights, to show the change relative to them",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    values = vars(parser.parse(words))
+    path, as_json, base_norms = (values.pop(key) for key in ("path", "json", "base_norms"))
+    config = config_from_values({**values, "lora_paths": (LoRAPath("adapter", path),)})
+    from lorikeet.engine.check import check_adapter, format_check
+
+    try:
+        report = check_adapter(config, base_norms=base_norms)
+    except AdapterError as error:
+        return _fail(error, EXIT_FAULT)
+    width = shutil.get_terminal_size((110, 24)).columns
+    text = json.dumps(report, indent=2) if as_json else format_check(report, width=width)
+    sys.stdout.write(text + "\n")
+    return 0
+
+
 def _adapters(names: list[str], num_prompts: int) -> list[str | None]:
     if len(names) not in (0, 1, num_prompts):
         raise ConfigError(
@@ -211,6 +249,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": _serve,
     "demo": _demo,
     "generate": _generate,
+    "check-adapter": _check_adapter,
 }
 
 if __name__ == "__main__":

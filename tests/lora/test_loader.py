@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 
 import pytest
@@ -10,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from lorikeet.errors import AdapterError
 from lorikeet.layers.linear import Part, ShardRule
+from lorikeet.lora.adapter_config import MAX_CONFIG_BYTES
 from lorikeet.lora.base_weights import checkpoint_weight
 from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
+from lorikeet.lora.tensors import TensorFile
 from lorikeet.models.spec import read_model_spec
 from tests.support.peft_adapters import LINEAR, WEIGHTS, edit_config, edit_weights, make_adapter
 from tests.support.tiny_models import make_tiny_model
@@ -284,6 +288,12 @@ def test_values_that_are_not_finite(load, copied, value, half):
     _refused(load, copied, name, "NaN or infinite")
 
 
+def test_finite_values_whose_sum_is_not(load, copied):
+    _change(copied, f"{Q0}.lora_A.weight", lambda t: torch.full_like(t, 3e38))
+    _change(copied, f"{Q0}.lora_B.weight", lambda t: t.index_fill(0, torch.tensor([1]), -3e38))
+    assert load(copied).rank == 20
+
+
 def test_values_beyond_the_pools_type(copied, sites, layout):
     _change(copied, f"{Q0}.lora_B.weight", lambda t: t * 1e7)
     with pytest.raises(AdapterError, match=r"self_attn\.q_proj.*float16"):
@@ -334,6 +344,100 @@ def test_what_is_not_implemented_is_refused_before_the_weights_are_read(load, co
     (copied / WEIGHTS).write_bytes(b"")
     edit_config(copied, **{field: value})
     _refused(load, copied, field)
+
+
+# What lies at the paths instead of files.
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_directory_in_place_of_a_file(load, copied, name):
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    _refused(load, copied, str(copied / name), "Is a directory")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_pipe_in_place_of_a_file_does_not_block(load, copied, name):
+    (copied / name).unlink()
+    os.mkfifo(copied / name)
+    _refused(load, copied, str(copied / name), "not a regular file")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_link_to_nowhere_or_to_itself(load, copied, name):
+    (copied / name).unlink()
+    (copied / name).symlink_to(copied / "nowhere")
+    _refused(load, copied, name)
+    (copied / name).unlink()
+    (copied / name).symlink_to(copied / name)
+    _refused(load, copied, name)
+
+
+def test_a_file_in_place_of_the_directory(load, copied):
+    _refused(load, copied / WEIGHTS, WEIGHTS, "Not a directory")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_file_that_may_not_be_read(load, copied, monkeypatch, name):
+    real = os.open
+
+    def refuse(path, flags, *mode, **keywords):
+        # Permission bits do not stop root, who may run these tests.
+        if str(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, flags, *mode, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
+    _refused(load, copied, f"cannot read {copied / name}: Permission denied")
+
+
+def test_a_disk_that_fails_while_the_weights_are_read(load, copied, monkeypatch):
+    def fail(self, name):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(TensorFile, "read", fail)
+    _refused(load, copied, f"cannot read {copied / WEIGHTS}: Input/output error")
+
+
+def test_no_file_stays_open(load, copied):
+    before = len(os.listdir("/proc/self/fd"))
+    load(copied)
+    for name in (WEIGHTS, "adapter_config.json"):
+        (copied / name).unlink()
+        (copied / name).mkdir()
+        _refused(load, copied, name)
+        (copied / name).rmdir()
+        (copied / name).write_bytes(b"")
+        _refused(load, copied, name)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"a":' * 100_000, "not valid JSON"),
+        (b"1" * 5000, "not valid JSON"),
+        (b"[]", "holds a JSON list"),
+        (b" " * (MAX_CONFIG_BYTES + 1), f"at most {MAX_CONFIG_BYTES}"),
+    ],
+    ids=["empty", "utf-16", "deep", "long-number", "list", "large"],
+)
+def test_a_configuration_of_garbage(load, copied, text, says):
+    (copied / "adapter_config.json").write_bytes(text)
+    _refused(load, copied, str(copied / "adapter_config.json"), says)
+
+
+def test_a_configuration_of_gigabytes_is_not_read(load, copied):
+    os.truncate(copied / "adapter_config.json", 5 << 30)
+    _refused(load, copied, f"has {5 << 30} bytes")
+
+
+@pytest.mark.parametrize("value", [10**400, 10**39, -(10**39)])
+def test_a_scale_that_no_float_holds(load, copied, value):
+    edit_config(copied, lora_alpha=value)
+    _refused(load, copied, "lora_alpha", "finite number")
 
 
 # Embeddings: PEFT saves a copy of the base's table beside the adapter.

@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from lorikeet.errors import AdapterError
+from lorikeet.lora.files import read_small
 
 CONFIG_FILE = "adapter_config.json"
+# Thousands of full module paths and patterns fit.
+MAX_CONFIG_BYTES = 4 << 20
 ALL_LINEAR = "all-linear"
+
+# Of float32, in which scales are computed with.
+_LARGEST = 3.4028234663852886e38
 
 T = TypeVar("T")
 
@@ -96,11 +102,10 @@ def read_adapter_config(directory: str | Path) -> LoRASpec:
         AdapterError: the file is missing, is not JSON, or asks for what is not implemented.
     """
     path = Path(directory) / CONFIG_FILE
+    text = read_small(path, MAX_CONFIG_BYTES)
     try:
-        data: object = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+        data: object = json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise AdapterError(f"{path} holds a JSON {type(data).__name__}, not an object")
@@ -239,7 +244,10 @@ def _positive_int(value: object) -> int:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # The bound also keeps integers out that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if not abs(value) <= _LARGEST:
         raise ValueError
     return float(value)
 
