@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.lora.eviction import Candidate, eviction_order
+from lorikeet.lora.eviction import Candidate, eviction_order, first_to_leave
 
 CANDIDATES = [
     Candidate(version=1, last_use=30, since=1),
@@ -35,3 +35,11 @@ def test_order_does_not_depend_on_the_input_order() -> None:
 def test_unknown_policy() -> None:
     with pytest.raises(KeyError):
         eviction_order(CANDIDATES, "random")
+
+
+def test_the_first_of_the_order_alone() -> None:
+    wanted = [Candidate(4, last_use=1, since=0, wanted=0), Candidate(5, 2, 0, wanted=7)]
+    for policy in ("lru", "fifo"):
+        for candidates in (CANDIDATES, wanted, [*wanted, *CANDIDATES]):
+            assert first_to_leave(candidates, policy) == eviction_order(candidates, policy)[0]
+        assert first_to_leave([], policy) is None

@@ -170,3 +170,35 @@ def test_random_loads_and_leases() -> None:
             dropped |= gone
         registry.check_integrity()
         assert not dropped & set(leases)
+
+
+def test_a_content_has_its_version_before_its_name() -> None:
+    registry = AdapterRegistry()
+    load(registry, "a", "1")
+    assert registry.version_of("2") == 2
+    assert registry.version_of("1") == 1
+    assert load(registry, "b", "3") == 3
+    assert load(registry, "c", "2") == 2
+    registry.check_integrity()
+
+
+def test_names_and_hidden_versions() -> None:
+    registry = AdapterRegistry()
+    load(registry, "b", "1")
+    load(registry, "a", "1")
+    version = registry.lease("a")
+    assert registry.names_of(version) == ["a", "b"]
+    registry.unload("a")
+    assert registry.names_of(version) == ["b"]
+    assert not registry.is_hidden(version)
+    registry.unload("b")
+    assert registry.names_of(version) == []
+    assert registry.is_hidden(version)
+    assert registry.get("a") is None
+    with pytest.raises(AdapterNotFoundError, match="'a'"):
+        registry.find("a")
+    registry.release(version)
+    assert registry.is_hidden(version)
+    assert registry.pop_unleased() == [version]
+    assert not registry.is_hidden(version)
+    assert registry.names_of(version) == []

@@ -5,26 +5,9 @@ import pytest
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
 from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Admission, Residency
+from lorikeet.lora.residency import Residency
 from lorikeet.lora.tiers import LEGAL_MOVES, Resident, Tier
-
-READY, NO_ROOM = Admission.READY, Admission.NO_ROOM
-
-
-def make(
-    *, num_slots: int = 3, num_pages: int = 4, policy: str = "lru", max_pinned: int = 1
-) -> Residency:
-    """A pool of pages of 10 elements, one to a slab."""
-    allocator = RankPageAllocator((10,), 10, num_pages, [num_pages])
-    return Residency(allocator=allocator, num_slots=num_slots, policy=policy, max_pinned=max_pinned)
-
-
-def use(residency: Residency, version: int) -> None:
-    """Admit, copy, run, release."""
-    assert residency.admit(version) is READY
-    _, copies = residency.take_decisions()
-    residency.copies_done([copy.version for copy in copies], {})
-    residency.release(version)
+from tests.support.residency_rig import NO_ROOM, READY, WAIT, bring, make, use
 
 
 def test_the_base_model_takes_nothing() -> None:
@@ -39,33 +22,49 @@ def test_admission_plans_a_copy_once() -> None:
     residency = make()
     residency.add(7, [0, 0])
     assert residency.tier(7) is Tier.HOST
-    assert residency.admit(7) is READY
-    assert residency.admit(7) is READY
+    assert residency.admit(7) is WAIT
+    assert residency.admit(7) is WAIT
     assert residency.tier(7) is Tier.COPYING
     slots, copies = residency.take_decisions()
+    assert residency.usable() == []
     assert (slots, copies) == ([], [PageCopy(version=7, slot=1, page_ids=[0, 10])])
+    assert (residency.has_copies_in_flight, residency.num_uses(7)) == (True, 0)
     residency.copies_done([7], {})
-    assert (residency.tier(7), residency.slot(7), residency.num_uses(7)) == (Tier.DEVICE, 1, 2)
+    assert not residency.has_copies_in_flight
+    assert residency.admit(7) is READY
+    assert (residency.tier(7), residency.slot(7), residency.num_uses(7)) == (Tier.DEVICE, 1, 1)
     assert residency.take_decisions() == ([], [])
+    assert residency.usable() == [7]
     residency.check_integrity()
 
 
 def test_adapters_in_use_stay() -> None:
     residency = make(num_slots=3)
-    for version in (1, 2, 3):
+    for version in (1, 2, 3, 4):
         residency.add(version, [0])
-    assert residency.admit(1) is READY
-    assert residency.admit(2) is READY
+    bring(residency, 1)
+    assert residency.admit(2) is WAIT
     assert residency.admit(3) is NO_ROOM, "no slot"
+    residency.copies_done([2], {})
+    assert residency.admit(3) is WAIT, "2 came for nobody"
     residency.release(1)
-    assert residency.admit(3) is NO_ROOM, "its copy is not complete"
-    residency.copies_done([1, 2], {})
-    assert residency.admit(3) is READY
+    residency.take_decisions()
+    assert residency.admit(4) is WAIT, "1 is idle now"
     slots, copies = residency.take_decisions()
     assert slots == [1]
-    assert [(copy.version, copy.slot) for copy in copies] == [(1, 1), (2, 2), (3, 1)]
+    assert [(copy.version, copy.slot) for copy in copies] == [(4, 1)]
     assert residency.tier(1) is Tier.HOST
     residency.check_integrity()
+
+
+def test_a_copy_on_its_way_stays() -> None:
+    residency = make(num_slots=2)
+    residency.add(1, [0])
+    residency.add(2, [0])
+    assert residency.admit(1) is WAIT
+    assert residency.admit(2) is NO_ROOM
+    residency.copies_done([1], {})
+    assert residency.admit(2) is WAIT
 
 
 def test_pages_are_room_too() -> None:
@@ -74,8 +73,8 @@ def test_pages_are_room_too() -> None:
     residency.add(2, [0] * 2)
     residency.add(3, [0])
     use(residency, 1)
-    assert residency.admit(2) is READY
-    assert residency.admit(3) is READY, "1 leaves"
+    bring(residency, 2)
+    assert residency.admit(3) is WAIT, "1 leaves"
     assert residency.resident() == [2, 3]
     residency.check_integrity()
 
@@ -92,7 +91,7 @@ def test_policy(policy: str, leaves: int) -> None:
     assert residency.resident() == sorted({1, 2, 3} - {leaves})
 
 
-def test_eviction_avoids_what_the_queue_wants() -> None:
+def test_eviction_looks_at_the_queue_before_the_clock() -> None:
     residency = make()
     for version in (1, 2, 3, 4):
         residency.add(version, [0])
@@ -106,6 +105,35 @@ def test_eviction_avoids_what_the_queue_wants() -> None:
     assert residency.resident() == [1, 4], "3 is wanted later than 1"
 
 
+def test_nobody_makes_room_for_one_that_is_wanted_later() -> None:
+    residency = make(max_host=3)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    use(residency, 1)
+    use(residency, 2)
+    residency.want([1, 2, 3])
+    assert residency.admit(3) is NO_ROOM
+    residency.want([1, 3])
+    assert residency.admit(3) is WAIT, "nobody wants 2 any more"
+    assert residency.resident() == [1, 3]
+
+
+def test_what_the_queue_wants_is_copied_ahead() -> None:
+    residency = make(num_slots=4)
+    for version in (1, 2, 3, 4):
+        residency.add(version, [0])
+    bring(residency, 1)
+    residency.take_decisions()
+    residency.want([2, 3, 4])
+    assert [copy.version for copy in residency.take_decisions()[1]] == [2, 3]
+    residency.copies_done([2], {})
+    assert residency.take_decisions() == ([], []), "whoever is there is wanted before 4"
+    residency.want([4])
+    residency.copies_done([3], {})
+    slots, copies = residency.take_decisions()
+    assert (slots, [copy.version for copy in copies]) == ([2], [4])
+
+
 def test_no_more_victims_than_needed() -> None:
     allocator = RankPageAllocator((10, 20), 20, 4, [1, 2])
     residency = Residency(allocator=allocator, num_slots=9, policy="lru", max_pinned=0)
@@ -115,6 +143,7 @@ def test_no_more_victims_than_needed() -> None:
     for version in (1, 2):
         use(residency, version)
     use(residency, 3)
+    assert residency.num_device_evictions == 1
     assert residency.resident() == [1, 3], "1 is the oldest, but its pages are of no use"
     residency.check_integrity()
 
@@ -123,12 +152,11 @@ def test_a_refusal_is_remembered_until_something_is_released() -> None:
     residency = make(num_slots=2)
     residency.add(1, [0])
     residency.add(2, [0])
-    assert residency.admit(1) is READY
-    residency.copies_done([1], {})
+    bring(residency, 1)
     assert residency.admit(2) is NO_ROOM
     assert residency.admit(2) is NO_ROOM
     residency.release(1)
-    assert residency.admit(2) is READY
+    assert residency.admit(2) is WAIT
 
 
 def test_pinned_is_copied_unasked_and_stays() -> None:
@@ -151,10 +179,10 @@ def test_pinned_is_copied_unasked_and_stays() -> None:
 def test_a_pin_waits_for_room() -> None:
     residency = make(num_slots=2)
     residency.add(1, [0])
-    assert residency.admit(1) is READY
+    bring(residency, 1)
     residency.add(2, [0], pinned=True)
     assert [copy.version for copy in residency.take_decisions()[1]] == [1]
-    residency.copies_done([1], {})
+    assert residency.has_unplaced_pins
     residency.release(1)
     assert [copy.version for copy in residency.take_decisions()[1]] == [2]
 
@@ -183,32 +211,27 @@ def test_failed_copy_gives_its_room_back() -> None:
     residency = make(num_slots=2)
     residency.add(1, [0])
     residency.add(2, [0])
-    assert residency.admit(1) is READY
+    assert residency.admit(1) is WAIT
     residency.take_decisions()
     residency.copies_done([], {1: "device lost"})
-    assert residency.admit(1) is NO_ROOM, "its sequences have not ended yet"
+    assert (residency.resident(), residency.tier(1)) == ([], Tier.HOST)
     residency.check_integrity()
-    residency.release(1)
-    assert residency.resident() == []
-    assert residency.admit(2) is READY
+    assert residency.admit(2) is WAIT
     slots, copies = residency.take_decisions()
     assert (slots, [copy.slot for copy in copies]) == ([1], [1])
     residency.copies_done([2], {})
-    residency.release(2)
-    assert residency.admit(1) is READY, "it may be tried again"
+    assert residency.admit(1) is WAIT, "it may be tried again"
     residency.check_integrity()
 
 
 def test_remove_waits_for_the_last_user() -> None:
     residency = make()
     residency.add(1, [0])
-    assert residency.admit(1) is READY
+    bring(residency, 1)
     residency.remove(1)
     assert 1 not in residency
     assert residency.slot(1) == 1, "the sequence that runs with it goes on"
     residency.release(1)
-    assert residency.resident() == [1], "its copy is on its way"
-    residency.copies_done([1], {})
     assert residency.resident() == []
     assert residency.take_decisions()[0] == [1]
     residency.check_integrity()
@@ -216,11 +239,23 @@ def test_remove_waits_for_the_last_user() -> None:
         residency.admit(1)
 
 
+@pytest.mark.parametrize("ok", [False, True])
+def test_remove_waits_for_the_copy(ok: bool) -> None:
+    residency = make()
+    residency.add(1, [0])
+    assert residency.admit(1) is WAIT
+    residency.remove(1)
+    assert (1 in residency, residency.resident()) == (False, [1])
+    residency.check_integrity()
+    residency.copies_done([1] if ok else [], {} if ok else {1: "lost"})
+    assert (residency.resident(), residency.take_decisions()[0]) == ([], [1])
+    residency.check_integrity()
+
+
 def test_a_version_may_come_back_before_it_is_gone() -> None:
     residency = make()
     residency.add(1, [0])
-    assert residency.admit(1) is READY
-    residency.copies_done([1], {})
+    bring(residency, 1)
     residency.remove(1)
     residency.add(1, [0])
     residency.release(1)
@@ -257,6 +292,8 @@ def test_misuse_is_refused() -> None:
         make(policy="random")
     with pytest.raises(ValueError, match="slot 0"):
         make(num_slots=0)
+    with pytest.raises(ValueError, match="would fill it"):
+        make(max_host=1, max_pinned=1)
 
 
 @pytest.mark.parametrize("before", Tier)

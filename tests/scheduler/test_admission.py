@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
+from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
@@ -24,8 +25,13 @@ class Desk:
         self.queue = WaitingQueue()
         self.running = RunningSet()
         self.lengths: dict[int, int] = {}
+        self.tiers: dict[int, Tier] = {}
         self.admission = Admission(
-            self.limits, self.queue, self.running, lambda seq: self.lengths.get(seq.id, 0)
+            self.limits,
+            self.queue,
+            self.running,
+            lambda seq: self.lengths.get(seq.id, 0),
+            lambda version: self.tiers.get(version, Tier.DEVICE),
         )
         self.num_made = 0
         self.no_room: set[int] = set()
@@ -52,6 +58,10 @@ class Desk:
         while (seq := candidates.next()) is not None:
             if seq.version in self.no_room:
                 candidates.refuse(seq)
+                continue
+            if self.tiers.get(seq.version) is Tier.HOST:
+                self.tiers[seq.version] = Tier.COPYING
+                candidates.park(seq)
                 continue
             self.queue.remove(seq)
             budget.adapters -= bool(seq.version) and seq.version not in self.running.num_of_version
@@ -144,6 +154,43 @@ def test_a_round_gives_up_after_a_few_refusals() -> None:
     assert desk.step() == [0], "version 17 is behind too many that have no room"
     desk.no_room.discard(2)
     assert desk.step() == [2, 17]
+
+
+def test_a_read_holds_nobody_up() -> None:
+    desk = Desk(max_loras=2, max_passes=4)
+    desk.tiers = {1: Tier.READING}
+    desk.arrive(1, 2, 3, 4)
+    assert desk.step() == [2, 3], "a read takes no adapter's place"
+    desk.arrive(*[2, 3] * 20)
+    assert 0 < len(desk.step()) <= 4, "4 is blocked, for it waits for a place"
+    desk.stop(2)
+    assert desk.step()[0] == 4
+    del desk.tiers[1]
+    assert desk.step() == [], "now 1 waits for a place, too"
+    desk.stop(3)
+    assert desk.step()[0] == 1
+
+
+def test_with_every_place_taken_only_those_who_could_run_are_blocked() -> None:
+    desk = Desk(max_loras=1, max_passes=4)
+    desk.arrive(1)
+    desk.step()
+    desk.tiers = {2: Tier.READING}
+    desk.arrive(2, *[1] * 30)
+    assert desk.step() == [1] * 30
+
+
+def test_a_copy_keeps_a_place() -> None:
+    desk = Desk(max_loras=2, max_passes=16)
+    desk.tiers = {1: Tier.HOST}
+    desk.arrive(1, 2, 3, 2)
+    assert desk.step() == [2, 2]
+    assert desk.tiers[1] is Tier.COPYING
+    assert desk.step() == [], "3 would take the place of 1"
+    desk.tiers[1] = Tier.DEVICE
+    assert desk.step() == [1]
+    desk.stop(2)
+    assert desk.step() == [3]
 
 
 def test_preempted_come_first_whatever_the_policy() -> None:

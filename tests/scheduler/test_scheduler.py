@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.core.plan import SampledToken, StepResult
+from lorikeet.core.plan import SampledToken, StepPlan, StepResult
 from lorikeet.core.request import (
     FinishReason,
     Request,
@@ -10,7 +10,9 @@ from lorikeet.core.request import (
     TokenLogprobs,
 )
 from lorikeet.core.sequence import Sequence, SequenceState
-from tests.support.scheduler_rig import Rig
+from lorikeet.errors import RequestError
+from lorikeet.lora.tiers import Tier
+from tests.support.scheduler_rig import ABORT, Rig
 
 
 def test_nothing_to_do() -> None:
@@ -156,6 +158,7 @@ def test_another_version_hits_nothing() -> None:
     rig.add(10)
     rig.run()
     rig.add(10, version=1)
+    rig.step()
     assert rig.step().starts[0].num_cached == 0
 
 
@@ -168,7 +171,7 @@ def test_without_radix_nothing_is_cached() -> None:
     assert rig.outputs[seq.request.rid][0].cached_tokens == 0
 
 
-def test_adapters_are_copied_with_the_first_sequence_that_needs_them() -> None:
+def test_an_adapter_is_copied_while_others_run() -> None:
     rig = Rig()
     rig.add(6, version=1)
     rig.add(6, version=2)
@@ -176,11 +179,113 @@ def test_adapters_are_copied_with_the_first_sequence_that_needs_them() -> None:
     rig.add(6)
     plan = rig.step()
     assert [(copy.version, copy.slot) for copy in plan.copies] == [(1, 1), (2, 2)]
-    assert [start.slot for start in plan.starts] == [1, 2, 1, 0]
+    assert [start.slot for start in plan.starts] == [0], "the base model waits for nobody"
+    assert [start.slot for start in rig.step().starts] == [1, 2, 1]
     rig.run()
     rig.add(6, version=3)
     plan = rig.step()
     assert (plan.freed_slots, [copy.version for copy in plan.copies]) == ([2], [3])
+    assert [start.slot for start in rig.step().starts] == [2]
+
+
+def test_a_copy_takes_any_number_of_steps() -> None:
+    rig = Rig(copy_steps=4)
+    slow = rig.add(6, version=1)
+    base = rig.add(6, max_new=3)
+    assert len(rig.step().copies) == 1
+    for _ in range(2):
+        plan = rig.step()
+        assert ([row.seq for row in plan.rows], plan.starts, plan.copies) == ([base.id], [], [])
+        assert rig.scheduler.has_copies_in_flight
+    assert rig.end_of(base).kind == "length"
+    plan = rig.step()
+    assert (plan.ended, plan.is_empty) == ([base.id], True), "the worker waits for the copy"
+    assert [start.seq for start in rig.step().starts] == [slow.id]
+    assert not rig.scheduler.has_copies_in_flight
+
+
+def test_steps_go_on_while_a_copy_is_on_its_way() -> None:
+    rig = Rig()
+    seq = rig.add(6, version=1)
+    plan = rig.plan()
+    assert [copy.version for copy in plan.copies] == [1]
+    assert rig.scheduler.plan() is None, "the step in flight is to be committed first"
+    rig.scheduler.commit(plan, StepResult(step=plan.step))
+    rig.scheduler.abort(seq.id, ABORT)
+    rig.collect()
+    assert (rig.scheduler.num_waiting, rig.scheduler.has_work) == (0, True)
+    for _ in range(2):
+        plan = rig.plan()
+        assert plan == StepPlan(step=plan.step)
+        rig.scheduler.commit(plan, StepResult(step=plan.step))
+    plan = rig.plan()
+    rig.scheduler.commit(plan, StepResult(step=plan.step, copied=[1]))
+    assert rig.residency.tier(1) is Tier.DEVICE
+    assert not rig.scheduler.has_work
+
+
+def test_the_next_adapters_in_line_are_copied_ahead() -> None:
+    rig = Rig(max_loras=1, num_slots=4)
+    for version in (1, 2, 3, 4):
+        rig.add(6, version=version, max_new=20)
+    assert [copy.version for copy in rig.step().copies] == [1, 2], "two at a time, the rest later"
+    plan = rig.step()
+    assert ([start.slot for start in plan.starts], [c.version for c in plan.copies]) == ([1], [3])
+    assert rig.step().copies == [], "4 has no room that is not wanted before"
+
+
+def test_a_sequence_waits_for_the_read_of_its_adapter() -> None:
+    rig = Rig(max_host=2, max_loras=1)
+    assert rig.residency.take_host_drops() == [1, 2, 3]
+    seq, other = rig.add(6, version=1), rig.add(6, version=5)
+    plan = rig.step()
+    assert rig.residency.take_reads() == [1]
+    assert [copy.version for copy in plan.copies] == [5], "others pass"
+    assert rig.residency.take_host_drops() == [4]
+    rig.run()
+    assert rig.end_of(other).kind == "length"
+    assert not rig.scheduler.has_work, "nothing can be done before it is read"
+    assert rig.residency.read_done(1, [0, 0])
+    assert rig.scheduler.has_work
+    rig.run()
+    assert rig.end_of(seq).kind == "length"
+
+
+def test_a_failed_read_ends_its_sequences_only() -> None:
+    rig = Rig(max_host=2, max_loras=1)
+    lost = [rig.add(6, version=1), rig.add(6, version=1)]
+    other = rig.add(6, version=5)
+    rig.step()
+    assert rig.residency.take_reads() == [1]
+    rig.residency.read_failed(1, "w.safetensors has vanished")
+    rig.run()
+    for seq in lost:
+        assert rig.end_of(seq) == FinishReason(
+            kind="abort",
+            message="the adapter could not be read again: w.safetensors has vanished",
+            status_code=400,
+        )
+    assert rig.end_of(other).kind == "length"
+    with pytest.raises(RequestError, match="has vanished"):
+        rig.add(6, version=1)
+    rig.residency.add(1, [0, 0])
+    again = rig.add(6, version=1)
+    rig.run()
+    assert rig.end_of(again).kind == "length"
+
+
+def test_failing_a_version_ends_what_waits_and_what_runs() -> None:
+    rig = Rig(max_running=1)
+    running, waiting, other = rig.add(6, version=1), rig.add(6, version=1), rig.add(6)
+    rig.step()
+    rig.step()
+    rig.scheduler.fail_version(1, "gone", status_code=500)
+    rig.collect()
+    for seq in (running, waiting):
+        assert rig.end_of(seq) == FinishReason(kind="abort", message="gone", status_code=500)
+    rig.run()
+    assert rig.end_of(other).kind == "length"
+    assert rig.residency.num_uses(1) == 0
 
 
 def test_plans_are_committed_in_order_with_their_own_result() -> None:

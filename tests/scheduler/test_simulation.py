@@ -12,7 +12,8 @@ from itertools import product
 
 import pytest
 
-from tests.support.simulation import Scenario, Simulation
+from tests.support.scenario import Scenario
+from tests.support.simulation import Simulation
 
 
 def random_scenario(seed: int, *, overlap: bool, radix: bool, policy: str) -> Scenario:

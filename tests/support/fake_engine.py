@@ -51,6 +51,11 @@ class Knobs:
         start_error: cannot start, for this reason; ``start_user_error`` says whose fault it is.
         fail_token: a request that is to output this token fails instead, with status 500.
         start_s: seconds that its start takes.
+        lora_enabled: False is an engine without LoRA.
+        states: state of an adapter, where it is not "loaded".
+        load_s: seconds that a load takes.
+        load_error: why every load fails; the second is its status.
+        stats: sent with every step instead of the engine's own.
     """
 
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
@@ -63,6 +68,11 @@ class Knobs:
     start_user_error: bool = False
     start_s: float = 0.0
     fail_token: int | None = None
+    lora_enabled: bool = True
+    states: dict[str, str] = field(default_factory=dict)
+    load_s: float = 0.0
+    load_error: tuple[str, int] | None = None
+    stats: Stats | None = None
 
 
 @dataclass
@@ -84,6 +94,9 @@ class FakeEngine:
         self._deadline: float | None = None
         self._must_die = threading.Event()
         self.max_running = 0
+        self.commands: list[Command] = []
+        self.cancelled: list[int] = []
+        self._loading: dict[int, tuple[float, Command]] = {}
 
     @property
     def num_running(self) -> int:
@@ -119,6 +132,7 @@ class FakeEngine:
                 return 3
             for message in endpoint.recv(0 if self._running else 5):
                 self._handle(message)
+            self._finish_loads()
             self._step()
         return 0
 
@@ -132,7 +146,7 @@ class FakeEngine:
             "max_total_num_tokens": 4096,
             "max_lora_rank": 16,
             "lora_target_modules": ["q_proj"],
-            "lora_enabled": bool(self.knobs.adapters),
+            "lora_enabled": self.knobs.lora_enabled,
             "adapters": self.knobs.adapters,
         }
 
@@ -155,7 +169,10 @@ class FakeEngine:
                         self.aborted.append(key)
                         self._end(key, FinishReason(kind="abort", message=text))
             case Command():
-                self._endpoint.send(self._command(message))
+                self.commands.append(message)
+                reply = self._command(message)
+                if reply is not None:
+                    self._endpoint.send(reply)
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
@@ -186,17 +203,58 @@ class FakeEngine:
         del self._running[rid]
         self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
 
-    def _command(self, command: Command) -> Reply:
+    def _command(self, command: Command) -> Reply | None:
+        """The reply, or None if it comes later."""
         match command.name:
             case "flush_cache":
                 return Reply(command.id, {"success": not self._running})
             case "adapters":
-                items = self.knobs.adapters.items()
-                return Reply(command.id, [{"name": name, "path": path} for name, path in items])
+                return self._describe(command)
             case "info":
                 return Reply(command.id, self._info())
+            case "load_adapter" | "load_adapter_from_tensors":
+                self._loading[command.id] = (time.monotonic() + self.knobs.load_s, command)
+                return None
+            case "unload_adapter":
+                return self._unload(command)
+            case "cancel":
+                number = command.args["id"]
+                assert isinstance(number, int)
+                self.cancelled.append(number)
+                return Reply(command.id, {"cancelled": self._loading.pop(number, None) is not None})
             case name:
                 return Reply(command.id, error=f"unknown command {name!r}", status_code=400)
+
+    def _describe(self, command: Command) -> Reply:
+        wanted = command.args.get("name")
+        items = [
+            {"name": name, "path": path, "state": self.knobs.states.get(name, "loaded")}
+            for name, path in self.knobs.adapters.items()
+            if wanted in (None, name)
+        ]
+        if wanted is not None and not items:
+            return _unknown_adapter(command.id, wanted)
+        return Reply(command.id, items)
+
+    def _unload(self, command: Command) -> Reply:
+        if self.knobs.adapters.pop(str(command.args["name"]), None) is None:
+            return _unknown_adapter(command.id, command.args["name"])
+        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+
+    def _finish_loads(self) -> None:
+        now = time.monotonic()
+        for number in [number for number, (due, _) in self._loading.items() if due <= now]:
+            self._endpoint.send(self._load(self._loading.pop(number)[1]))
+
+    def _load(self, command: Command) -> Reply:
+        name = str(command.args["name"])
+        if self.knobs.load_error is not None:
+            message, status = self.knobs.load_error
+            return Reply(command.id, error=message, status_code=status)
+        if name in self.knobs.adapters and not command.args.get("replace"):
+            return Reply(command.id, error=f"adapter {name!r} is already loaded", status_code=400)
+        self.knobs.adapters[name] = str(command.args.get("path", "__tensor__"))
+        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
 
     def _step(self) -> None:
         if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:
@@ -205,7 +263,7 @@ class FakeEngine:
             self._must_die.wait(self.knobs.step_s)
         outputs = [self._advance(entry) for entry in list(self._running.values())]
         self._endpoint.send(Outputs(outputs))
-        self._endpoint.send(Stats({"num_running": float(len(self._running))}))
+        self._endpoint.send(self.knobs.stats or Stats({"num_running": float(len(self._running))}))
         self.num_steps += 1
 
     def _advance(self, entry: _Running) -> RequestOutput:
@@ -233,6 +291,10 @@ class FakeEngine:
             cached_tokens=1,
             finish=finish,
         )
+
+
+def _unknown_adapter(number: int, name: object) -> Reply:
+    return Reply(number, error=f"adapter {name!r} has never been loaded", status_code=404)
 
 
 def _logprobs(tokens: list[int], request: Request) -> list[TokenLogprobs]:

@@ -3,8 +3,8 @@
 The token after ``tokens`` is a hash of (adapter version, seed, tokens), so preemption, caching, chunking and batching
 must not change it. K/V is modelled too: each position of each page holds the hash of the whole prefix up to it, under
 the version that computed it; before a token is sampled, every earlier position of the sequence is compared. Adapter
-slots and rank pages are modelled in the same way, and copies are carried out when a plan is *submitted*, which is the
-worst moment: while the previous step has not computed yet.
+slots and rank pages are modelled in the same way. Copies overwrite their pages when a plan is *submitted*, which is the
+worst moment: while the previous step has not computed yet; they are complete any number of steps later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lorikeet.core.plan import PrefillChunk, SampledToken, SequenceStart, StepPlan, StepResult
+from lorikeet.core.plan import (
+    PageCopy,
+    PrefillChunk,
+    SampledToken,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+)
 from lorikeet.core.request import TokenLogprobs
 
 _PRIME = (1 << 61) - 1
@@ -44,12 +51,22 @@ class _Row:
     version: int = -1
 
 
+@dataclass
+class _Copy:
+    """A copy on its way; complete when ``num_steps`` more results were collected after its own plan's."""
+
+    copy: PageCopy
+    step: int
+    num_steps: int
+
+
 class FakeWorker:
     """Executes plans.
 
     Args:
         fail_copy: version -> True if its copy shall fail now.
         fail_token: sequence -> True if the token it samples now shall be an error.
+        copy_steps: how many steps later than its plan's the next copy is complete.
     """
 
     def __init__(
@@ -61,6 +78,7 @@ class FakeWorker:
         vocab_size: int,
         fail_copy: Callable[[int], bool] = lambda version: False,
         fail_token: Callable[[int], bool] = lambda seq: False,
+        copy_steps: Callable[[], int] = lambda: 0,
     ) -> None:
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -72,6 +90,8 @@ class FakeWorker:
         self._broken: set[int] = set()
         self._fail_copy = fail_copy
         self._fail_token = fail_token
+        self._copy_steps = copy_steps
+        self._copies: list[_Copy] = []
         self._submitted: deque[tuple[StepPlan, StepResult]] = deque()
         self.num_copies = 0
         # Sequences of steps that were never executed: their ends say nothing to this worker.
@@ -82,9 +102,10 @@ class FakeWorker:
         return self.collect()
 
     def submit(self, plan: StepPlan) -> None:
-        """Take a plan; its copies are carried out now, its computation in ``collect``."""
-        result = StepResult(step=plan.step)
+        """Take a plan; its copies begin now, its computation happens in ``collect``."""
+        copying = {begun.copy.slot for begun in self._copies}
         for slot in plan.freed_slots:
+            assert slot not in copying, f"slot {slot} is freed while its copy is on its way"
             for page in self._slot_pages[slot]:
                 del self._page_owner[page]
             self._slots[slot], self._slot_pages[slot] = 0, ()
@@ -92,24 +113,21 @@ class FakeWorker:
         for copy in plan.copies:
             assert 0 < copy.slot < len(self._slots), f"slot {copy.slot}"
             assert self._slots[copy.slot] == 0, f"slot {copy.slot} was not freed"
-            assert copy.slot not in self._broken, f"slot {copy.slot} was not cleaned"
-            self.num_copies += 1
-            if self._fail_copy(copy.version):
-                result.failed_copies[copy.version] = "the test says so"
-                self._broken.add(copy.slot)
-                continue
+            assert copy.slot not in self._broken | copying, f"slot {copy.slot} was not cleaned"
             assert len(set(copy.page_ids)) == len(copy.page_ids)
             for page in copy.page_ids:
                 assert page not in self._page_owner, f"rank page {page} is in use"
                 self._page_owner[page] = copy.slot
-            self._slots[copy.slot] = copy.version
             self._slot_pages[copy.slot] = tuple(copy.page_ids)
-            result.copied.append(copy.version)
-        self._submitted.append((plan, result))
+            self._copies.append(_Copy(copy, plan.step, self._copy_steps()))
+            copying.add(copy.slot)
+            self.num_copies += 1
+        self._submitted.append((plan, StepResult(step=plan.step)))
 
     def collect(self) -> StepResult:
         """Compute the oldest plan that was submitted."""
         plan, result = self._submitted.popleft()
+        self._end_copies(plan, result)
         for seq in plan.ended:
             row = self.rows.pop(seq, None)
             assert row is not None or seq in self.ignored, f"sequence {seq} ends twice"
@@ -137,26 +155,43 @@ class FakeWorker:
                 result.tokens.append(self._sample(self.rows[seq]))
         return result
 
+    def _end_copies(self, plan: StepPlan, result: StepResult) -> None:
+        begun = [copy for copy in self._copies if copy.step <= plan.step]
+        if plan.is_empty and begun and all(copy.num_steps > 0 for copy in begun):
+            # Nothing else to do: wait for the first.
+            min(begun, key=lambda copy: copy.num_steps).num_steps = 0
+        for copy in begun:
+            version, slot = copy.copy.version, copy.copy.slot
+            if copy.num_steps > 0:
+                copy.num_steps -= 1
+                continue
+            self._copies.remove(copy)
+            if self._fail_copy(version):
+                result.failed_copies[version] = "the test says so"
+                self._broken.add(slot)
+            else:
+                self._slots[slot] = version
+                result.copied.append(version)
+
     def _open(self, start: SequenceStart) -> None:
         assert start.seq not in self.rows, f"sequence {start.seq} runs already"
         assert start.num_cached == len(start.page_ids) * self.page_size
         assert start.num_cached < len(start.token_ids)
         row = _Row(start, list(start.token_ids), list(start.page_ids))
-        row.version = self._version(start.slot)
+        row.version = self._slots[start.slot]
+        assert row.version or not start.slot, (
+            f"slot {start.slot} is empty or its copy is on its way"
+        )
         previous = first_hash(row.version)
         for token in row.tokens[: start.num_cached]:
             previous = prefix_hash(previous, token)
             row.hashes.append(previous)
         self.rows[start.seq] = row
 
-    def _version(self, slot: int) -> int:
-        return -slot if slot in self._broken else self._slots[slot]
-
     def _store(self, row: _Row, end: int) -> None:
-        if row.version >= 0:
-            assert self._version(row.start.slot) == row.version, "the slot holds another version"
-            for page in self._slot_pages[row.start.slot]:
-                assert self._page_owner[page] == row.start.slot, "a rank page was overwritten"
+        assert self._slots[row.start.slot] == row.version, "the slot holds another version"
+        for page in self._slot_pages[row.start.slot]:
+            assert self._page_owner[page] == row.start.slot, "a rank page was overwritten"
         for position in range(len(row.hashes), end):
             previous = row.hashes[-1] if row.hashes else first_hash(row.version)
             row.hashes.append(prefix_hash(previous, row.tokens[position]))
@@ -164,8 +199,6 @@ class FakeWorker:
             self._kv[page * self.page_size + position % self.page_size] = row.hashes[-1]
 
     def _attend(self, row: _Row) -> None:
-        if row.version < 0:
-            return
         size, count = self.page_size, len(row.hashes)
         seen: list[int | None] = []
         for page in row.pages[: -(-count // size)]:

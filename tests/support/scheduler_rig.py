@@ -21,7 +21,7 @@ ABORT = FinishReason(kind="abort", message="enough", status_code=499)
 
 
 class Rig:
-    """A scheduler over a fake worker; adapters 1 to 5 are in host memory."""
+    """A scheduler over a fake worker; adapters 1 to 5 were loaded in this order."""
 
     def __init__(
         self,
@@ -31,11 +31,19 @@ class Rig:
         max_running: int = 8,
         max_loras: int = 2,
         radix: bool = True,
+        num_slots: int | None = None,
+        max_host: int | None = None,
+        copy_steps: int = 0,
     ) -> None:
+        num_slots = num_slots or 1 + max_loras
         self.kv = KVManager(4, num_pages, radix=radix)
         allocator = RankPageAllocator((10,), 10, 8, [8])
         self.residency = Residency(
-            allocator=allocator, num_slots=1 + max_loras, policy="lru", max_pinned=1
+            allocator=allocator,
+            num_slots=num_slots,
+            policy="lru",
+            max_pinned=1,
+            max_host=max_host,
         )
         for version in range(1, 6):
             self.residency.add(version, [0, 0])
@@ -53,10 +61,11 @@ class Rig:
         self.worker = FakeWorker(
             page_size=4,
             num_pages=num_pages,
-            num_slots=1 + max_loras,
+            num_slots=num_slots,
             vocab_size=1000,
             fail_copy=lambda version: version in self.failing,
             fail_token=lambda seq: seq in self.failing_tokens,
+            copy_steps=lambda: copy_steps,
         )
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.num_added = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
 
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
@@ -12,88 +11,27 @@ from lorikeet.core.request import (
     Request,
     RequestOutput,
     SamplingParams,
-    TokenLogprobs,
 )
 from lorikeet.core.sequence import Sequence, SequenceState
+from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.registry import AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
-from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
-
-VOCAB_SIZE = 29
-EOS = 3
-CLASS_ELEMS = (48, 80)
-SLAB_ELEMS = 240
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """One simulated engine and its traffic."""
-
-    seed: int
-    num_requests: int = 150
-    page_size: int = 4
-    num_pages: int = 40
-    radix: bool = True
-    overlap: bool = False
-    policy: str = "fcfs"
-    max_running: int = 8
-    max_step_tokens: int = 32
-    max_prefill_tokens: int = 64
-    max_loras: int = 3
-    num_slots: int = 4
-    num_adapters: int = 6
-    num_pinned: int = 0
-    popularity: str = "uniform"
-    base_share: float = 0.25
-    eviction: str = "lru"
-    max_passes: int = 16
-    arrivals_per_step: float = 1.0
-    abort_rate: float = 0.0
-    copy_failure_rate: float = 0.0
-    token_error_rate: float = 0.0
-    replace_rate: float = 0.0
-    step_failure_rate: float = 0.0
-    ignore_eos: float = 0.4
-
-
-@dataclass
-class Answer:
-    """What a request was answered with so far."""
-
-    seq: Sequence
-    name: str | None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    cached: set[int] = field(default_factory=set)
-    finish: FinishReason | None = None
-    was_aborted: bool = False
-
-
-def expected_answer(seq: Sequence, context_length: int, capacity: int) -> tuple[list[int], str]:
-    """The oracle: tokens and kind of finish of a request that runs alone, without cache, chunks or preemption."""
-    sampling = seq.request.sampling
-    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else {EOS})
-    state = first_hash(seq.version)
-    for token in seq.request.prompt_token_ids:
-        state = prefix_hash(state, token)
-    tokens: list[int] = []
-    length = len(seq.request.prompt_token_ids)
-    if sampling.max_new_tokens is None:
-        longest = min(context_length, capacity + 1) - length
-    else:
-        longest = min(sampling.max_new_tokens, context_length - length)
-    while len(tokens) < longest:
-        token = next_token(state, seq.seed, VOCAB_SIZE)
-        tokens.append(token)
-        state = prefix_hash(state, token)
-        if token in stops and len(tokens) >= sampling.min_new_tokens:
-            return tokens, "stop"
-    return tokens, "length"
+from tests.support.fake_worker import FakeWorker
+from tests.support.scenario import (
+    CLASS_ELEMS,
+    EOS,
+    SLAB_ELEMS,
+    VOCAB_SIZE,
+    Answer,
+    Scenario,
+    expected_answer,
+)
+from tests.support.simulated_host import SimulatedHost
 
 
 class Simulation:
@@ -111,6 +49,14 @@ class Simulation:
             num_slots=s.num_slots,
             policy=s.eviction,
             max_pinned=max(0, s.max_loras - 1),
+            max_host=s.max_host,
+        )
+        self.host = SimulatedHost(
+            self.residency,
+            self.random,
+            max_host=s.max_host,
+            read_steps=s.read_steps,
+            failure_rate=s.read_failure_rate,
         )
         self.limits = SchedulerLimits(
             max_running=s.max_running,
@@ -130,15 +76,20 @@ class Simulation:
             vocab_size=VOCAB_SIZE,
             fail_copy=lambda version: self.random.random() < s.copy_failure_rate,
             fail_token=lambda seq: self.random.random() < s.token_error_rate,
+            copy_steps=lambda: self.random.randint(0, s.copy_steps),
         )
         self.registry = AdapterRegistry()
         self.answers: dict[str, Answer] = {}
+        self._unfinished: dict[str, Answer] = {}
         self.in_flight: deque[StepPlan] = deque()
         self.passes: dict[int, int] = {}
         self._sequences: dict[int, Sequence] = {}
         self.admitted: set[int] = set()
         self.num_steps = 0
         self.max_passed = 0
+        self.num_passed_moving = 0
+        self.max_reads_waited = 0
+        self._reads_waited: dict[int, int] = {}
         self._next_id = 0
         prefix_lengths = (0, 3, 9, 17, 26)
         self._prefixes = [self._tokens(length) for length in prefix_lengths]
@@ -148,9 +99,9 @@ class Simulation:
     def run(self) -> None:
         s = self.scenario
         num_left = s.num_requests
-        # Each request alone takes fewer than 64 steps; what exceeds their sum is a live-lock.
-        limit = 64 * s.num_requests + 1000
-        while num_left or self._open():
+        # Each request alone takes fewer than 64 steps, its read and its copy; what exceeds their sum is a live-lock.
+        limit = (64 + s.read_steps + s.copy_steps) * s.num_requests + 1000
+        while num_left or self._unfinished:
             assert self.num_steps < limit, "the simulation does not come to an end"
             arriving = min(num_left, self._poisson(s.arrivals_per_step))
             for _ in range(arriving):
@@ -158,16 +109,24 @@ class Simulation:
             num_left -= arriving
             self._maybe_abort()
             self._maybe_replace()
+            self._maybe_unload()
             self._step()
         self._settle()
 
     def _step(self) -> None:
         self.num_steps += 1
-        waiting = [a.seq for a in self.answers.values() if a.seq.state is SequenceState.WAITING]
+        self._check_drops(*self.host.poll())
+        waiting = [seq for seq in self._waiting() if seq.state is SequenceState.WAITING]
+        had_work = self.scheduler.has_work
         plan = self.scheduler.plan()
         self.scheduler.check_integrity()
+        assert had_work or plan is None, "there was work after all"
+        if plan is None and not self.in_flight and not self.residency.has_reads:
+            assert not self.scheduler.has_work, "the loop would spin"
         if plan is not None:
             self._check_plan(plan, waiting)
+        self._check_drops(*self.host.poll())
+        if plan is not None:
             if self.random.random() < self.scenario.step_failure_rate:
                 self._fail(plan)
             else:
@@ -190,7 +149,37 @@ class Simulation:
         started = {start.seq for start in plan.starts}
         self.worker.ignored |= started
 
+    def _check_drops(self, drops: list[int], reads: list[int]) -> None:
+        """Whom the queue wants leaves host memory only for somebody who is wanted before."""
+        self._count_reads(reads)
+        for version in drops:
+            order = self._first_order(version)
+            if order is None:
+                continue
+            before = [self._first_order(read) for read in reads]
+            assert any(
+                (other is not None and other < order) or self._is_pinned(read)
+                for read, other in zip(reads, before, strict=True)
+            ), f"version {version} is wanted and was dropped"
+
+    def _count_reads(self, reads: list[int]) -> None:
+        """For the first in line of each version that is read: how often that happens while it waits."""
+        for version in reads:
+            order = self._first_order(version)
+            if order is not None:
+                self._reads_waited[order] = self._reads_waited.get(order, 0) + 1
+        self.max_reads_waited = max(self._reads_waited.values(), default=0)
+
+    def _first_order(self, version: int) -> int | None:
+        """Place in the queue of the first sequence that waits for a version."""
+        return min((seq.order for seq in self._waiting() if seq.version == version), default=None)
+
+    def _waiting(self) -> list[Sequence]:
+        states = (SequenceState.WAITING, SequenceState.PREEMPTED)
+        return [a.seq for a in self._unfinished.values() if a.seq.state in states]
+
     def _check_plan(self, plan: StepPlan, waiting: list[Sequence]) -> None:
+        self.host.check_copies([copy.version for copy in plan.copies])
         num_chunk_tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
         assert num_chunk_tokens <= self.limits.max_prefill_tokens
         assert not plan.chunks or plan.num_tokens <= self.limits.max_step_tokens
@@ -211,6 +200,10 @@ class Simulation:
         if seq.version and not newcomer.version:
             # What a request of the base model takes is no adapter's room.
             return
+        if seq.version and self.residency.tier(seq.version) in (Tier.READING, Tier.COPYING):
+            # It waits for its own adapter, not for room.
+            self.num_passed_moving += 1
+            return
         if self.limits.policy == "fcfs":
             assert seq.version, "a request of the base model was passed"
         self.passes[seq.id] = self.passes.get(seq.id, 0) + 1
@@ -227,6 +220,7 @@ class Simulation:
             answer.cached.add(output.cached_tokens)
             answer.finish = output.finish
             if output.finish is not None:
+                del self._unfinished[output.rid]
                 self.registry.release(answer.seq.version)
                 self._drop_unleased()
                 self._check_answer(answer, output)
@@ -243,7 +237,7 @@ class Simulation:
             count = len(answer.tokens)
             assert [entry.token_id for entry in answer.logprobs] == answer.tokens[:count]
         if finish.kind == "abort":
-            assert answer.was_aborted or finish.status_code == 500
+            assert answer.was_aborted or finish.status_code == 500 or self._has_failed(finish)
             return
         assert (answer.tokens, finish.kind) == (tokens, kind)
         start = seq.request.logprob_start_len
@@ -254,14 +248,24 @@ class Simulation:
                 (-float(p) if p else None, prompt[p]) for p in range(start, len(prompt))
             ]
 
+    def _has_failed(self, finish: FinishReason) -> bool:
+        return (
+            self.scenario.read_failure_rate > 0
+            and finish.status_code == 400
+            and (finish.message or "").endswith("the file has changed")
+        )
+
     def _settle(self) -> None:
         """After the last request: nothing is held, nothing is remembered."""
-        while (plan := self.scheduler.plan()) is not None or self.in_flight:
+        while (plan := self.scheduler.plan()) is not None or self.in_flight or self.host.is_reading:
             if plan is not None:
                 self.worker.submit(plan)
                 self.in_flight.append(plan)
-            self.scheduler.commit(self.in_flight.popleft(), self.worker.collect())
+            if self.in_flight:
+                self.scheduler.commit(self.in_flight.popleft(), self.worker.collect())
+            self.host.poll()
         self.scheduler.check_integrity()
+        assert not self.scheduler.has_copies_in_flight
         assert not self.worker.rows, "the worker keeps state of sequences that have ended"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         for name in list(self.registry.loaded()):
@@ -275,9 +279,6 @@ class Simulation:
         assert self.kv.num_free == self.kv.num_pages
         self.scheduler.check_integrity()
 
-    def _open(self) -> bool:
-        return any(answer.finish is None for answer in self.answers.values())
-
     # -- traffic -------------------------------------------------------------------------------------------------
 
     def _submit(self) -> None:
@@ -285,8 +286,16 @@ class Simulation:
         seq = Sequence(self._next_id, request, self.registry.lease(request.adapter), self._next_id)
         self._next_id += 1
         self._sequences[seq.id] = seq
-        self.answers[request.rid] = Answer(seq, request.adapter)
-        self.scheduler.add(seq)
+        answer = self.answers[request.rid] = Answer(seq, request.adapter)
+        self._unfinished[request.rid] = answer
+        try:
+            self.scheduler.add(seq)
+        except RequestError as error:
+            answer.finish = FinishReason(kind="abort", message=str(error), status_code=400)
+            assert self._has_failed(answer.finish)
+            del self._unfinished[request.rid]
+            self.registry.release(seq.version)
+            self._drop_unleased()
 
     def _request(self) -> Request:
         rng = self.random
@@ -320,20 +329,30 @@ class Simulation:
             "zipf": [1 / (rank + 1) for rank in range(s.num_adapters)],
             "skewed": [9.0 * s.num_adapters] + [1.0] * (s.num_adapters - 1),
         }[s.popularity]
-        return f"a{rng.choices(range(s.num_adapters), weights)[0]}"
+        name = f"a{rng.choices(range(s.num_adapters), weights)[0]}"
+        return name if name in self.registry.loaded() else None
 
     def _maybe_abort(self) -> None:
         if self.random.random() >= self.scenario.abort_rate:
             return
-        open_ones = [answer for answer in self.answers.values() if answer.finish is None]
-        if open_ones:
-            answer = self.random.choice(open_ones)
+        if self._unfinished:
+            answer = self.random.choice(list(self._unfinished.values()))
             answer.was_aborted = True
             reason = FinishReason(kind="abort", message="the test says so", status_code=499)
             self.scheduler.abort(answer.seq.id, reason)
 
+    def _maybe_unload(self) -> None:
+        if self.random.random() >= self.scenario.unload_rate:
+            return
+        index = self.random.randrange(self.scenario.num_pinned, self.scenario.num_adapters)
+        if f"a{index}" in self.registry.loaded():
+            self.registry.unload(f"a{index}")
+            self._drop_unleased()
+
     def _maybe_replace(self) -> None:
         if self.random.random() >= self.scenario.replace_rate:
+            return
+        if not self.residency.has_host_room():
             return
         index = self.random.randrange(self.scenario.num_adapters)
         self._load(f"a{index}", pinned=index < self.scenario.num_pinned)
@@ -349,17 +368,17 @@ class Simulation:
         # A few contents per name, so that some replacements bring back an earlier version.
         content = f"{name}/{self.random.randrange(3)}"
         version = call(name, path="p", digest=content, rank=8, targets=("q_proj",), nbytes=1)
-        if version in self.residency:
-            self.residency.set_pinned(version, pinned=pinned)
-            return
         size = random.Random(content)
         classes = [0] * size.randint(0, 6) + [1] * size.randint(1, 4)
         size.shuffle(classes)
-        self.residency.add(version, classes, pinned=pinned)
+        self.host.load(version, classes, pinned=pinned)
 
     def _drop_unleased(self) -> None:
         for version in self.registry.pop_unleased():
-            self.residency.remove(version)
+            self.host.remove(version)
+
+    def _is_pinned(self, version: int) -> bool:
+        return version in self.residency and self.registry.is_pinned(version)
 
     def _tokens(self, count: int) -> list[int]:
         return [self.random.randrange(VOCAB_SIZE) for _ in range(count)]

@@ -91,9 +91,17 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Stats(msgspec.Struct, tag=True):
-    """Counters and gauges of the engine, sent at most once a second: name -> value."""
+    """Counters and gauges of the engine, sent at most once a second.
+
+    Attributes:
+        values: name -> value.
+        labels: name -> names of adapters (``running_lora_adapters``, ``waiting_lora_adapters``).
+        samples: name -> what was measured since the last of these messages, in seconds.
+    """
 
     values: dict[str, float]
+    labels: dict[str, list[str]] = {}
+    samples: dict[str, list[float]] = {}
 
 
 ToEngine = Submit | Abort | Command | Shutdown

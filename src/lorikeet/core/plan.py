@@ -67,7 +67,9 @@ class DecodeRow(msgspec.Struct, array_like=True, kw_only=True):
 
 
 class PageCopy(msgspec.Struct, array_like=True, kw_only=True):
-    """An adapter version moves from the host to device memory before the step's computation.
+    """An adapter version moves from the host to device memory, beside the computation of this step and of later ones.
+
+    No sequence uses it before a ``StepResult`` has named it in ``copied``.
 
     Attributes:
         slot: row of the device's page table that will describe it.
@@ -86,7 +88,7 @@ class StepPlan(msgspec.Struct, kw_only=True):
         step: increasing number.
         ended: sequences whose worker state is dropped before anything else (finished, aborted or preempted).
         freed_slots: adapter slots whose contents were evicted; they become rank 0 before the copies.
-        copies: adapters to copy to the device before the computation.
+        copies: adapters whose copy to the device begins now.
         starts: sequences that begin to run in this step.
         chunks: prompt parts to compute, in batch order.
         rows: sequences that decode one token, in batch order after the chunks.
@@ -102,7 +104,8 @@ class StepPlan(msgspec.Struct, kw_only=True):
 
     @property
     def is_empty(self) -> bool:
-        """True if the step computes nothing (it may still free worker state)."""
+        """True if the step computes nothing. It may still free worker state, or only ask whether copies have ended: then
+        the worker waits for one."""
         return not (self.chunks or self.rows)
 
     @property
@@ -130,8 +133,8 @@ class StepResult(msgspec.Struct, kw_only=True):
     Attributes:
         tokens: one per chunk with ``sample`` and per row, in batch order.
         prompt_logprobs: sequence -> log-probabilities of the prompt positions that this step computed.
-        copied: versions whose copy is complete.
-        failed_copies: version -> what went wrong; its pages and slot are free again.
+        copied: versions whose copy, of this plan or an earlier one, has become complete.
+        failed_copies: version -> what went wrong; the next plan frees its slot.
     """
 
     step: int

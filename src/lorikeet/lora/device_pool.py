@@ -68,16 +68,31 @@ class DevicePool:
         return self._tables.get(site)
 
     def copy_in(self, adapter: HostAdapter, copy: PageCopy) -> None:
-        """Copy an adapter's pages to where the plan says and describe them in its slot.
+        """``reserve``, ``write`` and ``describe`` at once.
+
+        Raises:
+            EngineFault: as ``reserve``.
+        """
+        self.reserve(adapter, copy)
+        self.write(adapter, copy)
+        self.describe(adapter, copy)
+
+    def reserve(self, adapter: HostAdapter, copy: PageCopy) -> None:
+        """Note that a slot and pages are an adapter's. The slot is rank 0 until it is described.
 
         Raises:
             EngineFault: the plan names pages or a slot that something else still uses, or that do not fit.
         """
         self._check_copy(adapter, copy)
-        # Recorded first, so that clear_slot undoes a copy that fails half-way.
         self._pages[copy.slot] = tuple(copy.page_ids)
+
+    def write(self, adapter: HostAdapter, copy: PageCopy) -> None:
+        """Fill reserved pages. Touches nothing else, so that it may run on another thread than everything else here."""
         for page, start, size in zip(adapter.pages, copy.page_ids, adapter.page_sizes, strict=True):
             self._pool_E[start : start + size].copy_(page)
+
+    def describe(self, adapter: HostAdapter, copy: PageCopy) -> None:
+        """Let a slot mean the adapter whose pages are written."""
         for module in adapter.modules:
             self._describe(module, copy)
 

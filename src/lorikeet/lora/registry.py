@@ -83,7 +83,7 @@ class AdapterRegistry:
                 f"adapter {name!r} is already loaded from {self._names[name].path!r}; "
                 "unload it first or choose another name"
             )
-        version = self._version_of(digest)
+        version = self.version_of(digest)
         info = AdapterInfo(
             name=name,
             version=version,
@@ -137,7 +137,7 @@ class AdapterRegistry:
         Raises:
             AdapterNotFoundError: the name is not loaded.
         """
-        info = self._find(name)
+        info = self.find(name)
         del self._names[name]
         record = self._versions[info.version]
         record.names.discard(name)
@@ -152,7 +152,7 @@ class AdapterRegistry:
         """
         if name is None:
             return 0
-        version = self._find(name).version
+        version = self.find(name).version
         self._versions[version].num_leases += 1
         return version
 
@@ -181,9 +181,40 @@ class AdapterRegistry:
         """Loaded adapters by name, in order of loading. A copy."""
         return dict(self._names)
 
+    def get(self, name: str) -> AdapterInfo | None:
+        """About a name; None if it is not loaded."""
+        return self._names.get(name)
+
+    def find(self, name: str) -> AdapterInfo:
+        """About a loaded name.
+
+        Raises:
+            AdapterNotFoundError: names it and the loaded ones.
+        """
+        info = self._names.get(name)
+        if info is None:
+            names = sorted(self._names)
+            listed = ", ".join(names[:_MAX_LISTED]) or "none"
+            if len(names) > _MAX_LISTED:
+                listed += f" and {len(names) - _MAX_LISTED} more"
+            raise AdapterNotFoundError(
+                f"adapter {name!r} has never been loaded or was unloaded; loaded adapters: {listed}",
+                "lora_path",
+            )
+        return info
+
     def info(self, version: int) -> AdapterInfo:
         """About a version that is loaded or leased; KeyError otherwise."""
         return self._versions[version].info
+
+    def names_of(self, version: int) -> list[str]:
+        """Names that mean a version now, sorted; none if it is hidden or not known."""
+        record = self._versions.get(version)
+        return sorted(record.names) if record is not None else []
+
+    def is_hidden(self, version: int) -> bool:
+        """True if no name means the version and ``pop_unleased`` has not given it out yet."""
+        return version in self._hidden
 
     def num_leases(self, version: int) -> int:
         """Requests in flight with this version; 0 if it is not known."""
@@ -212,7 +243,11 @@ class AdapterRegistry:
             if record.num_leases < 0:
                 raise AssertionError(f"version {version} has {record.num_leases} leases")
 
-    def _version_of(self, digest: str) -> int:
+    def version_of(self, digest: str) -> int:
+        """The version of a content: that of the same digest if it was ever loaded, else the next one.
+
+        Whoever has to place a content before its name can mean it asks here first; ``register`` gives the same answer.
+        """
         version = self._known.get(digest)
         if version is None:
             version = self._next_version
@@ -231,16 +266,3 @@ class AdapterRegistry:
         for digest in [digest for digest, _ in zip(dead, range(excess), strict=False)]:
             if digest != next(reversed(self._known)):
                 del self._known[digest]
-
-    def _find(self, name: str) -> AdapterInfo:
-        info = self._names.get(name)
-        if info is None:
-            names = sorted(self._names)
-            listed = ", ".join(names[:_MAX_LISTED]) or "none"
-            if len(names) > _MAX_LISTED:
-                listed += f" and {len(names) - _MAX_LISTED} more"
-            raise AdapterNotFoundError(
-                f"adapter {name!r} has never been loaded or was unloaded; loaded adapters: {listed}",
-                "lora_path",
-            )
-        return info

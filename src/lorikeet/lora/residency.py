@@ -1,35 +1,46 @@
-"""Where each adapter version is, and what should move: decisions only, the pool performs them.
+"""Where each adapter version is, and what should move: decisions only, others read and copy.
 
-Half-open life of a slot and its pages: from ``_place`` (the copy is written into the next plan) until ``_vacate``. In
-between nobody else gets them. ``_vacate`` happens only when no sequence uses the version and no copy of it is on its
-way; a sequence counts as a user until the last step that computes with it is committed, so pages are never overwritten
-under a running step.
+::
+
+    DISK --take_reads--> READING --read_done--> HOST --admit, prefetch, pin--> COPYING --copies_done--> DEVICE
+      ^                     |                    | ^                             |                        |
+      +-----eviction--------|--------------------+ +--------copy failed----------+--------eviction--------+
+                            +--read_failed--> FAILED
+
+A version is usable on the device only. What is on the device is in host memory, too. Both tiers keep to the queue's
+order (``want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
+until that request ran.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
-from lorikeet.lora.eviction import POLICIES, Candidate, eviction_order
+from lorikeet.lora.device_tier import DeviceTier
+from lorikeet.lora.eviction import POLICIES
+from lorikeet.lora.host_tier import HostTier
 from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.tiers import Resident, Tier
+from lorikeet.lora.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
 
 
 class Admission(Enum):
     """Answer to a sequence that wants to run with a version."""
 
-    #: It may run in the step that is being planned: resident, or copied before that step computes.
+    #: It is on the device: the sequence may run in the step that is being planned.
     READY = "ready"
-    #: Not now: what holds the room is in use or pinned. Ask again after something was released.
+    #: It is being read or copied and asks nothing of others. Ask again later.
+    WAIT = "wait"
+    #: What holds the room on the device or in host memory is in use, pinned or wanted before. Ask again later.
     NO_ROOM = "no room"
+    #: It could not be read; ``Residency.failure`` says why.
+    FAILED = "failed"
 
 
 class Residency:
-    """Slots and rank pages of the device tier.
+    """Owner of the state of every adapter version.
 
     Version 0 is the base model: always ready, in slot 0, and it takes nothing.
 
@@ -37,74 +48,92 @@ class Residency:
         num_slots: rows of the device's page tables, slot 0 included.
         policy: ``lru`` or ``fifo``, see ``lora/eviction.py``.
         max_pinned: at most this many versions may be pinned.
+        max_host: at most this many versions are in host memory, those being read included; None means any number.
 
     Raises:
-        ValueError: an unknown policy, or no slot besides the base model's.
+        ValueError: an unknown policy, no slot besides the base model's, or host memory for pinned versions only.
     """
 
     def __init__(
-        self, *, allocator: RankPageAllocator, num_slots: int, policy: str, max_pinned: int
+        self,
+        *,
+        allocator: RankPageAllocator,
+        num_slots: int,
+        policy: str,
+        max_pinned: int,
+        max_host: int | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"eviction policy {policy!r}; known: {', '.join(POLICIES)}")
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; slot 0 is needed for the base model")
-        self._allocator = allocator
-        self._num_slots = num_slots
-        self._policy = policy
+        if max_host is not None and max_host <= max_pinned:
+            raise ValueError(f"max_host is {max_host}; {max_pinned} pinned versions would fill it")
         self._max_pinned = max_pinned
-        self._entries: dict[int, Resident] = {}
-        self._free_slots = list(range(num_slots - 1, 0, -1))
-        self._wanted: dict[int, int] = {}
+        self._ledger = Ledger(policy)
+        self._entries = self._ledger.entries
+        self._device = DeviceTier(self._ledger, allocator, num_slots)
+        self._host = HostTier(self._ledger, max_host, self._device.evict)
         # Pinned versions whose copy was not planned yet.
         self._unplaced_pins: set[int] = set()
-        self._clock = 0
-        # Moves whenever room may have appeared; see Resident.refused_at.
-        self._room_clock = 0
-        self._freed_slots: list[int] = []
-        self._copies: list[PageCopy] = []
 
     def __contains__(self, version: int) -> bool:
         entry = self._entries.get(version)
         return version == 0 or (entry is not None and not entry.removed)
 
+    # -- what is there -------------------------------------------------------------------------------------------
+
     def add(self, version: int, page_classes: Sequence[int], *, pinned: bool = False) -> None:
-        """A version is in host memory now and may be admitted.
+        """The bytes of a version have come to host memory; it may be admitted.
+
+        One that is on disk, being read or failed may come this way, too; a read that is on its way is then for nothing.
 
         Args:
             page_classes: class of each of its rank pages.
             pinned: resident from now on; its copy is planned as soon as there is room.
 
         Raises:
-            AdapterError: it can never fit, or too many are pinned.
-            ValueError: the version is there already.
+            AdapterError: it can never fit, too many are pinned, or host memory is full of versions that are pinned,
+                in use or on their way.
+            ValueError: the version is in host memory already.
         """
-        if version in self:
-            raise ValueError(f"version {version} is there already")
-        if pinned:
-            self._check_pin()
-        self._check_size(page_classes)
         entry = self._entries.get(version)
+        if (
+            entry is not None
+            and not entry.removed
+            and entry.tier in IN_HOST_MEMORY - {Tier.READING}
+        ):
+            raise ValueError(f"version {version} is there already")
+        if pinned and not (entry is not None and entry.pinned):
+            self._check_pin()
+        self._device.check_size(page_classes, self._max_pinned + 1)
+        if entry is None or not self._is_reading(version):
+            self._host.take_place()
         if entry is None:
-            entry = Resident(version, tuple(page_classes), pinned)
-            self._entries[version] = entry
-        else:
-            # The same content comes back while sequences still run with it: as if it had never left.
-            entry.removed, entry.pinned = False, pinned
+            entry = self._entries[version] = Resident(version, tuple(page_classes), pinned)
+        entry.removed, entry.pinned = False, entry.pinned or pinned
+        if entry.tier in (Tier.DISK, Tier.FAILED):
+            entry.enter(Tier.READING)
+        if entry.tier is Tier.READING:
+            self._host.arrive(entry, page_classes)
         if pinned:
             self._unplaced_pins.add(version)
-        self._room_clock += 1
+        self._ledger.num_changes += 1
 
     def remove(self, version: int) -> None:
-        """A version leaves host memory for good. What it holds on the device is freed once nobody uses it.
+        """A version is unloaded. What it holds on the device is freed once nobody uses it and no copy is on its way.
+
+        Its bytes are the caller's to drop; ``take_host_drops`` does not name it. A copy that is on its way needs a
+        reference of its own.
 
         Raises:
             ValueError: the version is not there.
         """
         entry = self._find(version)
-        entry.removed, entry.pinned = True, False
         self._unplaced_pins.discard(version)
-        self._room_clock += 1
+        self._host.forget(entry)
+        entry.removed, entry.pinned = True, False
+        self._ledger.num_changes += 1
         self._settle(entry)
 
     def set_pinned(self, version: int, *, pinned: bool) -> None:
@@ -122,41 +151,23 @@ class Residency:
             self._unplaced_pins.add(version)
         else:
             self._unplaced_pins.discard(version)
-        self._room_clock += 1
+        self._ledger.num_changes += 1
 
-    def admit(self, version: int) -> Admission:
-        """Ask for a version for one more sequence. READY counts as one use, to be undone by ``release``.
+    def has_host_room(self) -> bool:
+        """True if ``add`` of one more version would find room in host memory."""
+        return self._host.has_room(FIRST)
 
-        Raises:
-            ValueError: the version is not there.
-        """
-        if version == 0:
-            return Admission.READY
-        entry = self._find(version)
-        if entry.broken or not self._is_placed(entry):
-            return Admission.NO_ROOM
-        entry.uses += 1
-        self._clock += 1
-        entry.last_use = self._clock
-        return Admission.READY
-
-    def release(self, version: int) -> None:
-        """One sequence less uses a version.
-
-        Raises:
-            ValueError: nobody uses it.
-        """
-        if version == 0:
-            return
+    def failure(self, version: int) -> str | None:
+        """Why a version is FAILED; None if it is not, or not there."""
         entry = self._entries.get(version)
-        if entry is None or entry.uses == 0:
-            raise ValueError(f"version {version} is not in use")
-        entry.uses -= 1
-        self._clock += 1
-        entry.last_use = self._clock
-        if entry.uses == 0:
-            self._room_clock += 1
-            self._settle(entry)
+        return entry.reason if entry is not None and not entry.removed else None
+
+    def tier(self, version: int) -> Tier:
+        return self._find(version).tier
+
+    def is_resident(self, version: int) -> bool:
+        """True if a sequence may run with the version now."""
+        return version == 0 or self._find(version).tier is Tier.DEVICE
 
     def slot(self, version: int) -> int:
         """Device slot of a version that was admitted; 0 for the base model.
@@ -171,93 +182,189 @@ class Residency:
             raise ValueError(f"version {version} has no slot")
         return entry.slot
 
-    def is_resident(self, version: int) -> bool:
-        """True if admitting the version moves nothing."""
-        return version == 0 or self._find(version).slot != 0
-
-    def tier(self, version: int) -> Tier:
-        return self._find(version).tier
-
-    def want(self, versions: Iterable[int]) -> None:
-        """Say which versions the queue wants, in its order; eviction avoids them, the last ones least."""
-        self._wanted = {version: place for place, version in enumerate(versions)}
-
-    @property
-    def has_decisions(self) -> bool:
-        """True if the next plan may have something to move, even if nothing is computed."""
-        return bool(self._freed_slots or self._copies or self._unplaced_pins)
-
-    def take_decisions(self) -> tuple[list[int], list[PageCopy]]:
-        """Slots freed and copies decided since the last call, for the plan that is being made."""
-        for version in sorted(self._unplaced_pins):
-            # A pin whose copy fails later is not tried again until a request asks for it.
-            if self._is_placed(self._entries[version]):
-                self._unplaced_pins.discard(version)
-        decisions = (self._freed_slots, self._copies)
-        self._freed_slots, self._copies = [], []
-        return decisions
-
-    def copies_done(self, copied: Iterable[int], failed: Mapping[int, str] | Iterable[int]) -> None:
-        """A step is committed: its copies are complete, or failed and give their room back.
-
-        Raises:
-            ValueError: no copy of that version was on its way.
-        """
-        for version in copied:
-            entry = self._copying(version)
-            entry.enter(Tier.DEVICE)
-            self._settle(entry)
-        for version in failed:
-            entry = self._copying(version)
-            entry.enter(Tier.HOST)
-            entry.broken = True
-            self._settle(entry)
-        self._room_clock += 1
-
     def num_uses(self, version: int) -> int:
         entry = self._entries.get(version)
         return entry.uses if entry is not None else 0
 
     def resident(self) -> list[int]:
         """Versions that own a slot."""
-        return [entry.version for entry in self._entries.values() if entry.slot]
+        return list(self._device.placed)
 
-    def check_integrity(self) -> None:
-        """Recount slots and pages.
+    def usable(self) -> list[int]:
+        """Versions on the device whose copies are complete."""
+        return [v for v, entry in self._device.placed.items() if entry.tier is Tier.DEVICE]
+
+    @property
+    def num_device_evictions(self) -> int:
+        """Versions that had to leave the device for others, since the start."""
+        return self._device.num_evictions
+
+    @property
+    def num_changes(self) -> int:
+        """Moves whenever a question that was answered with WAIT or NO_ROOM may have another answer."""
+        return self._ledger.num_changes
+
+    @property
+    def has_copies_in_flight(self) -> bool:
+        """True if copies are decided or on their way: steps are needed to learn of their end."""
+        return self._device.num_copying > 0
+
+    # -- use -----------------------------------------------------------------------------------------------------
+
+    def want(self, versions: Iterable[int]) -> None:
+        """Say which versions the queue wants, in its order. The first come first, and stay longest."""
+        wanted = {version: place for place, version in enumerate(versions)}
+        if wanted != self._ledger.wanted:
+            self._ledger.wanted = wanted
+            self._ledger.num_changes += 1
+
+    def admit(self, version: int) -> Admission:
+        """Ask for a version for one more sequence; starts its read or its copy if there is room.
+
+        READY counts as one use, to be undone by ``release``.
 
         Raises:
-            AssertionError: a slot or page is leaked or shared, or a version is in an impossible state.
+            ValueError: the version is not there.
         """
-        owners = [entry for entry in self._entries.values() if entry.slot]
-        slots = sorted([*(entry.slot for entry in owners), *self._free_slots])
-        if slots != list(range(1, self._num_slots)):
-            raise AssertionError(f"slots in use and free: {slots}, of {self._num_slots}")
-        self._allocator.check_integrity(page for entry in owners for page in entry.pages)
+        if version == 0:
+            return Admission.READY
+        entry = self._find(version)
+        if entry.tier is Tier.DEVICE:
+            entry.uses += 1
+            entry.last_use = self._ledger.tick()
+            return Admission.READY
+        if entry.tier is Tier.FAILED:
+            return Admission.FAILED
+        if entry.tier is Tier.DISK and not self._host.start_read(entry):
+            return Admission.NO_ROOM
+        if entry.tier is Tier.HOST and not self._device.place(entry):
+            return Admission.NO_ROOM
+        return Admission.WAIT
+
+    def release(self, version: int) -> None:
+        """One sequence less uses a version.
+
+        Raises:
+            ValueError: nobody uses it.
+        """
+        if version == 0:
+            return
+        entry = self._entries.get(version)
+        if entry is None or entry.uses == 0:
+            raise ValueError(f"version {version} is not in use")
+        entry.uses -= 1
+        entry.last_use = self._ledger.tick()
+        if entry.uses == 0:
+            self._ledger.num_changes += 1
+            self._settle(entry)
+
+    @property
+    def has_decisions(self) -> bool:
+        """True if the next plan has something to move, even if nothing is computed."""
+        return bool(self._device.freed_slots or self._device.copies)
+
+    @property
+    def has_unplaced_pins(self) -> bool:
+        return bool(self._unplaced_pins)
+
+    def take_decisions(self) -> tuple[list[int], list[PageCopy]]:
+        """Slots freed and copies decided since the last call, for the plan that is being made.
+
+        Pinned versions are placed first, then what the queue wants is read and copied ahead.
+        """
+        self._place_pins()
+        # Reads first: a copy ahead would hold on to a place in host memory that one wanted earlier needs.
+        self._host.read_ahead([*sorted(self._unplaced_pins), *self._ledger.wanted])
+        self._device.copy_ahead()
+        device = self._device
+        decisions = (device.freed_slots, device.copies)
+        device.freed_slots, device.copies = [], []
+        return decisions
+
+    def copies_done(self, copied: Iterable[int], failed: Mapping[int, str] | Iterable[int]) -> None:
+        """Copies are complete, or failed and give their room back. They may have been decided any number of steps ago.
+
+        Raises:
+            ValueError: no copy of that version was on its way.
+        """
+        for version in copied:
+            self._end_copy(version, ok=True)
+        for version in failed:
+            self._end_copy(version, ok=False)
+
+    # -- host memory ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_reads(self) -> bool:
+        """True if ``take_reads`` has something to hand out."""
+        return bool(self._host.reads)
+
+    def take_reads(self) -> list[int]:
+        """Versions to read now, as decided by ``admit`` and ``take_decisions``, in the queue's order.
+
+        Each is answered by ``read_done`` or ``read_failed``. Carry out the drops first: they make the room for these.
+        """
+        return [version for version in self._host.take_reads() if self._is_reading(version)]
+
+    def take_host_drops(self) -> list[int]:
+        """Versions evicted from host memory since the last call; drop their bytes."""
+        return self._host.take_drops()
+
+    def read_done(self, version: int, page_classes: Sequence[int]) -> bool:
+        """READING -> HOST.
+
+        Returns:
+            False if the bytes are not wanted any more: the version was removed, or came by ``add`` meanwhile.
+        """
+        if not self._is_reading(version):
+            return False
+        self._host.arrive(self._entries[version], page_classes)
+        self._ledger.num_changes += 1
+        return True
+
+    def read_failed(self, version: int, reason: str) -> bool:
+        """READING -> FAILED; the scheduler ends the sequences that wait for it.
+
+        Returns:
+            False if nobody cares any more, as for ``read_done``.
+        """
+        if not self._is_reading(version):
+            return False
+        self._unplaced_pins.discard(version)
+        self._host.fail(self._entries[version], reason)
+        return True
+
+    def take_failures(self) -> dict[int, str]:
+        """Versions that became FAILED since the last call, and why."""
+        return self._host.take_failures()
+
+    def check_integrity(self) -> None:
+        """Recount both tiers.
+
+        Raises:
+            AssertionError: a slot, page or place is leaked or shared, or a version is in an impossible state.
+        """
+        self._device.check_integrity()
+        self._host.check_integrity()
         for entry in self._entries.values():
-            is_there = entry.tier in (Tier.COPYING, Tier.DEVICE) or entry.broken
-            if is_there != bool(entry.slot) or len(entry.pages) != is_there * len(
-                entry.page_classes
-            ):
-                raise AssertionError(
-                    f"version {entry.version} is at {entry.tier} with slot {entry.slot}"
-                )
-            if entry.uses and not entry.slot:
+            if entry.uses and entry.tier is not Tier.DEVICE:
                 raise AssertionError(f"version {entry.version} is in use and not on the device")
-            idle = entry.uses == 0 and entry.tier is not Tier.COPYING
-            if idle and (entry.broken or entry.removed):
+            if entry.removed and not entry.uses and entry.tier is not Tier.COPYING:
                 raise AssertionError(f"version {entry.version} should have given its room back")
+            if (entry.reason is not None) != (entry.tier is Tier.FAILED):
+                raise AssertionError(f"version {entry.version} is {entry.tier}: {entry.reason}")
+
+    # -- inside --------------------------------------------------------------------------------------------------
 
     def _find(self, version: int) -> Resident:
         entry = self._entries.get(version)
         if entry is None or entry.removed:
-            raise ValueError(f"version {version} is not in host memory")
+            raise ValueError(f"version {version} is not in host memory and was not there before")
         return entry
 
-    def _copying(self, version: int) -> Resident:
+    def _is_reading(self, version: int) -> bool:
         entry = self._entries.get(version)
-        if entry is None or entry.tier is not Tier.COPYING:
-            raise ValueError(f"no copy of version {version} is on its way")
-        return entry
+        return entry is not None and not entry.removed and entry.tier is Tier.READING
 
     def _check_pin(self) -> None:
         num_pinned = sum(entry.pinned for entry in self._entries.values())
@@ -267,84 +374,26 @@ class Residency:
                 "(max_loras_per_batch - 1), or the others face starvation"
             )
 
-    def _check_size(self, page_classes: Sequence[int]) -> None:
-        """Refuse what would not fit beside as many pinned versions of the same size as there may be."""
-        for page_class, count in Counter(page_classes).items():
-            room = self._allocator.guaranteed_pages(page_class)
-            if count * (self._max_pinned + 1) > room:
-                raise AdapterError(
-                    f"the adapter needs {count} rank pages of class {page_class}; the device pool guarantees "
-                    f"{room} for {self._max_pinned + 1} adapters"
-                )
+    def _place_pins(self) -> None:
+        for version in sorted(self._unplaced_pins):
+            entry = self._entries[version]
+            if entry.tier is Tier.HOST:
+                self._device.place(entry)
+            if entry.tier in (Tier.COPYING, Tier.DEVICE):
+                # A pin whose copy fails later is not tried again until a request asks for it.
+                self._unplaced_pins.discard(version)
 
-    def _is_placed(self, entry: Resident) -> bool:
-        """Give a version its slot and pages if it has none. False if there is no room."""
-        if entry.slot:
-            return True
-        if entry.refused_at == self._room_clock:
-            return False
-        victims = self._victims_for(entry)
-        if victims is None:
-            entry.refused_at = self._room_clock
-            return False
-        for victim in victims:
-            self._vacate(victim)
-        pages = self._allocator.alloc(entry.page_classes)
-        if pages is None:
-            raise AssertionError(f"version {entry.version} does not fit where it was said to")
-        entry.slot, entry.pages = self._free_slots.pop(), tuple(pages)
-        entry.enter(Tier.COPYING)
-        self._clock += 1
-        entry.since = entry.last_use = self._clock
-        self._copies.append(PageCopy(version=entry.version, slot=entry.slot, page_ids=pages))
-        return True
-
-    def _victims_for(self, entry: Resident) -> list[Resident] | None:
-        """Whom to evict for a version, as few as the policy's order allows; None if all of them are not enough."""
-        victims: list[Resident] = []
-        if self._has_room(entry, victims):
-            return victims
-        candidates = [
-            Candidate(e.version, e.last_use, e.since, self._wanted.get(e.version))
-            for e in self._entries.values()
-            if e.may_leave
-        ]
-        for version in eviction_order(candidates, self._policy):
-            victims.append(self._entries[version])
-            if self._has_room(entry, victims):
-                break
-        else:
-            return None
-        # The first ones may have turned out useless (pages of other classes): whoever can stay, stays.
-        for victim in victims[:-1][::-1]:
-            others = [other for other in victims if other is not victim]
-            if self._has_room(entry, others):
-                victims = others
-        return victims
-
-    def _has_room(self, entry: Resident, victims: list[Resident]) -> bool:
-        if not self._free_slots and not victims:
-            return False
-        freed = [page for victim in victims for page in victim.pages]
-        return self._allocator.fits(entry.page_classes, freed)
+    def _end_copy(self, version: int, *, ok: bool) -> None:
+        entry = self._entries.get(version)
+        if entry is None or entry.tier is not Tier.COPYING:
+            raise ValueError(f"no copy of version {version} is on its way")
+        self._device.end_copy(entry, ok=ok)
+        self._settle(entry)
 
     def _settle(self, entry: Resident) -> None:
         """Carry out what waited for the last user to leave."""
-        if entry.uses or entry.tier is Tier.COPYING:
+        if not entry.removed or entry.uses or entry.tier is Tier.COPYING:
             return
-        if entry.slot and (entry.broken or entry.removed):
-            self._vacate(entry)
-        if entry.removed:
-            del self._entries[entry.version]
-
-    def _vacate(self, entry: Resident) -> None:
-        """Take slot and pages away from a version."""
-        if entry.uses or entry.tier is Tier.COPYING:
-            raise AssertionError(f"version {entry.version} is in use and must not leave its slot")
-        self._allocator.free(entry.pages)
-        self._free_slots.append(entry.slot)
-        self._freed_slots.append(entry.slot)
-        entry.slot, entry.pages, entry.broken = 0, (), False
         if entry.tier is Tier.DEVICE:
-            entry.enter(Tier.HOST)
-        self._room_clock += 1
+            self._device.vacate(entry)
+        del self._entries[entry.version]

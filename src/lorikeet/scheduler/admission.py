@@ -1,14 +1,20 @@
 """Which waiting sequence is admitted next, and why nobody waits for ever.
 
-**Room for adapters.** At most ``max_loras_per_batch`` adapters run at a time and the device has to hold them. A
-sequence whose adapter has no room is *blocked*: it waits alone and others pass it. Sequences of the base model are
-never blocked, and their passing harms nobody who waits for an adapter's room.
+**Room for adapters.** At most ``max_loras_per_batch`` adapters run at a time, and the device and host memory have to hold
+them. A sequence whose adapter has no room is *blocked*: it waits alone and others pass it. Sequences of the base model
+are never blocked, and their passing harms nobody who waits for an adapter's room.
+
+**On its way.** A sequence whose adapter is being read or copied waits alone, too, but is not blocked: what it waits
+for is time, and holding others back would not make it shorter. A copy takes milliseconds and a slot; so that its
+sequence finds the way open, an adapter that is being copied counts as running for those who stand behind it.
 
 **The bound.** Requests that name an adapter are numbered as they arrive (``Sequence.serial``). Let b be the oldest
 blocked one. Another is admitted before it only if ``serial <= b.serial + max_passes``. Every blocked sequence c has
 ``c.serial >= b.serial``, so whoever passes c has a serial in ``(c.serial, c.serial + max_passes]`` or came before it:
-**no request is passed by more than max_passes later ones that name an adapter.** When that window is used up, running
-sequences end one after the other until there is room, and b is first in line for it.
+**while a request waits for room, no more than max_passes later ones that name an adapter pass it**, however often it
+becomes blocked. When that window is used up, running sequences end one after the other until there is room, and b is
+first in line for it. What was read or copied for it stays until it ran (``lora/residency.py``), so it is on its way
+no more than once per tier.
 
 **Draining.** So that b seldom waits that long, one adapter, the one with the fewest running sequences, stops admitting
 requests later than ``b.serial + max_passes // 8``. It falls idle soon and b takes its place, while the other adapters
@@ -25,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorikeet.core.sequence import Sequence
+from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 
@@ -32,6 +39,7 @@ from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 _LPM_WINDOW = 16
 # A pool that has no room for several adapters in a row seldom has it for the next; do not walk over hundreds.
 _MAX_REFUSALS = 16
+_ON_ITS_WAY = frozenset({Tier.READING, Tier.COPYING})
 
 
 class Admission:
@@ -43,11 +51,13 @@ class Admission:
         queue: WaitingQueue,
         running: RunningSet,
         match: Callable[[Sequence], int],
+        tier: Callable[[int], Tier],
     ) -> None:
         self.limits = limits
         self.queue = queue
         self.running = running
         self.match = match
+        self.tier = tier
         self._draining = 0
 
     def open_round(self, budget: StepBudget) -> Round:
@@ -62,7 +72,7 @@ class Admission:
 
 
 class Round:
-    """Admission in one step: ask ``next``, then either admit the sequence or ``refuse`` it; ``close`` at the end."""
+    """Admission in one step: ask ``next``, then admit the sequence, ``park`` or ``refuse`` it; ``close`` at the end."""
 
     def __init__(self, admission: Admission, budget: StepBudget) -> None:
         self._admission = admission
@@ -70,16 +80,18 @@ class Round:
         self._queue = admission.queue
         self._running = admission.running
         self._budget = budget
-        self._refused: list[Sequence] = []
+        self._aside: list[int] = []
+        self._blocked: Sequence | None = None
+        self._num_refused = 0
         self._lengths: dict[int, int] = {}
 
     def next(self) -> Sequence | None:
         """The waiting sequence to try next; None if nobody may run."""
-        idle = self._queue.peek_idle(self._running.num_of_version)
-        blocked = self._refused[0] if self._refused else None
+        idle = self._next_idle()
+        blocked = self._blocked
         if self._budget.adapters <= 0 and blocked is None:
             blocked = idle
-        if self._budget.adapters <= 0 or len(self._refused) >= _MAX_REFUSALS:
+        if self._budget.adapters <= 0 or self._num_refused >= _MAX_REFUSALS:
             idle = None
         heads = [self._queue.head(0), idle]
         heads.extend(self._queue.head(version) for version in self._running.num_of_version)
@@ -92,14 +104,36 @@ class Round:
         return self._longest_match(eligible, oldest, blocked)
 
     def refuse(self, seq: Sequence) -> None:
-        """The device has no room for the adapter of ``seq``, which ``next`` returned."""
-        self._refused.append(seq)
-        self._queue.pop_idle()
+        """There is no room for the adapter of ``seq``, which ``next`` returned."""
+        self._blocked = self._blocked or seq
+        self._num_refused += 1
+        self._set_aside(seq)
+
+    def park(self, seq: Sequence) -> None:
+        """The adapter of ``seq``, which ``next`` returned, is on its way now."""
+        self._set_aside(seq)
+        self._reserve(seq)
 
     def close(self) -> None:
-        """Put the refused ones back in line."""
-        for seq in self._refused:
-            self._queue.offer(seq.version)
+        """Put those that were set aside back in line."""
+        for version in self._aside:
+            self._queue.offer(version)
+
+    def _next_idle(self) -> Sequence | None:
+        """First in order among those whose adapter neither runs nor is on its way."""
+        while (idle := self._queue.peek_idle(self._running.num_of_version)) is not None:
+            if self._admission.tier(idle.version) not in _ON_ITS_WAY:
+                return idle
+            self.park(idle)
+        return None
+
+    def _set_aside(self, seq: Sequence) -> None:
+        self._queue.pop_idle()
+        self._aside.append(seq.version)
+
+    def _reserve(self, seq: Sequence) -> None:
+        if self._admission.tier(seq.version) is Tier.COPYING:
+            self._budget.adapters -= 1
 
     def _may_pass(self, seq: Sequence, blocked: Sequence | None) -> bool:
         if blocked is None or seq.version == 0 or seq.order <= blocked.order:

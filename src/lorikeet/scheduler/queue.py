@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from itertools import islice
@@ -23,6 +24,8 @@ class WaitingQueue:
         # (order, version) of heads. Entries go stale; every waiting version has at least its present one, except
         # while it is taken out by an admission round.
         self._heads: list[tuple[int, int]] = []
+        # (order, version) of the head of each waiting adapter version, sorted, never stale.
+        self._line: list[tuple[int, int]] = []
         self._num_waiting = 0
         self._next_arrival = 0
         self._next_serial = 0
@@ -41,6 +44,7 @@ class WaitingQueue:
         self._lane(seq.version)[seq.id] = seq
         self._num_waiting += 1
         if len(self._by_version[seq.version]) == 1:
+            self._enter_line(seq)
             self.offer(seq.version)
 
     def push_front(self, seq: Sequence) -> None:
@@ -48,6 +52,8 @@ class WaitingQueue:
         seq.order = self._next_front
         self._next_front -= 1
         lane = self._lane(seq.version)
+        self._leave_line(seq.version)
+        self._enter_line(seq)
         lane[seq.id] = seq
         lane.move_to_end(seq.id, last=False)
         self._num_waiting += 1
@@ -56,12 +62,24 @@ class WaitingQueue:
     def remove(self, seq: Sequence) -> None:
         lane = self._by_version[seq.version]
         was_head = next(iter(lane)) == seq.id
+        if was_head:
+            self._leave_line(seq.version)
         del lane[seq.id]
         self._num_waiting -= 1
         if not lane:
             del self._by_version[seq.version]
         elif was_head:
+            self._enter_line(next(iter(lane.values())))
             self.offer(seq.version)
+
+    def num_of_version(self, version: int) -> int:
+        """Waiting sequences of a version."""
+        return len(self._by_version.get(version, ()))
+
+    def of_version(self, version: int) -> list[Sequence]:
+        """All waiting sequences of a version, in order."""
+        lane = self._by_version.get(version)
+        return list(lane.values()) if lane else []
 
     def head(self, version: int) -> Sequence | None:
         """First in order among the sequences of a version."""
@@ -100,8 +118,7 @@ class WaitingQueue:
 
     def versions(self, count: int) -> list[int]:
         """At most ``count`` waiting adapter versions, in the order of their heads."""
-        heads = [(head.order, v) for v in self._by_version if v and (head := self.head(v))]
-        return [version for _, version in heapq.nsmallest(count, heads)]
+        return [version for _, version in self._line[:count]]
 
     @property
     def num_versions(self) -> int:
@@ -122,6 +139,9 @@ class WaitingQueue:
         if len(found) != self._num_waiting:
             raise AssertionError(f"{self._num_waiting} waiting counted, {len(found)} found")
         listed = set(self._heads)
+        line = sorted((head.order, v) for v in self._by_version if v and (head := self.head(v)))
+        if line != self._line:
+            raise AssertionError(f"the line of versions is {self._line}, not {line}")
         for version, lane in self._by_version.items():
             orders = [seq.order for seq in lane.values()]
             if not orders or orders != sorted(orders):
@@ -131,6 +151,15 @@ class WaitingQueue:
         for seq in found:
             if seq.state not in (SequenceState.WAITING, SequenceState.PREEMPTED):
                 raise AssertionError(f"sequence {seq.id} waits in state {seq.state}")
+
+    def _enter_line(self, head: Sequence) -> None:
+        if head.version:
+            insort(self._line, (head.order, head.version))
+
+    def _leave_line(self, version: int) -> None:
+        head = self.head(version)
+        if head is not None and version:
+            del self._line[bisect_left(self._line, (head.order, version))]
 
     def _lane(self, version: int) -> OrderedDict[int, Sequence]:
         return self._by_version.setdefault(version, OrderedDict())

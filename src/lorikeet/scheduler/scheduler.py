@@ -23,12 +23,13 @@ from lorikeet.core.plan import (
 )
 from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.core.sequence import Sequence, SequenceState
+from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
 from lorikeet.lora.residency import Admission as AdapterAdmission
 from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
-from lorikeet.scheduler.finish import failure, finish_reason, prepare
+from lorikeet.scheduler.finish import adapter_failure, failure, finish_reason, prepare
 from lorikeet.scheduler.state import State
 from lorikeet.scheduler.stats import SchedulerStats
 
@@ -48,8 +49,10 @@ class Scheduler:
         self._queue = self._state.queue
         self._running = self._state.running
         self._counters = self._state.counters
-        self._admission = Admission(limits, self._queue, self._running, self._match)
+        self._admission = Admission(limits, self._queue, self._running, self._match, residency.tier)
         self._freed_slots: list[int] = []
+        # `Residency.num_changes` when there was nothing to plan; until something moves there is nothing again.
+        self._stalled_at = -1
         self._next_step = 0
 
     @property
@@ -66,28 +69,45 @@ class Scheduler:
         return len(self._state.in_flight)
 
     @property
+    def has_copies_in_flight(self) -> bool:
+        """True if adapters are on their way to the device: steps are needed to learn of their end."""
+        return self._residency.has_copies_in_flight
+
+    @property
     def has_work(self) -> bool:
-        """True if ``plan`` may return a plan: something to compute, to copy or to clean up."""
-        return bool(
+        """True if ``plan`` may return a plan, or there are reads to hand out (``Residency.take_reads``).
+
+        False while all that waits waits for reads: ``Residency.read_done`` makes it True again.
+        """
+        residency = self._residency
+        if (
             len(self._running)
-            or len(self._queue)
             or self._state.ended
             or self._freed_slots
-            or self._residency.has_decisions
-        )
+            or residency.has_decisions
+            or residency.has_copies_in_flight
+            or residency.has_reads
+        ):
+            return True
+        is_waiting = len(self._queue) > 0 or residency.has_unplaced_pins
+        return is_waiting and self._stalled_at != residency.num_changes
 
     def add(self, seq: Sequence) -> None:
         """Take a new sequence into the queue.
 
         Raises:
-            RequestError: it can never run: longer than the context or than the whole K/V pool.
+            RequestError: it can never run: longer than the context or than the whole K/V pool, or its adapter has
+                failed.
             ValueError: its id was used before, or its adapter is not in ``Residency``.
         """
         if seq.id in self._state.sequences or seq.state is not SequenceState.WAITING:
             raise ValueError(f"sequence {seq.id} was added before")
         if seq.version not in self._residency:
             raise ValueError(f"version {seq.version} is unknown to the residency")
+        if (reason := self._residency.failure(seq.version)) is not None:
+            raise RequestError(adapter_failure(reason), "lora_path")
         prepare(seq, self.limits, self._kv)
+        self._stalled_at = -1
         self._state.sequences[seq.id] = seq
         self._queue.push(seq)
 
@@ -95,21 +115,32 @@ class Scheduler:
         """End a sequence now. Its terminal output comes out of the next ``drain``; no effect if it has ended."""
         seq = self._state.sequences.get(seq_id)
         if seq is not None:
+            self._stalled_at = -1
             self._state.end(seq, reason, [], None)
+
+    def fail_version(self, version: int, message: str, status_code: int = 400) -> None:
+        """End all sequences of a version, waiting and running, with an error."""
+        reason = FinishReason(kind="abort", message=message, status_code=status_code)
+        for seq in self._state.of_version(version):
+            self.abort(seq.id, reason)
 
     def plan(self) -> StepPlan | None:
         """Decide the next step. None if there is nothing to compute, copy or clean up.
 
-        A plan that is returned must be executed and committed (or given to ``fail``).
+        A plan that is returned must be executed and committed (or given to ``fail``). It may be entirely empty while
+        copies are on their way: the worker then waits until one of them has ended.
 
         Raises:
             ValueError: two plans wait for their commit.
         """
         if len(self._state.in_flight) >= _MAX_IN_FLIGHT:
             raise ValueError("two plans are in flight; commit one first")
+        for version, reason in self._residency.take_failures().items():
+            self.fail_version(version, adapter_failure(reason))
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
         self._plan_rows(plan)
+        self._residency.want(self._queue.versions(_WANTED_VERSIONS))
         budget = StepBudget.for_step(
             self.limits,
             num_rows=len(plan.rows),
@@ -127,7 +158,11 @@ class Scheduler:
         freed_slots, plan.copies = self._residency.take_decisions()
         plan.freed_slots, self._freed_slots = [*self._freed_slots, *freed_slots], []
         if plan.is_empty and not (plan.ended or plan.freed_slots or plan.copies):
-            return None
+            if self._state.in_flight:
+                return None
+            if not self._residency.has_copies_in_flight:
+                self._stalled_at = self._residency.num_changes
+                return None
         self._state.in_flight[plan.step] = []
         self._next_step += 1
         return plan
@@ -145,7 +180,9 @@ class Scheduler:
         releases = self._close(plan)
         self._residency.copies_done(result.copied, result.failed_copies)
         for version, message in result.failed_copies.items():
-            self._fail_version(plan, version, message)
+            self.fail_version(
+                version, f"the adapter could not be copied to the device: {message}", 500
+            )
         for seq_id, logprobs in result.prompt_logprobs.items():
             seq = self._state.sequences.get(seq_id)
             if seq is not None:
@@ -193,6 +230,10 @@ class Scheduler:
             num_waiting=len(self._queue),
             num_running_adapters=len(self._running.num_of_version),
             num_waiting_adapters=self._queue.num_versions,
+            running_versions=tuple(self._running.num_of_version),
+            waiting_versions=tuple(self._queue.versions(self._queue.num_versions)),
+            num_waiting_for_adapter=len(self._queue)
+            - sum(map(self._queue.num_of_version, [0, *self._residency.usable()])),
             num_pages=num_pages,
             num_used_pages=num_pages - self._kv.num_free - num_cached,
             num_cached_pages=num_cached,
@@ -201,6 +242,7 @@ class Scheduler:
             total_output_tokens=self._counters.output_tokens,
             total_preemptions=self._counters.preemptions,
             total_finished=self._counters.finished,
+            total_adapter_device_evictions=self._residency.num_device_evictions,
         )
 
     def check_integrity(self) -> None:
@@ -286,14 +328,13 @@ class Scheduler:
     def _admit(self, plan: StepPlan, seq: Sequence, budget: StepBudget, round_: Round) -> bool:
         """Admit ``seq`` if there is room. False if pages are short: then nobody behind it is admitted either."""
         version, limit = seq.version, seq.max_cacheable
+        if not self._residency.is_resident(version):
+            self._fetch(seq, round_)
+            return True
         if not self._kv.fits(version, seq.tokens, limit, reserve=len(self._running)):
             self._state.page_wait = (self._headroom(), self._kv.num_changes)
             return False
-        if not self._residency.is_resident(version):
-            self._residency.want(self._queue.versions(_WANTED_VERSIONS))
-        if self._residency.admit(version) is AdapterAdmission.NO_ROOM:
-            round_.refuse(seq)
-            return True
+        self._residency.admit(version)
         self._queue.remove(seq)
         if version and version not in self._running.num_of_version:
             budget.adapters -= 1
@@ -322,6 +363,13 @@ class Scheduler:
         self._plan_chunk(plan, seq, admitted.new_pages, budget)
         return True
 
+    def _fetch(self, seq: Sequence, round_: Round) -> None:
+        """Ask for the adapter of ``seq``, which is not on the device."""
+        if self._residency.admit(seq.version) is AdapterAdmission.WAIT:
+            round_.park(seq)
+        else:
+            round_.refuse(seq)
+
     # -- committing ----------------------------------------------------------------------------------------------
 
     def _close(self, plan: StepPlan) -> list[int]:
@@ -346,11 +394,3 @@ class Scheduler:
             self._state.end(seq, reason, [token.token_id], token)
         else:
             self._state.emit(seq, None, [token.token_id], token)
-
-    def _fail_version(self, plan: StepPlan, version: int, message: str) -> None:
-        """A copy failed. All who run with this version began with or after it, and computed with something else."""
-        reason = failure(f"the adapter could not be copied to the device: {message}")
-        for seq in self._state.started(plan):
-            if seq.version == version:
-                self._state.end(seq, reason, [], None)
-        self._kv.drop_version(version)

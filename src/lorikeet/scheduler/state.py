@@ -79,6 +79,11 @@ class State:
         self.counters.finished += 1
         self.emit(seq, reason, token_ids, token)
 
+    def of_version(self, version: int) -> list[Sequence]:
+        """All sequences of an adapter version, those that run first."""
+        running = [seq for seq in self.running.sequences() if seq.version == version]
+        return [*running, *self.queue.of_version(version)]
+
     def _leave(self, seq: Sequence) -> None:
         """A running sequence gives back its row, its pages, its adapter and the worker's state."""
         if self.running.remove(seq):

@@ -12,17 +12,23 @@ class SchedulerStats:
     Attributes:
         num_running_adapters: distinct adapters among the running sequences.
         num_waiting_adapters: distinct adapters among the waiting ones.
+        running_versions, waiting_versions: which these are; a version may be in both.
+        num_waiting_for_adapter: waiting sequences whose adapter is not on the device.
         num_used_pages: pages that running sequences hold.
         num_cached_pages: pages that only the prefix cache holds.
         total_prompt_tokens: of admitted sequences; ``total_cached_tokens`` of them came from the cache.
         total_preemptions: times a sequence lost its pages.
         total_finished: sequences that ended, however they did.
+        total_adapter_device_evictions: adapters that had to leave the device for others.
     """
 
     num_running: int
     num_waiting: int
     num_running_adapters: int
     num_waiting_adapters: int
+    running_versions: tuple[int, ...]
+    waiting_versions: tuple[int, ...]
+    num_waiting_for_adapter: int
     num_pages: int
     num_used_pages: int
     num_cached_pages: int
@@ -31,6 +37,7 @@ class SchedulerStats:
     total_output_tokens: int
     total_preemptions: int
     total_finished: int
+    total_adapter_device_evictions: int
 
     @property
     def token_usage(self) -> float:

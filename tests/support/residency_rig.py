@@ -1,0 +1,44 @@
+"""A small residency, and the way of a version through it."""
+
+from __future__ import annotations
+
+from lorikeet.lora.rank_pages import RankPageAllocator
+from lorikeet.lora.residency import Admission, Residency
+
+READY, WAIT, NO_ROOM = Admission.READY, Admission.WAIT, Admission.NO_ROOM
+
+
+def make(
+    *,
+    num_slots: int = 3,
+    num_pages: int = 4,
+    policy: str = "lru",
+    max_pinned: int = 1,
+    max_host: int | None = None,
+) -> Residency:
+    """A pool of pages of 10 elements, one to a slab."""
+    allocator = RankPageAllocator((10,), 10, num_pages, [num_pages])
+    return Residency(
+        allocator=allocator,
+        num_slots=num_slots,
+        policy=policy,
+        max_pinned=max_pinned,
+        max_host=max_host,
+    )
+
+
+def bring(residency: Residency, *versions: int) -> None:
+    """To the device, and into use."""
+    for version in versions:
+        assert residency.admit(version) is WAIT
+        residency.copies_done([version], {})
+        assert residency.admit(version) is READY
+
+
+def use(residency: Residency, version: int) -> None:
+    """Copy, admit, run, release."""
+    if not residency.is_resident(version):
+        assert residency.admit(version) is WAIT
+        residency.copies_done([version], {})
+    assert residency.admit(version) is READY
+    residency.release(version)
