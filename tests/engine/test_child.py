@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import wait
 
 import pytest
 
@@ -18,9 +19,12 @@ from lorikeet.core.messages import (
     Submit,
     ToClient,
     ToEngine,
+    decode_to_client,
+    encode,
 )
 from lorikeet.engine.child import EngineLoop
 from tests.engine.test_core import make_core, request
+from tests.support.adapter_rig import AdapterRig
 
 
 class Script:
@@ -105,3 +109,64 @@ def test_abort_and_commands() -> None:
 def test_it_ends_when_its_parent_is_gone() -> None:
     script = serve(Submit([request("a")]), parent=-1)
     assert script.sent == []
+
+
+def serve_adapters(
+    rig: AdapterRig, *turns: ToEngine | Callable[[], None] | None
+) -> dict[int, Reply]:
+    """Replies to the commands of a script, by their numbers; only one for each."""
+    script = Script(*turns, Shutdown())
+    assert EngineLoop(rig.core, script, os.getppid()).run() == 0
+    replies = [message for message in script.sent if isinstance(message, Reply)]
+    assert len({reply.id for reply in replies}) == len(replies)
+    for reply in replies:
+        decode_to_client(encode(reply))  # it can be sent
+    rig.close()
+    return {reply.id: reply for reply in replies}
+
+
+def wait_for(rig: AdapterRig) -> Callable[[], None]:
+    """A turn that lets threads finish what they do."""
+    return lambda: wait(rig.store.pending(), 20) and None
+
+
+def test_a_load_is_answered_when_it_is_done() -> None:
+    rig = AdapterRig()
+    rig.write("/a", "first")
+    replies = serve_adapters(
+        rig,
+        Command(1, "load_adapter", {"name": "a", "path": "/a"}),
+        Command(2, "info"),
+        wait_for(rig),
+        Command(3, "unload_adapter", {"name": "a", "timeout": None}),
+        Command(4, "unload_adapter", {"name": "a"}),
+        Command(5, "load_adapter", {"name": "b", "path": "/b"}),
+        wait_for(rig),
+        None,
+    )
+    assert list(replies) == [2, 1, 3, 4, 5]
+    loaded = decode_to_client(encode(replies[1]))
+    assert isinstance(loaded, Reply)
+    assert isinstance(loaded.result, dict)
+    assert loaded.result["loaded_adapters"] == {"a": "/a"}
+    assert replies[3].error is None
+    assert replies[4].status_code == 404
+    assert (replies[5].status_code, replies[5].error) == (400, "adapter path /b does not exist")
+
+
+def test_a_command_can_be_cancelled() -> None:
+    rig = AdapterRig()
+    rig.write("/a", "first")
+    gate = rig.block("/a")
+    replies = serve_adapters(
+        rig,
+        Command(1, "load_adapter", {"name": "a", "path": "/a"}),
+        Command(2, "cancel", {"id": 1}),
+        Command(3, "cancel", {"id": 1}),
+        gate.set,
+        None,
+    )
+    assert replies[1].error == "cancelled by the client"
+    assert replies[2].result == {"cancelled": True}
+    assert replies[3].result == {"cancelled": False}
+    assert rig.store.describe() == []

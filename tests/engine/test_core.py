@@ -9,7 +9,7 @@ import pytest
 
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.adapters import NoAdapters
+from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore, Executor
 from lorikeet.engine.lora_setup import no_residency
 from lorikeet.errors import RequestError
@@ -56,7 +56,7 @@ def run(core: EngineCore) -> list[RequestOutput]:
     outputs: list[RequestOutput] = []
     while not core.is_idle:
         outputs += core.step()
-        core.wait_for_grammars()
+        core.wait_for_threads()
     core.check_integrity()
     return outputs
 

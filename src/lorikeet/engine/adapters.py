@@ -1,7 +1,8 @@
 """Adapters as the engine sees them: loaded by name, leased by requests, dropped when nobody holds them.
 
-This is glue and owns no decision: names, versions and leases are the registry's, places on the device the
-residency's, bytes the host cache's. What it adds is their order.
+This is glue and owns no decision: names, versions and leases are the registry's, tiers the residency's, bytes the host
+cache's, files the reader's. What it adds is their order, and the commands that are under way. Everything here runs on
+the engine's loop and nothing blocks: what takes long is a future, and :meth:`LoadedAdapters.poll` looks at it.
 """
 
 from __future__ import annotations
@@ -9,61 +10,44 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from lorikeet.config import LoRAPath
-from lorikeet.errors import AdapterError, LoRADisabledError
+from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
+from lorikeet.engine.adapter_reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
+from lorikeet.engine.adapter_records import (
+    AdapterCounters,
+    Known,
+    Load,
+    LoadOutcome,
+    Unload,
+    as_fault,
+    log_load,
+)
+from lorikeet.engine.adapter_store import BASE_VERSION
+from lorikeet.engine.adapter_unloads import Unloads
+from lorikeet.engine.adapter_views import loaded_view, loading_view, unloading_view
+from lorikeet.errors import AdapterError, RequestError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
-from lorikeet.lora.registry import AdapterRegistry
+from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.source import public_path
+from lorikeet.lora.tiers import Tier
 
 logger = logging.getLogger(__name__)
 
-BASE_VERSION = 0
-
-
-class AdapterStore(Protocol):
-    """What the engine asks of its adapters."""
-
-    def lease(self, name: str | None) -> int:
-        """Version that a request for ``name`` will run with; held until :meth:`release`. None is the base."""
-        ...
-
-    def release(self, version: int) -> None: ...
-
-    def describe(self) -> list[dict[str, object]]: ...
-
-    def check_integrity(self, leases: Mapping[str, int]) -> None: ...
-
-
-class NoAdapters:
-    """The store of an engine that runs without LoRA."""
-
-    def lease(self, name: str | None) -> int:
-        if name is not None:
-            raise LoRADisabledError(
-                f"LoRA is not enabled, so adapter {name!r} cannot be used; start the server with --enable-lora",
-                "lora_path",
-            )
-        return BASE_VERSION
-
-    def release(self, version: int) -> None:
-        assert version == BASE_VERSION
-
-    def describe(self) -> list[dict[str, object]]:
-        return []
-
-    def check_integrity(self, leases: Mapping[str, int]) -> None:
-        assert not any(leases.values())
+# Names unloaded on purpose that are remembered; a resolver may find older ones again.
+MAX_UNLOADED = 4096
 
 
 class LoadedAdapters:
     """The store of an engine with LoRA.
 
     Args:
-        load: (name, path) -> packed adapter; raises AdapterError.
+        host: the bytes; how many may be held is the residency's decision.
     """
 
     def __init__(
@@ -72,97 +56,341 @@ class LoadedAdapters:
         registry: AdapterRegistry,
         residency: Residency,
         host: HostCache,
-        load: Callable[[str, str], HostAdapter],
+        reader: AdapterReader,
     ) -> None:
         self._registry = registry
         self._residency = residency
         self._host = host
-        self._load = load
+        self._reader = reader
+        self._known: dict[int, Known] = {}
+        self._loads: dict[str, Load] = {}
+        # Names that were unloaded on purpose: the resolver must not bring them back behind the user's back.
+        self._unloaded: dict[str, None] = {}
+        self._cold: dict[int, float] = {}
+        self._counters = AdapterCounters()
+        self._moves = HostMoves(
+            residency=residency,
+            registry=registry,
+            host=host,
+            reader=reader,
+            known=self._known,
+            counters=self._counters,
+        )
+        self._unloads = Unloads(registry, self._known, self._counters, self.paths)
+
+    # -- commands ------------------------------------------------------------------------------------------------
 
     def load(self, source: LoRAPath) -> int:
-        """Read an adapter into host memory and give it a version.
+        """Load an adapter of the start: blocks until it is in host memory. Its path is the operator's own choice.
 
         Raises:
             AdapterError: it cannot be served exactly, or the name is taken.
         """
-        began = time.monotonic()
-        adapter = self._load(source.name, source.path)
-        version = self._registry.register(
-            source.name,
-            path=source.path,
+        self._check_name(source.name, replace=False)
+        origin = Origin(source.path, trusted=True)
+        load = self._begin(source, self._reader.load(source.name, origin), replace=False)
+        load.read.exception()  # waits
+        self._finish_load(load)
+        self._moves.poll()
+        return load.reply.result().version
+
+    def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]:
+        """Begin to load an adapter. The future is resolved by a later ``poll``; cancel it to drop the load.
+
+        Args:
+            replace: a loaded name may mean the new content from then on. Requests keep the one they began with.
+
+        Raises:
+            AdapterError: the name is loaded (unless it is to be replaced) or being loaded.
+        """
+        self._check_name(source.name, replace=replace)
+        read = self._reader.load(source.name, Origin(source.path))
+        return self._begin(source, read, replace=replace).reply
+
+    def load_tensors(
+        self, name: str, config: Mapping[str, object], tensors: bytes, *, pinned: bool = False
+    ) -> Future[LoadOutcome]:
+        """Begin to load an adapter that is given as its configuration and the bytes of its safetensors file.
+
+        Raises:
+            AdapterError: as ``start_load``.
+        """
+        self._check_name(name, replace=False)
+        read = self._reader.load_tensors(name, config, tensors)
+        source = LoRAPath(name, TENSORS_PATH, pinned=pinned)
+        return self._begin(source, read, replace=False).reply
+
+    def find(self, name: str | None) -> Future[LoadOutcome] | None:
+        if name is None or not self._reader.can_find or name in self._unloaded:
+            return None
+        if self._registry.get(name) is not None:
+            return None
+        load = self._loads.get(name)
+        if load is None:
+            source = LoRAPath(name, name)
+            load = self._begin(source, self._reader.find(name), replace=False)
+            load.found = True
+        return load.reply
+
+    def start_unload(self, name: str, *, timeout: float | None = None) -> Future[LoadOutcome]:
+        """Hide a name at once. The future is resolved when its last request has ended and its memory is free.
+
+        Args:
+            timeout: seconds after which the future fails and says who still runs; the memory is freed later all the
+                same.
+
+        Raises:
+            AdapterNotFoundError: the name is not loaded.
+        """
+        info = self._registry.find(name)
+        if info.pinned:
+            self._unpin_for(name, info.version)
+        self._registry.unload(name)
+        self._forget_origin(name, info.version)
+        self._unloaded[name] = None
+        while len(self._unloaded) > MAX_UNLOADED:
+            del self._unloaded[next(iter(self._unloaded))]
+        now = time.monotonic()
+        deadline = None if timeout is None else now + timeout
+        unload = Unload(name, info.path, info.version, info.nbytes, now, deadline)
+        self._unloads.add(unload)
+        self._drop_unleased()
+        self._unloads.poll()  # another name may mean the version: then there is nothing to wait for
+        return unload.reply
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def lease(self, name: str | None, rid: str) -> int:
+        if name is None:
+            return BASE_VERSION
+        version = self._registry.lease(name)
+        reason = self._residency.failure(version)
+        if reason is not None:
+            self._registry.release(version)
+            raise RequestError(f"adapter {name!r} cannot be served: {reason}", "lora_path")
+        known = self._known[version]
+        known.holders[rid] = None
+        known.last_use = time.time()
+        if self._residency.tier(version) is not Tier.DEVICE:
+            self._cold.setdefault(version, time.monotonic())
+        return version
+
+    def release(self, version: int, rid: str) -> None:
+        if version == BASE_VERSION:
+            return
+        known = self._known[version]
+        del known.holders[rid]
+        known.last_use = time.time()
+        self._registry.release(version)
+        if not known.holders:
+            self._cold.pop(version, None)
+        self._drop_unleased()
+
+    def note_copied(self, versions: Iterable[int]) -> None:
+        for version in versions:
+            began = self._cold.pop(version, None)
+            if began is not None:
+                self._counters.sample("adapter_cold_start_seconds", time.monotonic() - began)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        for load in [load for load in self._loads.values() if load.is_over]:
+            self._finish_load(load)
+        self._moves.poll()
+        self._unloads.poll()
+
+    def pending(self) -> list[Future[Any]]:
+        return [*(load.read for load in self._loads.values()), *self._moves.pending]
+
+    @property
+    def is_waiting(self) -> bool:
+        return bool(self._loads or self._moves.pending or len(self._unloads))
+
+    def describe(self, name: str | None = None) -> list[dict[str, object]]:
+        """All adapters, or those called ``name``: one that is unloading and its successor may share it.
+
+        Raises:
+            AdapterNotFoundError: nothing is called ``name``.
+        """
+        views = [
+            loaded_view(info, self._known[info.version], self._residency)
+            for info in self._registry.loaded().values()
+        ]
+        for unload in self._unloads:
+            info = self._registry.info(unload.version)
+            views.append(unloading_view(unload, info, self._known[unload.version], self._residency))
+        views.extend(loading_view(load) for load in self._loads.values())
+        if name is None:
+            return views
+        found = [view for view in views if view["name"] == name]
+        if not found:
+            self._registry.find(name)  # raises
+        return found
+
+    def names(self, versions: Iterable[int]) -> list[str]:
+        return sorted({name for version in versions for name in self._registry.names_of(version)})
+
+    def stats(self) -> dict[str, float]:
+        tiers = Counter(self._residency.tier(version) for version in self._known)
+        values = {f"num_adapters_{tier.value}": float(tiers[tier]) for tier in Tier}
+        names = float(len(self._registry.loaded()))
+        return (
+            values
+            | self._counters.values()
+            | {"num_adapters": names, "adapter_host_bytes": float(self._host.nbytes)}
+        )
+
+    def take_samples(self) -> dict[str, list[float]]:
+        return self._counters.take_samples()
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def check_integrity(self, leases: Mapping[str, int]) -> None:
+        """Compare registry, residency, host memory and the requests that are open (request -> version)."""
+        self._residency.check_integrity()
+        self._registry.check_integrity()
+        self._host.check_integrity()
+        held = {(rid, version) for rid, version in leases.items() if version}
+        ours = {(rid, v) for v, known in self._known.items() for rid in known.holders}
+        assert ours == held, f"leases of {ours}, requests {held}"
+        for version, known in self._known.items():
+            assert self._registry.num_leases(version) == len(known.holders)
+            assert version in self._residency, f"version {version} is unknown to the residency"
+        self._moves.check_integrity()
+        names = {info.version for info in self._registry.loaded().values()}
+        hidden = {unload.version for unload in self._unloads}
+        assert names <= self._known.keys()
+        assert self._known.keys() >= hidden
+
+    # -- loading -------------------------------------------------------------------------------------------------
+
+    def _check_name(self, name: str, *, replace: bool) -> None:
+        """Refuse a name that is taken; one whose files are gone may be loaded anew."""
+        load = self._loads.get(name)
+        if load is not None:
+            raise AdapterError(
+                f"adapter {name!r} is already loaded or about to be, from {load.path!r}; wait for it, or choose "
+                "another name"
+            )
+        info = self._registry.get(name)
+        if info is None or replace or self._residency.failure(info.version) is not None:
+            return
+        raise AdapterError(
+            f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name"
+        )
+
+    def _begin(self, source: LoRAPath, read: Future[ReadAdapter], *, replace: bool) -> Load:
+        load = Load(
+            name=source.name,
+            path=public_path(source.path),
+            pinned=source.pinned,
+            replace=replace,
+            began=time.monotonic(),
+            read=read,
+        )
+        self._loads[source.name] = load
+        return load
+
+    def _finish_load(self, load: Load) -> None:
+        del self._loads[load.name]
+        if load.reply.cancelled():
+            self._reader.discard(load.read)
+            logger.info("Adapter %s: loading was cancelled", load.name)
+            return
+        error = load.read.exception()
+        if error is None:
+            try:
+                load.reply.set_result(self._register(load, load.read.result()))
+            except AdapterError as refusal:
+                self._reader.discard(load.read)
+                error = refusal
+        if error is not None:
+            if not load.found:
+                self._counters.load_failures += 1
+                logger.warning("Adapter %s not loaded: %s", load.name, error)
+            load.reply.set_exception(as_fault(error, load.name))
+
+    def _register(self, load: Load, read: ReadAdapter) -> LoadOutcome:
+        """Place what was read and let the name mean it; nothing has changed if that is refused."""
+        name, adapter = load.name, read.adapter
+        old = self._registry.get(name)
+        version = self._registry.version_of(adapter.digest)
+        repin = old is not None and old.pinned and self._unpin_for(name, old.version)
+        try:
+            self._place(version, adapter, pinned=load.pinned)
+        except AdapterError:
+            if repin and old is not None:
+                self._residency.set_pinned(old.version, pinned=True)
+            raise
+        if version not in self._known:
+            self._known[version] = Known(adapter.digest, read.report)
+        path = public_path(read.origin.path)
+        name_it = self._registry.register if old is None else self._registry.replace
+        name_it(
+            name,
+            path=path,
             digest=adapter.digest,
             rank=adapter.rank,
             targets=adapter.targets,
             nbytes=adapter.nbytes,
-            pinned=source.pinned,
+            pinned=load.pinned,
         )
-        try:
-            self._place(version, adapter, pinned=source.pinned)
-        except AdapterError:
-            self._registry.unload(source.name)
-            self._drop_unleased()
-            raise
-        logger.info(
-            "Adapter %s loaded: version %d, rank %d, targets %s, %.2f MB, %.0f ms%s",
-            source.name,
-            version,
-            adapter.rank,
-            ",".join(adapter.targets),
-            adapter.nbytes / 1e6,
-            (time.monotonic() - began) * 1e3,
-            ", pinned" if source.pinned else "",
-        )
-        return version
-
-    def lease(self, name: str | None) -> int:
-        return BASE_VERSION if name is None else self._registry.lease(name)
-
-    def release(self, version: int) -> None:
-        if version == BASE_VERSION:
-            return
-        self._registry.release(version)
+        names = self._registry.names_of(version)
+        for origin in self._known[version].add_origin(name, read.origin, names):
+            self._reader.forget(origin)
+        if old is not None and old.version != version:
+            self._note_replaced(old)
         self._drop_unleased()
+        self._unloaded.pop(name, None)
+        seconds = time.monotonic() - load.began
+        self._counters.loads += 1
+        self._counters.sample("adapter_load_seconds", seconds)
+        log_load(name, version, read, seconds)
+        return LoadOutcome(name, path, version, seconds, self.paths())
 
     def _place(self, version: int, adapter: HostAdapter, *, pinned: bool) -> None:
         """Hold a version in host memory and let it be admitted, unless another name has brought it already."""
-        if version in self._host:
+        if version in self._residency and self._residency.tier(version) in IN_MEMORY:
             if pinned:
                 self._residency.set_pinned(version, pinned=True)
             return
-        self._host.put(version, adapter)
-        try:
-            self._residency.add(version, adapter.page_classes, pinned=pinned)
-        except AdapterError:
-            self._host.drop(version)
-            raise
+        self._residency.add(version, adapter.page_classes, pinned=pinned)
+        self._moves.put(version, adapter)
+
+    def _unpin_for(self, name: str, version: int) -> bool:
+        """Take the pin away that ``name`` alone holds on ``version``; True if it did."""
+        others = (n for n in self._registry.names_of(version) if n != name)
+        if any(self._registry.find(other).pinned for other in others):
+            return False
+        self._residency.set_pinned(version, pinned=False)
+        return True
+
+    def _note_replaced(self, old: AdapterInfo) -> None:
+        """A name means another content now. The old one is listed as long as requests run with it."""
+        self._forget_origin(old.name, old.version)
+        self._unloads.add(
+            Unload(old.name, old.path, old.version, old.nbytes, time.monotonic(), counts=False)
+        )
+
+    def _forget_origin(self, name: str, version: int) -> None:
+        """A name does not mean a version any more. Without any name, its last origin is needed until it is free."""
+        if self._registry.names_of(version):
+            self._reader.forget(self._known[version].origins.pop(name))
+
+    def paths(self) -> dict[str, str]:
+        """Name -> path of what is loaded."""
+        return {name: info.path for name, info in self._registry.loaded().items()}
 
     def _drop_unleased(self) -> None:
-        for gone in self._registry.pop_unleased():
-            if gone in self._host:
-                self._residency.remove(gone)
-                self._host.drop(gone)
-
-    def describe(self) -> list[dict[str, object]]:
-        return [
-            {
-                "name": name,
-                "path": info.path,
-                "version": info.version,
-                "rank": info.rank,
-                "targets": list(info.targets),
-                "bytes": info.nbytes,
-                "pinned": info.pinned,
-                "tier": self._residency.tier(info.version).name.lower(),
-            }
-            for name, info in self._registry.loaded().items()
-        ]
-
-    def check_integrity(self, leases: Mapping[str, int]) -> None:
-        self._residency.check_integrity()
-        self._registry.check_integrity()
-        held = Counter(leases.values())
-        for info in self._registry.loaded().values():
-            leased = self._registry.num_leases(info.version)
-            assert leased == held[info.version], (
-                f"{info.name}: {leased} leases, {held[info.version]} requests"
-            )
+        gone = self._registry.pop_unleased()
+        for version in gone:
+            known = self._known.pop(version)
+            self._cold.pop(version, None)
+            self._residency.remove(version)
+            self._moves.drop(version)
+            for origin in known.origins.values():
+                self._reader.forget(origin)
+        if gone:
+            self._unloads.poll()

@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import Future
+from typing import cast
 
 from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
@@ -31,15 +33,21 @@ from lorikeet.core.request import FinishReason, Request, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
-from lorikeet.errors import LorikeetError, RequestError, UserError
+from lorikeet.errors import (
+    AdapterNotFoundError,
+    EngineFault,
+    LorikeetError,
+    RequestError,
+    UserError,
+)
 from lorikeet.log import setup_logging
 
 logger = logging.getLogger(__name__)
 
 # How long an idle engine waits for a message before it looks whether its parent still lives.
 IDLE_MS = 500
-# While a grammar compiles on its thread, its end is noticed after this long.
-COMPILING_MS = 2
+# While a thread compiles a grammar or reads an adapter, its end is noticed after this long.
+THREADS_MS = 2
 STATS_INTERVAL_S = 1.0
 
 
@@ -89,6 +97,7 @@ class EngineLoop:
         self._parent = parent
         self._deadline: float | None = None  # set by Shutdown: when running requests are aborted
         self._stats_due = 0.0
+        self._commands: dict[int, Future[object]] = {}
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
@@ -100,13 +109,14 @@ class EngineLoop:
                 self._endpoint.send(Accepted(rid))
             if outputs:
                 self._endpoint.send(Outputs(outputs))
+            self._send_replies()
             self._send_stats()
         return 0
 
     def _patience_ms(self) -> int:
         if self._core.has_steps:
             return 0
-        return COMPILING_MS if self._core.is_compiling else IDLE_MS
+        return THREADS_MS if self._core.waits_for_threads else IDLE_MS
 
     def _is_finished(self) -> bool:
         if os.getppid() != self._parent:
@@ -146,15 +156,47 @@ class EngineLoop:
         self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
+        if name == "cancel":
+            self._cancel(number, args.get("id"))
+            return
         try:
-            reply = Reply(number, self._core.command(name, args))
+            result = self._core.command(name, args)
         except LorikeetError as error:
-            status = error.status_code if isinstance(error, UserError) else 500
-            reply = Reply(number, error=str(error), status_code=status)
-        self._endpoint.send(reply)
+            self._endpoint.send(_refusal(number, error))
+            return
+        if isinstance(result, Future):
+            self._commands[number] = cast("Future[object]", result)
+        else:
+            self._endpoint.send(Reply(number, result))
+
+    def _cancel(self, number: int, target: object) -> None:
+        """A client does not wait for one of its commands any more: what can still be undone is undone."""
+        future = self._commands.get(target) if isinstance(target, int) else None
+        self._endpoint.send(Reply(number, {"cancelled": future is not None and future.cancel()}))
+
+    def _send_replies(self) -> None:
+        for number in [number for number, future in self._commands.items() if future.done()]:
+            future = self._commands.pop(number)
+            if future.cancelled():
+                self._endpoint.send(Reply(number, error="cancelled by the client"))
+            elif (error := future.exception()) is None:
+                self._endpoint.send(Reply(number, future.result()))
+            elif isinstance(error, LorikeetError):
+                self._endpoint.send(_refusal(number, error))
+            else:
+                raise error
 
     def _send_stats(self) -> None:
         now = time.monotonic()
         if now >= self._stats_due:
             self._stats_due = now + STATS_INTERVAL_S
-            self._endpoint.send(Stats(self._core.stats()))
+            core = self._core
+            self._endpoint.send(Stats(core.stats(), core.labels(), core.take_samples()))
+
+
+def _refusal(number: int, error: LorikeetError) -> Reply:
+    if isinstance(error, AdapterNotFoundError):
+        status = 404
+    else:
+        status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
+    return Reply(number, error=str(error), status_code=status)

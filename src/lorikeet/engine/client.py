@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry
 from lorikeet.core.messages import (
     Abort,
     Accepted,
-    Command,
     Failed,
     Outputs,
     Progress,
@@ -30,14 +29,15 @@ from lorikeet.core.messages import (
     Submit,
     ToClient,
 )
-from lorikeet.core.request import FinishReason, Request, RequestOutput
+from lorikeet.core.request import Request, RequestOutput
+from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
-from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
-from lorikeet.metrics import EngineGauges, Outcome, RequestMetrics, RequestTimer
+from lorikeet.errors import EngineDeadError, LorikeetError, RequestError, UserError
+from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics, RequestTimer
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class EngineClient:
         tokenizer: turns text into tokens and back.
         registry: where the metrics of requests and engine are registered.
         model_name: label of those metrics.
+        max_lora: adapters that fit into one batch; None if LoRA is off.
     """
 
     def __init__(
@@ -85,15 +86,15 @@ class EngineClient:
         tokenizer: Tokenizer,
         registry: CollectorRegistry,
         model_name: str,
+        max_lora: int | None = None,
     ) -> None:
         self._transport = transport
         self._process = process
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
-        self._gauges = EngineGauges(registry, model_name=model_name)
+        self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
         self._open: dict[str, _Open] = {}
-        self._commands: dict[int, asyncio.Future[object]] = {}
-        self._num_commands = 0
+        self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
         self._info: dict[str, Any] | None = None
         self._intake: Intake | None = None
@@ -162,7 +163,7 @@ class EngineClient:
     @property
     def stats(self) -> Mapping[str, float]:
         """The engine's newest counters and gauges."""
-        return self._gauges.values
+        return self._engine_metrics.values
 
     @property
     def num_open(self) -> int:
@@ -217,22 +218,17 @@ class EngineClient:
             self._send_abort(key)
         return len(found)
 
-    async def command(self, name: str, **args: object) -> Any:
+    async def command(self, name: str, /, **args: object) -> Any:
         """Ask the engine for something other than tokens.
+
+        If the caller is cancelled, so is the command, where the engine can still undo it (a load that is not complete).
 
         Raises:
             UserError, EngineFault: the engine's answer was an error, by its status.
             EngineDeadError: it is dead.
         """
         self.check_alive()
-        self._num_commands += 1
-        number = self._num_commands
-        future = self._commands[number] = asyncio.get_running_loop().create_future()
-        try:
-            self._transport.send(Command(number, name, args))
-            return await future
-        finally:
-            del self._commands[number]
+        return await self._commands.run(name, args)
 
     async def _wait_for_ids(self, requests: Sequence[Request]) -> None:
         """Wait until ids that nobody follows any more are free; refuse those that are in use."""
@@ -251,7 +247,7 @@ class EngineClient:
         entry = _Open(
             request=request,
             completion=Completion(request, self.tokenizer),
-            timer=self._metrics.begin(),
+            timer=self._metrics.begin(request.adapter),
             index=index,
             group=group,
             stream=stream,
@@ -287,7 +283,7 @@ class EngineClient:
             await self._ended.wait()
         finally:
             loop.remove_reader(self._process.sentinel)
-        if self._open or self._commands or not self._started.is_set():
+        if self._open or self._commands.num_waiting or not self._started.is_set():
             await asyncio.sleep(LAST_WORDS_S)
         self._die(
             EngineDeadError(f"the engine process has ended (exit code {self._process.exitcode})")
@@ -303,9 +299,9 @@ class EngineClient:
                 if entry is not None and not entry.accepted.done():
                     entry.accepted.set_result(None)
             case Reply():
-                self._reply(message)
-            case Stats(values):
-                self._gauges.update(values)
+                self._commands.reply(message)
+            case Stats(values, labels, samples):
+                self._engine_metrics.update(values, labels, samples)
             case Progress(phase):
                 self._on_progress(phase)
             case Ready(info):
@@ -365,16 +361,6 @@ class EngineClient:
             num_cached_tokens=completion.snapshot().cached_tokens,
         )
 
-    def _reply(self, reply: Reply) -> None:
-        future = self._commands.get(reply.id)
-        if future is None or future.done():
-            return  # whoever asked has gone
-        if reply.error is None:
-            future.set_result(reply.result)
-            return
-        finish = FinishReason(kind="abort", message=reply.error, status_code=reply.status_code)
-        future.set_exception(finish_error(finish) or EngineFault(reply.error))
-
     def _die(self, fault: LorikeetError) -> None:
         """The engine is lost: everyone who waits for it is told, once."""
         if self._fault is not None:
@@ -391,8 +377,6 @@ class EngineClient:
             entry.released.set()
             entry.timer.end("error", num_prompt_tokens=0, num_cached_tokens=0)
         self._open.clear()
-        for future in self._commands.values():
-            if not future.done():
-                future.set_exception(dead)
+        self._commands.fail(dead)
         self._started.set()
         self._died.set()

@@ -6,18 +6,27 @@ server; :class:`lorikeet.LLM` runs it in the caller's own process.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from lorikeet.config import LoRAPath
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
-from lorikeet.engine.adapters import AdapterStore
+from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.adapter_store import AdapterStore
 from lorikeet.engine.step_log import StepLog
-from lorikeet.errors import EngineFault, RequestError, UserError
+from lorikeet.errors import (
+    AdapterNotFoundError,
+    EngineFault,
+    LorikeetError,
+    RequestError,
+    UserError,
+)
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler
 
@@ -35,8 +44,8 @@ class _Open:
     """A request between its submission and its terminal output."""
 
     request: Request
-    version: int
-    seq: int | None = None  # None while its grammar compiles
+    version: int | None  # None while the resolver looks for its adapter
+    seq: int | None = None  # None while that happens or its grammar compiles
 
 
 class EngineCore:
@@ -46,7 +55,8 @@ class EngineCore:
         compile_grammar: checks and compiles a request's grammar; runs on a thread of its own, since a large schema
             takes longer than a step.
         seeds: gives the sampling seed of a request that brings none.
-        info: what ``Ready.info`` and the ``info`` command report.
+        info: what ``Ready.info`` and the ``info`` command report besides the adapters.
+        on_close: ends what the worker has started.
     """
 
     def __init__(
@@ -59,6 +69,7 @@ class EngineCore:
         compile_grammar: Callable[[SamplingParams], None],
         seeds: Callable[[], int],
         info: dict[str, object],
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._kv = kv
@@ -67,8 +78,10 @@ class EngineCore:
         self._compile_grammar = compile_grammar
         self._seeds = seeds
         self._info = info
+        self._on_close = on_close
         self._open: dict[str, _Open] = {}
         self._compiling: dict[str, Future[None]] = {}
+        self._finding: dict[str, Future[LoadOutcome]] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._accepted: list[str] = []
         self._outputs: list[RequestOutput] = []
@@ -76,13 +89,17 @@ class EngineCore:
         self._log = StepLog(logger)
         self._commands: dict[str, Callable[..., object]] = {
             "flush_cache": self._flush_cache,
-            "info": lambda: self._info | self.stats(),
+            "info": lambda: self.info | self.stats(),
             "adapters": adapters.describe,
+            "load_adapter": self._load_adapter,
+            "unload_adapter": adapters.start_unload,
+            "load_adapter_from_tensors": self._load_adapter_from_tensors,
         }
 
     @property
     def info(self) -> dict[str, object]:
-        return self._info
+        """What was decided at the start, and the adapters that are loaded now."""
+        return self._info | {"adapters": self._adapters.paths()}
 
     @property
     def num_open(self) -> int:
@@ -99,8 +116,9 @@ class EngineCore:
         return not (self._open or self._outputs)
 
     @property
-    def is_compiling(self) -> bool:
-        return bool(self._compiling)
+    def waits_for_threads(self) -> bool:
+        """True if a step may find something that a thread has finished: a grammar, an adapter."""
+        return bool(self._compiling or self._finding) or self._adapters.is_waiting
 
     def submit(self, request: Request) -> None:
         """Take a request. It ends in exactly one terminal output; a refusal is one with a status of 400."""
@@ -109,17 +127,20 @@ class EngineCore:
             # stream: the client refuses duplicates before they get here.
             raise RequestError(f"rid {request.rid!r} is already in use by a running request", "rid")
         try:
-            version = self._adapters.lease(request.adapter)
+            version = self._adapters.lease(request.adapter, request.rid)
+        except AdapterNotFoundError as error:
+            found = self._adapters.find(request.adapter)
+            if found is None:
+                self._outputs.append(_refusal(request, error))
+            else:
+                self._open[request.rid] = _Open(request, None)
+                self._finding[request.rid] = found
+            return
         except UserError as error:
             self._outputs.append(_refusal(request, error))
             return
         self._open[request.rid] = _Open(request, version)
-        if request.sampling.grammar is None:
-            self._start(request.rid)
-        else:
-            self._compiling[request.rid] = self._threads.submit(
-                self._compile_grammar, request.sampling
-            )
+        self._prepare(request)
 
     def abort(self, rid: str | None, message: str) -> None:
         """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing."""
@@ -129,6 +150,7 @@ class EngineCore:
             if entry is None:
                 continue
             if entry.seq is None:
+                self._finding.pop(key, None)
                 future = self._compiling.pop(key, None)
                 if future is not None:
                     future.cancel()
@@ -139,21 +161,32 @@ class EngineCore:
     def command(self, name: str, args: dict[str, object]) -> object:
         """Run one of the engine's commands.
 
+        Returns:
+            its result, or a ``Future`` of it that a later step resolves; cancel that to drop what is not done yet.
+
         Raises:
-            RequestError: there is no such command.
+            RequestError: there is no such command, or its arguments are wrong.
+            UserError: it cannot be done.
         """
         handler = self._commands.get(name)
         if handler is None:
             raise RequestError(f"unknown command {name!r}; known: {', '.join(self._commands)}")
+        try:
+            inspect.signature(handler).bind(**args)
+        except TypeError as error:
+            raise RequestError(f"command {name}: {error}") from None
         return handler(**args)
 
     def step(self) -> list[RequestOutput]:
         """Advance every running sequence by one step and return what is new."""
+        self._adapters.poll()
+        self._collect_found()
         self._collect_compiled()
         plan = self._scheduler.plan()
         if plan is not None:
             result = self._worker.execute(plan)
             self._scheduler.commit(plan, result)
+            self._adapters.note_copied(result.copied)
             self._log.step(plan, self._scheduler.stats())
         return self._collect()
 
@@ -166,20 +199,35 @@ class EngineCore:
         """Outputs that need no step: refusals and aborts. Ends worker state with the next step."""
         return self._collect()
 
-    def wait_for_grammars(self) -> None:
-        """Block until a grammar has compiled, if nothing else can be done meanwhile (offline use)."""
-        if self._compiling and not self.has_steps:
-            wait(self._compiling.values(), return_when=FIRST_COMPLETED)
+    def wait_for_threads(self) -> None:
+        """Block until a thread has finished something, if nothing else can be done meanwhile (offline use)."""
+        futures = [*self._compiling.values(), *self._adapters.pending()]
+        if futures and not self.has_steps:
+            wait(futures, return_when=FIRST_COMPLETED)
 
     def stats(self) -> dict[str, float]:
-        """Gauges and counters of the scheduler by name, as numbers."""
+        """Gauges and counters of scheduler and adapters by name, as numbers."""
         stats = self._scheduler.stats()
-        return {name: float(value) for name, value in asdict(stats).items()} | {
-            "token_usage": stats.token_usage
+        numbers = {k: float(v) for k, v in asdict(stats).items() if isinstance(v, int | float)}
+        return numbers | {"token_usage": stats.token_usage} | self._adapters.stats()
+
+    def labels(self) -> dict[str, list[str]]:
+        """Names of the adapters that run, and of those that requests wait for."""
+        stats = self._scheduler.stats()
+        return {
+            "running_lora_adapters": self._adapters.names(stats.running_versions),
+            "waiting_lora_adapters": self._adapters.names(stats.waiting_versions),
         }
 
+    def take_samples(self) -> dict[str, list[float]]:
+        """Durations in seconds, by name, measured since the last call."""
+        return self._adapters.take_samples()
+
     def close(self) -> None:
+        """End all threads and remove temporary files."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._adapters.close()
+        self._on_close()
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         """The engine is lost: a terminal output for every open request."""
@@ -191,10 +239,22 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raise AssertionError if pages, slots, leases or states disagree (tests; and when idle)."""
         self._scheduler.check_integrity()
-        self._adapters.check_integrity({rid: entry.version for rid, entry in self._open.items()})
+        self._adapters.check_integrity(
+            {rid: entry.version for rid, entry in self._open.items() if entry.version is not None}
+        )
+
+    def _prepare(self, request: Request) -> None:
+        """A request has its adapter; next comes its grammar, if it has one."""
+        if request.sampling.grammar is None:
+            self._start(request.rid)
+        else:
+            self._compiling[request.rid] = self._threads.submit(
+                self._compile_grammar, request.sampling
+            )
 
     def _start(self, rid: str) -> None:
         entry = self._open[rid]
+        assert entry.version is not None
         seed = entry.request.sampling.sampling_seed
         sequence = Sequence(
             id=self._next_seq,
@@ -211,6 +271,20 @@ class EngineCore:
         self._next_seq += 1
         self._accepted.append(rid)
 
+    def _collect_found(self) -> None:
+        """Requests whose adapter the resolver has found, or has not."""
+        for rid in [rid for rid, future in self._finding.items() if future.done()]:
+            request, error = self._open[rid].request, self._finding.pop(rid).exception()
+            try:
+                if error is not None and not isinstance(error, AdapterNotFoundError):
+                    raise error
+                # Not found: the same words as without a resolver.
+                self._open[rid].version = self._adapters.lease(request.adapter, rid)
+            except LorikeetError as refusal:
+                self._finish_unstarted(rid, _refusal(request, refusal))
+            else:
+                self._prepare(request)
+
     def _collect_compiled(self) -> None:
         for rid in [rid for rid, future in self._compiling.items() if future.done()]:
             error = self._compiling.pop(rid).exception()
@@ -222,16 +296,31 @@ class EngineCore:
                 raise EngineFault("compiling a grammar failed") from error
 
     def _finish_unstarted(self, rid: str, output: RequestOutput) -> None:
-        self._adapters.release(self._open.pop(rid).version)
+        self._forget(rid)
         self._outputs.append(output)
 
     def _collect(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
         for output in self._scheduler.drain():
             if output.finish is not None:
-                self._adapters.release(self._open.pop(output.rid).version)
+                self._forget(output.rid)
             outputs.append(output)
         return outputs
+
+    def _forget(self, rid: str) -> None:
+        version = self._open.pop(rid).version
+        if version is not None:
+            self._adapters.release(version, rid)
+
+    def _load_adapter(
+        self, name: str, path: str, *, pinned: bool = False, replace: bool = False
+    ) -> Future[LoadOutcome]:
+        return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
+
+    def _load_adapter_from_tensors(
+        self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
+    ) -> Future[LoadOutcome]:
+        return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
 
     def _flush_cache(self) -> dict[str, object]:
         """Forget every cached prefix; only when nothing runs, since running sequences read those pages."""
@@ -241,6 +330,7 @@ class EngineCore:
         return {"success": idle}
 
 
-def _refusal(request: Request, error: UserError) -> RequestOutput:
-    reason = FinishReason(kind="abort", message=str(error), status_code=error.status_code)
+def _refusal(request: Request, error: LorikeetError) -> RequestOutput:
+    status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
+    reason = FinishReason(kind="abort", message=str(error), status_code=status)
     return RequestOutput(rid=request.rid, token_ids=[], finish=reason)

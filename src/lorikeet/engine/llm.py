@@ -10,17 +10,22 @@ for reply in llm.generate(["Hello"] * 2, {"temperature": 0}, lora_path=["json", 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, cast
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.core.request import SamplingParams
+from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
 from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.reply import native_reply
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.errors import EngineFault, RequestError
+from lorikeet.errors import AdapterError, EngineFault, RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 Reply = dict[str, Any]
 Sampling = SamplingParams | Mapping[str, Any]
@@ -116,12 +121,67 @@ class LLM:
         replies = [native_reply(c.snapshot(), token_text=text) for c in completions.values()]
         return replies if batch.is_list else replies[0]
 
+    def load_lora_adapter(
+        self, name: str, path: str, *, pinned: bool = False, replace: bool = False
+    ) -> int:
+        """Load an adapter under a name.
+
+        Args:
+            path: as ``--lora-paths``: a directory, a hub id or a URL.
+            pinned: on the device from now on.
+            replace: if the name is loaded, it means the new content from now on.
+
+        Returns:
+            its version: equal bytes, equal version.
+
+        Raises:
+            AdapterError: it cannot be served exactly, the name is taken, or there is no room; nothing has changed.
+        """
+        args = {"name": name, "path": str(path), "pinned": pinned, "replace": replace}
+        return self._command("load_adapter", args).version
+
+    def load_lora_adapter_from_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor] | bytes,
+        config_dict: Mapping[str, object],
+        *,
+        pinned: bool = False,
+    ) -> int:
+        """Load an adapter that is in memory.
+
+        Args:
+            tensors: by their names in ``adapter_model.safetensors``, or the bytes of such a file.
+            config_dict: what ``adapter_config.json`` holds.
+
+        Returns:
+            its version.
+
+        Raises:
+            AdapterError: as ``load_lora_adapter``.
+        """
+        data = tensors if isinstance(tensors, bytes) else _safetensors(tensors)
+        args = {"name": name, "config": dict(config_dict), "tensors": data, "pinned": pinned}
+        return self._command("load_adapter_from_tensors", args).version
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Forget a name and free its memory.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+        """
+        self._command("unload_adapter", {"name": name})
+
+    def adapters(self) -> list[dict[str, object]]:
+        """What ``GET /v1/adapters`` tells: name, path, version, state, tier, pinned, rank, targets, bytes, ..."""
+        return cast("list[dict[str, object]]", self._core.command("adapters", {}))
+
     def flush_cache(self) -> bool:
         """Forget every cached prefix; False if requests are running."""
         return cast("dict[str, bool]", self._core.command("flush_cache", {}))["success"]
 
     def shutdown(self) -> None:
-        """End the engine's threads."""
+        """End the engine's threads and remove its temporary files."""
         self._core.close()
 
     def __enter__(self) -> Self:
@@ -139,7 +199,19 @@ class LLM:
                 if completion.add(output):
                     self._core.abort(output.rid, "ended by a stop string")
                 _raise_error(completion)
-            self._core.wait_for_grammars()
+            self._core.wait_for_threads()
+
+    def _command(self, name: str, args: dict[str, object]) -> LoadOutcome:
+        """Run a command that takes time, and the loop until it is done."""
+        reply = cast("Future[LoadOutcome]", self._core.command(name, args))
+        try:
+            while not reply.done():
+                self._core.step()
+                self._core.wait_for_threads()
+        except BaseException:
+            reply.cancel()
+            raise
+        return reply.result()
 
     def _abandon(self) -> None:
         """Whatever interrupted a call: no request of it may stay in the engine."""
@@ -154,6 +226,15 @@ _GENERATE_OPTIONS = (
     "return_text_in_logprobs",
     "rid",
 )
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    try:
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"tensors cannot be written as safetensors: {error}") from error
 
 
 def _raise_error(completion: Completion) -> None:

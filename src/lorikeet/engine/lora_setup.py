@@ -11,6 +11,7 @@ from torch import nn
 
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
+from lorikeet.engine.adapter_reader import AdapterReader
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.errors import AdapterError, ConfigError
 from lorikeet.lora.adapter import HostAdapter
@@ -23,8 +24,10 @@ from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.registry import AdapterRegistry
+from lorikeet.lora.report import adapter_report
 from lorikeet.lora.residency import Residency
-from lorikeet.lora.source import resolve_source
+from lorikeet.lora.resolver import Resolver
+from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.lora.targets import resolve_targets
 from lorikeet.ops.lora.torch_ops import TorchBackend
 
@@ -72,21 +75,23 @@ def resolve_limits(config: ServerConfig, sites: tuple[LoRASite, ...]) -> LoRALim
         targets = frozenset()
     max_rank = config.max_lora_rank or 0
     if wanted is None or config.max_lora_rank is None:
-        ranks, names = _needs(config.lora_paths, sites)
+        sources = SourceOptions.from_config(config).trusted()
+        ranks, names = _needs(config.lora_paths, sites, sources)
         max_rank = config.max_lora_rank or max(ranks)
         targets = targets if wanted is not None else names
     return LoRALimits(max_rank, targets)
 
 
 def _needs(
-    paths: tuple[LoRAPath, ...], sites: tuple[LoRASite, ...]
+    paths: tuple[LoRAPath, ...], sites: tuple[LoRASite, ...], sources: SourceOptions
 ) -> tuple[list[int], frozenset[str]]:
     """Largest rank of each adapter, and the modules that any of them changes."""
     ranks: list[int] = []
     names: set[str] = set()
     for source in paths:
         with naming(source):
-            modules = resolve_targets(read_adapter_config(resolve_source(source.path)), sites)
+            directory = resolve_source(source.path, sources)
+            modules = resolve_targets(read_adapter_config(directory), sites)
         ranks.append(max(module.rank for module in modules.values()))
         names.update(sites[site].slices[part].name for site, part in modules)
     return ranks, frozenset(names)
@@ -98,7 +103,9 @@ def naming(source: LoRAPath) -> Iterator[None]:
     try:
         yield
     except AdapterError as error:
-        raise AdapterError(f"adapter {source.name!r} ({source.path}): {error}") from error
+        raise AdapterError(
+            f"adapter {source.name!r} ({public_path(source.path)}): {error}"
+        ) from error
 
 
 def build_lora(
@@ -117,8 +124,7 @@ def build_lora(
     )
     pool = DevicePool(sites, layout, dtype, device)
     attach_lora(model, sites, pool, TorchBackend())
-    host = HostCache(config.max_loaded_loras)
-    base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
+    host = HostCache()
     residency = Residency(
         allocator=RankPageAllocator(
             layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
@@ -126,15 +132,35 @@ def build_lora(
         num_slots=layout.num_slots,
         policy=config.lora_eviction_policy,
         max_pinned=config.max_loras_per_batch - 1,
+        max_host=config.max_loaded_loras,
     )
-
-    def load(name: str, path: str) -> HostAdapter:
-        return load_adapter(
-            name, resolve_source(path), sites, layout, dtype, base_weight=base_weight
-        )
-
-    store = LoadedAdapters(registry=AdapterRegistry(), residency=residency, host=host, load=load)
+    store = LoadedAdapters(
+        registry=AdapterRegistry(),
+        residency=residency,
+        host=host,
+        reader=_reader(config, model_dir, sites, pool),
+    )
     return LoRAParts(limits, pool, host, residency, store)
+
+
+def _reader(
+    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], pool: DevicePool
+) -> AdapterReader:
+    sources = SourceOptions.from_config(config)
+    base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
+
+    def load(name: str, path: str, *, trusted: bool) -> HostAdapter:
+        with open_source(path, sources.trusted() if trusted else sources) as directory:
+            return load_adapter(
+                name, directory, sites, pool.layout, pool.dtype, base_weight=base_weight
+            )
+
+    resolver = None
+    if config.lora_resolver_dir is not None:
+        resolver = Resolver(Path(config.lora_resolver_dir), roots=sources.roots)
+    return AdapterReader(
+        load, report=lambda adapter: adapter_report(adapter, sites), resolver=resolver
+    )
 
 
 def no_residency() -> Residency:

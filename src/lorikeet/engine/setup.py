@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -18,11 +17,11 @@ from lorikeet.attention.base import AttentionBackend
 from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.config import ServerConfig
 from lorikeet.core.request import MAX_SEED
-from lorikeet.engine.adapters import NoAdapters
+from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency
 from lorikeet.engine.paths import tokenizer_dir
-from lorikeet.errors import ConfigError, EngineFault
+from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
 from lorikeet.kv.storage import KVStorage
 from lorikeet.lora.batch_builder import LoRABatchBuilder
@@ -32,6 +31,7 @@ from lorikeet.models.source import locate_model
 from lorikeet.models.spec import ModelSpec, read_model_spec
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from lorikeet.worker.copier import Copier
 from lorikeet.worker.grammar import GrammarCompiler
 from lorikeet.worker.inputs import InputBuilder
 from lorikeet.worker.memory import MemoryRequest, MemorySplit, available_host_bytes, split_memory
@@ -93,6 +93,7 @@ def build_engine(
         compile_grammar=grammars.compile,
         seeds=_seed_source(config.random_seed),
         info=_info(config, spec, split, lora, dtype, context_length),
+        on_close=worker.close,
     )
 
 
@@ -171,8 +172,7 @@ def _worker(
             device=device,
             grammars=grammars,
         ),
-        pool=lora.pool if lora else None,
-        adapters=lora.host.get if lora else _no_adapter,
+        copier=Copier(lora.pool, lora.host.get) if lora else None,
     )
 
 
@@ -210,10 +210,6 @@ def _seed_source(random_seed: int | None) -> Callable[[], int]:
     return lambda: source.randint(0, MAX_SEED)
 
 
-def _no_adapter(version: int) -> NoReturn:
-    raise EngineFault(f"a plan names adapter version {version}, but LoRA is off")
-
-
 def _info(
     config: ServerConfig,
     spec: ModelSpec,
@@ -238,5 +234,4 @@ def _info(
         "lora_enabled": lora is not None,
         "max_lora_rank": lora.limits.max_rank if lora else None,
         "lora_target_modules": sorted(lora.limits.targets) if lora else None,
-        "adapters": {item["name"]: item["path"] for item in lora.store.describe()} if lora else {},
     }

@@ -6,7 +6,6 @@ sample. The device's state between steps is the K/V pages, the adapter pool and 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
@@ -14,13 +13,14 @@ import torch
 from lorikeet.attention.base import AttentionBackend
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import TokenLogprobs
+from lorikeet.errors import EngineFault
 from lorikeet.layers.batch import ForwardBatch
-from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.device_pool import DevicePool
+from lorikeet.worker.copier import Copier
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.sampler import Sampler
 
-logger = logging.getLogger(__name__)
+# A step that has nothing to compute waits this long for a copy, then lets the loop look for new requests.
+COPY_WAIT_S = 0.02
 
 
 class Worker:
@@ -30,8 +30,7 @@ class Worker:
         forward: the network: a batch to logits, float32 [M, V].
         inputs: builder of batches, with the states of running sequences.
         sampler: logits to tokens.
-        pool: device memory for adapters; None when LoRA is off.
-        adapters: host copies by version, read when a plan asks for a copy.
+        copier: brings adapters to the device; None when LoRA is off.
     """
 
     def __init__(
@@ -41,22 +40,23 @@ class Worker:
         attention: AttentionBackend,
         inputs: InputBuilder,
         sampler: Sampler,
-        pool: DevicePool | None,
-        adapters: Callable[[int], HostAdapter],
+        copier: Copier | None,
     ) -> None:
         self._forward = forward
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
-        self._pool = pool
-        self._adapters = adapters
+        self._copier = copier
+        # Slots whose copies are not complete.
+        self._copying: dict[int, int] = {}
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out one plan.
 
-        A failing adapter copy is reported in the result and fails that version alone: rows of the plan that use its
-        slot compute with rank 0 and are dropped by the scheduler.
+        Adapter copies begin here and run beside the computation, of this step and of later ones; the result of the step
+        in which one is found complete names it. A step that computes nothing waits a little for one. A failing copy is
+        reported in the result and fails its version alone.
 
         Raises:
             EngineFault: the plan contradicts this worker's state.
@@ -65,31 +65,44 @@ class Worker:
         for seq in plan.ended:
             self._inputs.close(seq)
             self._sampler.end(seq)
-        self._move_adapters(plan, result)
+        self._begin_copies(plan)
         for start in plan.starts:
             self._sampler.start(start)
         self._inputs.apply(plan)
-        if plan.is_empty:
-            return result
-        batch, layout = self._inputs.build(plan)
-        self._attention.prepare(batch.attn)
-        self._read_logits(self._forward(batch), layout, result)
+        if not plan.is_empty:
+            batch, layout = self._inputs.build(plan)
+            self._attention.prepare(batch.attn)
+            self._read_logits(self._forward(batch), layout, result)
+        elif self._copier is not None and self._copier.is_busy:
+            self._copier.wait(COPY_WAIT_S)
+        self._end_copies(result)
         return result
 
-    def _move_adapters(self, plan: StepPlan, result: StepResult) -> None:
-        if self._pool is None:
+    def close(self) -> None:
+        """End the thread that copies."""
+        if self._copier is not None:
+            self._copier.close()
+
+    def _begin_copies(self, plan: StepPlan) -> None:
+        if self._copier is None:
             return
         for slot in plan.freed_slots:
-            self._pool.clear_slot(slot)
+            self._copier.free(slot)
         for copy in plan.copies:
-            try:
-                self._pool.copy_in(self._adapters(copy.version), copy)
-            except (RuntimeError, KeyError, OSError) as error:
-                logger.exception("copying adapter version %d to the device failed", copy.version)
-                self._pool.clear_slot(copy.slot)
-                result.failed_copies[copy.version] = str(error)
-            else:
-                result.copied.append(copy.version)
+            self._copier.start(copy)
+            self._copying[copy.version] = copy.slot
+        unready = {start.slot for start in plan.starts} & set(self._copying.values())
+        if unready:
+            raise EngineFault(
+                f"step {plan.step} uses slots {unready}, whose copies are not complete"
+            )
+
+    def _end_copies(self, result: StepResult) -> None:
+        if self._copier is None:
+            return
+        result.copied, result.failed_copies = self._copier.collect()
+        for version in (*result.copied, *result.failed_copies):
+            del self._copying[version]
 
     def _read_logits(self, logits_MV: torch.Tensor, layout: StepLayout, result: StepResult) -> None:
         first = 0

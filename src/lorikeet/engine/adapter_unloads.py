@@ -1,0 +1,88 @@
+"""The second phase of unloading: names that are hidden and whose requests still run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from lorikeet.engine.adapter_records import AdapterCounters, Known, LoadOutcome, Unload
+from lorikeet.errors import AdapterError
+from lorikeet.lora.registry import AdapterRegistry
+
+logger = logging.getLogger(__name__)
+
+# Requests that a message names before it only counts them.
+_MAX_LISTED = 8
+
+
+class Unloads:
+    """Answers unloads when their versions are free, or when their time is over.
+
+    Args:
+        known: versions and the requests that hold them; shared with the store.
+        paths: name -> path of what is loaded.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        known: Mapping[int, Known],
+        counters: AdapterCounters,
+        paths: Callable[[], dict[str, str]],
+    ) -> None:
+        self._registry = registry
+        self._known = known
+        self._counters = counters
+        self._paths = paths
+        self._waiting: list[Unload] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[Unload]:
+        return iter(self._waiting)
+
+    def add(self, unload: Unload) -> None:
+        self._waiting.append(unload)
+
+    def poll(self) -> None:
+        """Answer those whose version is free or has a name again, and those that have waited long enough."""
+        if not self._waiting:
+            return
+        now = time.monotonic()
+        ended = [u for u in self._waiting if not self._registry.is_hidden(u.version)]
+        for unload in ended:
+            self._end(unload, now - unload.began)
+        if ended:
+            self._waiting = [u for u in self._waiting if self._registry.is_hidden(u.version)]
+        for unload in self._waiting:
+            if unload.deadline is not None and now >= unload.deadline:
+                unload.deadline = None
+                if not unload.reply.cancelled():
+                    unload.reply.set_exception(self._too_slow(unload, now - unload.began))
+
+    def _end(self, unload: Unload, seconds: float) -> None:
+        self._counters.unloads += unload.counts
+        logger.info(
+            "Adapter %s %s: version %d, %.2f MB, %.0f ms",
+            unload.name,
+            "unloaded" if unload.counts else "replaced",
+            unload.version,
+            unload.nbytes / 1e6,
+            seconds * 1e3,
+        )
+        if not unload.reply.done():
+            unload.reply.set_result(
+                LoadOutcome(unload.name, unload.path, unload.version, seconds, self._paths())
+            )
+
+    def _too_slow(self, unload: Unload, seconds: float) -> AdapterError:
+        rids = list(self._known[unload.version].holders)
+        listed = ", ".join(rids[:_MAX_LISTED])
+        if len(rids) > _MAX_LISTED:
+            listed += f" and {len(rids) - _MAX_LISTED} more"
+        return AdapterError(
+            f"adapter {unload.name!r} takes no new requests, but after {seconds:.1f} s {len(rids)} still run with it "
+            f"({listed}); its memory is freed when they end"
+        )

@@ -1,0 +1,702 @@
+"""Adapters in the engine's loop, with a disk and a worker that are doubles: what may happen in any order."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from pathlib import Path
+
+import pytest
+
+from lorikeet.engine.adapter_reader import TENSORS_PATH
+from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
+from lorikeet.lora.tiers import Tier
+from tests.support.adapter_rig import AdapterRig, expected_tokens
+
+PROMPT = list(range(10))
+MakeRig = Callable[..., AdapterRig]
+
+
+@pytest.fixture
+def make_rig() -> Iterator[MakeRig]:
+    rigs: list[AdapterRig] = []
+
+    def make(**options: object) -> AdapterRig:
+        rigs.append(AdapterRig(**options))  # pyright: ignore[reportArgumentType]
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: MakeRig) -> AdapterRig:
+    return make_rig()
+
+
+def test_load_ask_unload(rig: AdapterRig) -> None:
+    outcome = rig.wait(rig.start_load("a", "first"))
+    assert (outcome.name, outcome.path, outcome.loaded_adapters) == ("a", "/a", {"a": "/a"})
+    assert rig.ask("a") == expected_tokens(outcome.version, PROMPT, 4)
+    view = rig.view("a")
+    assert (view["state"], view["tier"], view["in_flight"]) == ("loaded", "device", 0)
+    assert view["last_use"] is not None
+    assert rig.wait(rig.command("unload_adapter", name="a")).loaded_adapters == {}
+    assert "never been loaded" in rig.refusal(rig.submit("a"))
+    rig.finish()
+    assert len(rig.host) == 0
+    assert rig.host.nbytes == 0
+
+
+def test_a_load_never_holds_up_others_nor_is_it_usable_before_its_end(rig: AdapterRig) -> None:
+    version = rig.load("a", "first")
+    gate = rig.block("/b")
+    load = rig.start_load("b", "second")
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    assert rig.ask(None) == expected_tokens(0, PROMPT, 4)
+    assert rig.view("b")["state"] == "loading"
+    assert "never been loaded" in rig.refusal(rig.submit("b"))
+    assert not load.done()
+    gate.set()
+    assert rig.wait(load).loaded_adapters == {"a": "/a", "b": "/b"}
+    rig.finish()
+
+
+@pytest.mark.parametrize("is_loading", [False, True])
+def test_a_name_that_is_taken(rig: AdapterRig, is_loading: bool) -> None:
+    gate = rig.block("/a")
+    load = rig.start_load("a", "first")
+    if not is_loading:
+        gate.set()
+        rig.wait(load)
+    with pytest.raises(AdapterError, match="already loaded"):
+        rig.start_load("a", "second")
+    gate.set()
+    rig.wait(load)
+    assert list(rig.names()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [(None, AdapterError, "/a does not exist"), ("crash", EngineFault, "ZeroDivisionError")],
+)
+def test_a_load_that_fails_changes_nothing(
+    rig: AdapterRig, content: str | None, error: type[Exception], words: str
+) -> None:
+    load = rig.start_load("a", content)
+    rig.until(load.done)
+    with pytest.raises(error, match=words):
+        load.result()
+    assert rig.names() == {}
+    rig.load("a", "good")
+    rig.finish()
+    assert rig.core.stats()["total_adapter_load_failures"] == 1
+
+
+def test_unloading_has_two_phases(rig: AdapterRig) -> None:
+    version = rig.load("a", "first")
+    running = rig.submit("a", count=20)
+    rig.until(lambda: len(rig.outputs[running]) > 2)
+    unload = rig.command("unload_adapter", name="a")
+    rig.step()
+    assert not unload.done()
+    assert rig.view("a")["state"] == "unloading"
+    assert rig.view("a")["in_flight"] == 1
+    assert "never been loaded" in rig.refusal(rig.submit("a"))
+    assert len(rig.host) == 1
+    rig.wait(unload)
+    assert rig.tokens(running) == expected_tokens(version, PROMPT, 20)
+    assert len(rig.host) == 0
+    rig.finish()
+
+
+def test_an_unload_that_takes_too_long_says_who_runs_and_is_completed_later(
+    rig: AdapterRig,
+) -> None:
+    rig.load("a", "first")
+    running = rig.submit("a", count=50)
+    rig.until(lambda: len(rig.outputs[running]) > 0)
+    unload = rig.command("unload_adapter", name="a", timeout=0.0)
+    rig.step()
+    with pytest.raises(AdapterError, match=running):
+        unload.result(0)
+    rig.finish()
+    assert len(rig.tokens(running)) == 50
+    assert len(rig.host) == 0
+
+
+def test_unloading_what_is_not_there(rig: AdapterRig) -> None:
+    with pytest.raises(AdapterNotFoundError, match="never been loaded"):
+        rig.command("unload_adapter", name="a")
+    with pytest.raises(AdapterNotFoundError, match="never been loaded"):
+        rig.core.command("adapters", {"name": "a"})
+    with pytest.raises(RequestError, match="name"):
+        rig.core.command("unload_adapter", {"nme": "a"})
+
+
+def test_equal_bytes_keep_their_version_and_their_prefix_cache(rig: AdapterRig) -> None:
+    version = rig.load("a", "first")
+    rig.ask("a")
+    rig.unload("a")
+    rig.finish()
+    assert rig.load("a", "first") == version
+    rid = rig.submit("a")
+    rig.finish()
+    assert rig.outputs[rid][-1].cached_tokens == 8
+    rig.unload("a")
+    assert rig.load("a", "second") != version
+    rid = rig.submit("a")
+    rig.finish()
+    assert rig.outputs[rid][-1].cached_tokens == 0
+
+
+def test_replacing_under_traffic_fails_and_mixes_no_request(rig: AdapterRig) -> None:
+    versions = [rig.load("a", "content 0")]
+    rids: dict[str, int] = {}
+    for number in range(1, 20):
+        for _ in range(3):
+            rids[rig.submit("a", count=9)] = versions[-1]
+            rig.step()
+        gate = rig.block("/a")
+        load = rig.start_load("a", f"content {number}", replace=True)
+        rids[rig.submit("a", count=9)] = versions[-1]
+        rig.step()
+        gate.set()
+        versions.append(rig.wait(load).version)
+    rig.finish()
+    assert len(set(versions)) == 20
+    for rid, version in rids.items():
+        assert rig.tokens(rid) == expected_tokens(version, PROMPT, 9)
+    assert rig.names() == {"a": "loaded"}
+    assert len(rig.host) == 1
+
+
+def test_a_replacement_that_is_refused_leaves_the_old_one(make_rig: MakeRig) -> None:
+    rig = make_rig(max_loras=2)
+    version = rig.load("a", "first", pinned=True)
+    del rig.disk.contents["/a"]
+    load = rig.start_load("a", replace=True)
+    rig.until(load.done)
+    assert load.exception() is not None
+    assert rig.view("a")["pinned"]
+    assert rig.view("a")["version"] == version
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    rig.load("b", "second")
+    load = rig.start_load("b", "third", replace=True, pinned=True)
+    rig.until(load.done)
+    with pytest.raises(AdapterError, match="starvation"):
+        load.result()
+    assert rig.view("b")["version"] == 2
+    assert not rig.view("b")["pinned"]
+    rig.load("a", "fourth", replace=True, pinned=True)  # its own pin is given back first
+    rig.finish()
+
+
+def test_replacing_a_name_that_is_not_loaded_loads_it(rig: AdapterRig) -> None:
+    rig.load("a", "first", replace=True)
+    assert rig.names() == {"a": "loaded"}
+
+
+def test_a_cancelled_load_is_dropped_and_its_name_is_free(rig: AdapterRig) -> None:
+    gate = rig.block("/a")
+    load = rig.start_load("a", "first")
+    rig.step()
+    assert load.cancel()
+    rig.step()
+    assert rig.names() == {}
+    del rig.disk.gates["/a"]
+    version = rig.load("a", "second")
+    gate.set()
+    rig.finish()
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    assert len(rig.host) == 1
+
+
+def test_pins_are_resident_and_counted(make_rig: MakeRig) -> None:
+    rig = make_rig(max_loras=3)
+    for name in "ab":
+        rig.load(name, name, pinned=True)
+    rig.finish()
+    assert [rig.view(name)["tier"] for name in "ab"] == ["device", "device"]
+    load = rig.start_load("c", "c", pinned=True)
+    rig.until(load.done)
+    with pytest.raises(AdapterError, match="starvation"):
+        load.result()
+    assert set(rig.names()) == {"a", "b"}
+    for name in "cdef":
+        rig.load(name, name)
+        rig.ask(name)
+    assert [rig.view(name)["tier"] for name in "ab"] == ["device", "device"]
+    rig.unload("a")
+    rig.load("g", "g", pinned=True)
+    rig.finish()
+
+
+def test_a_pin_ends_with_its_name_even_if_requests_run(rig: AdapterRig) -> None:
+    rig.load("a", "same", pinned=True)
+    rig.load("same as a", "same")
+    running = rig.submit("a", count=150)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    rig.command("unload_adapter", name="a")
+    rig.load("b", "b", pinned=True)
+    assert not rig.is_over(running)
+    rig.finish()
+    assert rig.view("b")["tier"] == "device"
+
+
+def test_a_pinned_adapter_whose_replacement_finds_no_room_stays_pinned(make_rig: MakeRig) -> None:
+    rig = make_rig(max_loras=2, max_host=2)
+    for name in "ab":
+        rig.load(name, name, pinned=name == "a")
+        running = rig.submit(name, count=150)
+        rig.until(lambda rid=running: len(rig.outputs[rid]) > 0)
+    load = rig.start_load("a", "new", replace=True, pinned=True)
+    wait(rig.store.pending())
+    rig.step()
+    with pytest.raises(AdapterError, match="max-loaded-loras"):
+        load.result(0)
+    rig.finish()
+    load = rig.start_load("c", "c", pinned=True)
+    rig.until(load.done)
+    with pytest.raises(AdapterError, match="starvation"):
+        load.result()
+    assert rig.view("a")["pinned"]
+
+
+def test_an_evicted_adapter_comes_back_with_its_version_and_its_cache(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abcd"}
+    assert {name: rig.view(name)["tier"] for name in "abcd"} == {
+        "a": "disk",
+        "b": "disk",
+        "c": "host",
+        "d": "host",
+    }
+    for name, version in versions.items():
+        assert rig.ask(name) == expected_tokens(version, PROMPT, 4)
+    rid = rig.submit("a")
+    rig.finish()
+    assert rig.outputs[rid][-1].cached_tokens == 8
+    assert {name: rig.view(name)["version"] for name in "abcd"} == versions
+    assert set(rig.names().values()) == {"loaded"}
+    assert len(rig.host) == 2
+    stats = rig.core.stats()
+    assert stats["total_adapter_host_evictions"] >= 4
+    assert stats["total_adapter_reloads"] >= 3
+    assert rig.core.take_samples()["adapter_reload_seconds"]
+
+
+def test_a_reload_holds_up_nobody_else(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abc"}
+    gate = rig.block("/a")
+    waiting = rig.submit("a")
+    for name in ("c", None, "c"):
+        assert rig.ask(name) == expected_tokens(versions[name] if name else 0, PROMPT, 4)
+    assert not rig.outputs[waiting]
+    gate.set()
+    rig.finish()
+    assert rig.tokens(waiting) == expected_tokens(versions["a"], PROMPT, 4)
+
+
+def test_host_memory_full_of_pins_refuses_the_next(make_rig: MakeRig) -> None:
+    rig = make_rig(max_loras=3, max_host=3)
+    for name in "ab":
+        rig.load(name, name, pinned=True)
+    rig.load("c", "c")
+    busy = rig.submit("c", count=50)
+    rig.until(lambda: len(rig.outputs[busy]) > 1)
+    load = rig.start_load("d", "d")
+    wait(rig.store.pending())
+    rig.step()
+    with pytest.raises(AdapterError, match="max-loaded-loras"):
+        load.result()
+    assert set(rig.names()) == {"a", "b", "c"}
+    rig.finish()
+    rig.load("d", "d")  # nothing runs now, so c makes room
+    rig.finish()
+    assert len(rig.host) == 3
+
+
+@pytest.mark.parametrize("content", [None, "something else"])
+def test_files_that_change_or_vanish_fail_their_requests_alone(
+    make_rig: MakeRig, content: str | None
+) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abc"}
+    if content is None:
+        del rig.disk.contents["/a"]
+    else:
+        rig.write("/a", content)
+    waiting = [rig.submit("a"), rig.submit("a")]
+    other = rig.submit("c")
+    for rid in waiting:
+        assert "/a" in rig.refusal(rid)
+    assert "/a" in rig.refusal(rig.submit("a"))  # and at once, from now on
+    rig.finish()
+    assert rig.tokens(other) == expected_tokens(versions["c"], PROMPT, 4)
+    view = rig.view("a")
+    assert (view["state"], view["tier"]) == ("failed", "failed")
+    assert "/a" in view["reason"]
+    version = rig.load("a", "a newer one")
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    assert rig.view("a")["state"] == "loaded"
+    rig.finish()
+
+
+def test_a_failed_adapter_comes_back_as_it_was_when_its_files_do(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abc"}
+    del rig.disk.contents["/a"]
+    rig.refusal(rig.submit("a"))
+    assert rig.load("a", "a") == versions["a"]
+    assert rig.ask("a") == expected_tokens(versions["a"], PROMPT, 4)
+    del rig.disk.contents["/a"]
+    for name in "bc":
+        rig.ask(name)
+    rig.refusal(rig.submit("a"))
+    rig.unload("a")
+    assert set(rig.names()) == {"b", "c"}
+    rig.finish()
+
+
+def test_two_names_for_the_same_bytes(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=2)
+    version = rig.load("a", "same")
+    assert rig.load("b", "same") == version
+    assert len(rig.host) == 1
+    del rig.disk.contents["/a"]  # b's files still have them
+    for name in "cd":
+        rig.load(name, name)
+    assert rig.view("a")["tier"] == "disk"
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    rig.unload("b")
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    rig.unload("a")
+    rig.finish()
+    assert [name for name in "cd" if rig.view(name)["tier"] != "disk"] == ["d"]
+    assert len(rig.host) == 1
+
+
+def test_bytes_that_are_brought_while_they_are_read(make_rig: MakeRig) -> None:
+    """A reload hangs; the same content is loaded under another name: those who wait are served at once."""
+    rig = make_rig(max_host=2)
+    version = rig.load("a", "same")
+    for name in "cd":
+        rig.load(name, name)
+    gate = rig.block("/a")
+    waiting = rig.submit("a")
+    rig.until(lambda: rig.view("a")["tier"] == "reading")
+    assert rig.load("b", "same") == version
+    rig.until(lambda: rig.is_over(waiting))
+    assert rig.tokens(waiting) == expected_tokens(version, PROMPT, 4)
+    rig.disk.contents["/a"] = "changed"
+    gate.set()
+    rig.finish()
+    assert rig.names() == {"a": "loaded", "b": "loaded", "c": "loaded", "d": "loaded"}
+
+
+def test_requests_that_wait_keep_a_version_whose_files_are_overwritten(make_rig: MakeRig) -> None:
+    """Replaced in place while its requests are in the queue: the old bytes are nowhere but in memory."""
+    rig = make_rig(max_loras=1, max_host=2)
+    old, busy = rig.load("a", "old"), rig.load("b", "b")
+    running = rig.submit("b", count=150)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    waiting = [rig.submit("a", count=6) for _ in range(3)]
+    rig.step()
+    new = rig.load("a", "new", replace=True)
+    later = rig.submit("a", count=6)
+    assert rig.residency.tier(old) in (Tier.DISK, Tier.READING)
+    rig.finish()
+    for rid in waiting:
+        assert rig.tokens(rid) == expected_tokens(old, PROMPT, 6)
+    assert rig.tokens(later) == expected_tokens(new, PROMPT, 6)
+    assert rig.tokens(running) == expected_tokens(busy, PROMPT, 150)
+    assert set(rig.names().values()) == {"loaded"}
+
+
+def test_an_abort_while_its_adapter_is_read(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=2)
+    for name in "abc":
+        rig.load(name, name)
+    gate = rig.block("/a")
+    waiting = rig.submit("a")
+    rig.until(lambda: rig.view("a")["tier"] == "reading")
+    rig.core.abort(waiting, "enough")
+    unload = rig.command("unload_adapter", name="a")
+    rig.wait(unload)
+    gate.set()
+    rig.finish()
+    assert set(rig.names()) == {"b", "c"}
+
+
+def test_a_copy_that_fails_is_told_and_tried_again(rig: AdapterRig) -> None:
+    version = rig.load("a", "first")
+    rig.failing_copies.add(version)
+    rid = rig.submit("a")
+    rig.until(lambda: rig.is_over(rid))
+    finish = rig.outputs[rid][-1].finish
+    assert finish is not None
+    assert finish.status_code == 500
+    rig.failing_copies.clear()
+    assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
+    rig.finish()
+
+
+class Spools:
+    """Stands for ``tensors_to_dir``: what is sent lies on the rig's disk, in a directory that is really there."""
+
+    def __init__(self, rig: AdapterRig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rig = rig
+        self.made: list[Path] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        monkeypatch.setattr("lorikeet.engine.adapter_reader.tensors_to_dir", self.write)
+
+    def write(self, config: object, tensors: bytes, directory: Path) -> None:
+        directory.mkdir()
+        (directory / "weights").write_bytes(tensors)
+        self.rig.write(str(directory), tensors.decode())
+        self.made.append(directory)
+        assert self.gate.wait(20)
+
+    def start(self, name: str, content: bytes, **args: object) -> Future[LoadOutcome]:
+        return self.rig.command(
+            "load_adapter_from_tensors", name=name, config={}, tensors=content, **args
+        )
+
+
+def test_tensors_are_kept_for_a_reload_and_removed_with_the_name(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(max_host=2)
+    spools = Spools(rig, monkeypatch)
+    outcome = rig.wait(spools.start("t", b"content"))
+    assert outcome.loaded_adapters == {"t": TENSORS_PATH}
+    for name in "ab":
+        rig.load(name, name)
+    assert rig.view("t")["tier"] == "disk"
+    assert rig.ask("t") == expected_tokens(outcome.version, PROMPT, 4)
+    assert spools.made[0].exists()
+    assert spools.made[0].parent.stat().st_mode & 0o077 == 0
+    rig.unload("t")
+    rig.until(lambda: not spools.made[0].exists())
+    assert rig.wait(spools.start("t", b"content")).version == outcome.version
+    rig.finish()
+    rig.core.close()
+    assert not spools.made[1].parent.exists()
+    assert str(spools.made[0]) not in rig.disk.untrusted
+
+
+def test_tensors_that_nobody_needs_are_removed(
+    rig: AdapterRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled, refused when they are placed, or brought by somebody else while they were unloaded."""
+    spools = Spools(rig, monkeypatch)
+    spools.gate.clear()
+    cancelled = spools.start("t", b"content")
+    rig.until(lambda: len(spools.made) == 1)
+    assert cancelled.cancel()
+    rig.step()
+    spools.gate.set()
+    rig.until(lambda: not spools.made[0].exists())
+    rig.load("p", "p", pinned=True)
+    refused = spools.start("t", b"content", pinned=True)
+    rig.until(refused.done)
+    with pytest.raises(AdapterError, match="starvation"):
+        refused.result()
+    rig.until(lambda: not spools.made[1].exists())
+    rig.wait(spools.start("t", b"content"))
+    running = rig.submit("t", count=150)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    rig.command("unload_adapter", name="t")
+    rig.load("a", "content")
+    rig.until(lambda: not spools.made[2].exists())
+    rig.finish()
+
+
+def test_tensors_that_are_refused_leave_no_files(rig: AdapterRig) -> None:
+    load = rig.command("load_adapter_from_tensors", name="t", config={}, tensors=b"nonsense")
+    rig.until(load.done)
+    with pytest.raises(AdapterError):
+        load.result()
+    root = rig.reader._spool_root
+    assert root is not None
+    assert list(root.iterdir()) == []
+
+
+def test_the_resolver_is_asked_on_first_use(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    rig.write("/found/a", "found")
+    gate = rig.block("/found/a")
+    first, second = rig.submit("a"), rig.submit("a")
+    assert rig.ask(None) == expected_tokens(0, PROMPT, 4)
+    rig.core.check_integrity()
+    gate.set()
+    rig.finish()
+    version = rig.view("a")["version"]
+    for rid in (first, second):
+        assert rig.tokens(rid) == expected_tokens(version, PROMPT, 4)
+    assert rig.disk.num_reads == 1
+    assert rig.disk.untrusted == []
+    assert "never been loaded" in rig.refusal(rig.submit("nobody"))
+    rig.unload("a")
+    assert "never been loaded" in rig.refusal(rig.submit("a"))  # an unload is not undone
+    rig.load("a", "by hand")
+    assert rig.ask("a")
+    rig.finish()
+
+
+def test_requests_whose_name_is_looked_up_can_be_aborted_or_refused(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    rig.write("/found/a", "found")
+    gate = rig.block("/found/a")
+    rid = rig.submit("a")
+    rig.step()
+    rig.core.abort(rid, "enough")
+    rig.until(lambda: rig.is_over(rid))
+    rig.disk.contents["/found/a"] = "crash"
+    waiting = rig.submit("a")
+    gate.set()
+    rig.until(lambda: rig.is_over(waiting))
+    finish = rig.outputs[waiting][-1].finish
+    assert finish is not None
+    assert finish.status_code == 500
+    rig.finish()
+    assert rig.names() == {}
+
+
+class Churn:
+    """Random commands about a few names, and what the last one that succeeded left of each."""
+
+    def __init__(self, rig: AdapterRig, names: list[str]) -> None:
+        self.rig = rig
+        self.names = names
+        self.chance = random.Random(5)
+        self.futures: list[Future[LoadOutcome]] = []
+        self.requests: list[str] = []
+        # Version of the newest successful load, or None after an unload.
+        self.meaning: dict[str, int | None] = dict.fromkeys(names)
+        for name in names:
+            rig.write(f"/{name}", f"{name} 0")
+
+    def load(self, name: str, number: int) -> None:
+        replace = self.chance.random() < 0.3
+        if replace:
+            self.rig.write(f"/{name}", f"{name} {number % 7}")
+        try:
+            future = self.rig.start_load(name, replace=replace)
+        except AdapterError:
+            return
+        future.add_done_callback(lambda future: self._loaded(name, future))
+        self.futures.append(future)
+
+    def unload(self, name: str) -> None:
+        try:
+            # Hidden when the command returns, whenever its answer comes.
+            self.futures.append(self.rig.command("unload_adapter", name=name))
+        except AdapterNotFoundError:
+            assert self.meaning[name] is None
+        else:
+            self.meaning[name] = None
+
+    def act(self, number: int) -> None:
+        name = self.chance.choice(self.names)
+        if self.chance.random() < 0.5:
+            self.load(name, number)
+        else:
+            self.unload(name)
+        if number % 5 == 0 and self.futures:
+            self.chance.choice(self.futures).cancel()
+            self.requests.append(self.rig.submit(name, count=self.chance.randint(1, 6)))
+        for _ in range(self.chance.randint(0, 2)):
+            self.rig.step()
+        if number % 100 == 0:
+            self.rig.core.check_integrity()
+
+    def _loaded(self, name: str, future: Future[LoadOutcome]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.meaning[name] = future.result().version
+
+
+def test_a_thousand_loads_and_unloads_of_the_same_names(make_rig: MakeRig) -> None:
+    rig = make_rig(max_loras=3, max_host=4)
+    churn = Churn(rig, [f"n{i}" for i in range(6)])
+    for number in range(1000):
+        churn.act(number)
+    rig.until(lambda: all(future.done() for future in churn.futures))
+    rig.finish()
+    assert all(rig.is_over(rid) for rid in churn.requests)
+    versions = {view["name"]: view["version"] for view in rig.store.describe()}
+    assert versions == {name: v for name, v in churn.meaning.items() if v is not None}
+    for name in list(versions):
+        rig.unload(str(name))
+    rig.finish()
+    assert len(rig.host) == 0
+    assert rig.residency.resident() == []
+    assert rig.store.describe() == []
+    assert not rig.store.is_waiting
+
+
+def test_numbers_and_labels(make_rig: MakeRig) -> None:
+    rig = make_rig(max_host=3)
+    for name in "abcd":
+        rig.load(name, name)
+    running = rig.submit("d", count=30)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    gate = rig.block("/a")
+    rig.submit("a")
+    rig.until(lambda: rig.view("a")["tier"] == "reading")
+    stats, labels = rig.core.stats(), rig.core.labels()
+    assert labels == {"running_lora_adapters": ["d"], "waiting_lora_adapters": ["a"]}
+    tiers = {tier: stats[f"num_adapters_{tier}"] for tier in ("reading", "host", "device", "disk")}
+    assert tiers == {"reading": 1, "host": 1, "device": 1, "disk": 1}
+    assert (stats["num_adapters"], stats["total_adapter_loads"]) == (4, 4)
+    assert rig.core.info["adapters"] == {name: f"/{name}" for name in "abcd"}
+    gate.set()
+    rig.finish()
+    samples = rig.core.take_samples()
+    assert len(samples["adapter_load_seconds"]) == 4
+    assert len(samples["adapter_reload_seconds"]) == 1
+    assert len(samples["adapter_cold_start_seconds"]) == 2
+    assert rig.core.take_samples() == {}
+    rig.unload("a")
+    assert rig.core.stats()["total_adapter_unloads"] == 1
+
+
+def test_what_is_logged(rig: AdapterRig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rig.load("a", "first")
+    rig.unload("a")
+    load, unload = (line for line in caplog.messages if line.startswith("Adapter a "))
+    assert load.startswith("Adapter a loaded: version 1, 0.00 MB, ")
+    assert unload.startswith("Adapter a unloaded: version 1, 0.00 MB, ")
+
+
+def test_commands_without_lora() -> None:
+    from tests.engine.test_core import make_core
+
+    core = make_core()
+    for name, args in (
+        ("load_adapter", {"name": "a", "path": "/a"}),
+        ("unload_adapter", {"name": "a"}),
+        ("load_adapter_from_tensors", {"name": "a", "config": {}, "tensors": b""}),
+    ):
+        with pytest.raises(RequestError, match="--enable-lora"):
+            core.command(name, args)
+    assert core.command("adapters", {}) == []
+
+
+def test_closing_does_not_wait_for_a_download(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    gate = rig.block("/a")
+    rig.start_load("a", "first")
+    closing = threading.Thread(target=rig.core.close)
+    closing.start()
+    closing.join(5)
+    assert not closing.is_alive()
+    gate.set()
