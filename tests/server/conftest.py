@@ -78,6 +78,7 @@ async def open_api(
             tokenizer=tokenizer,
             registry=registry,
             model_name="base",
+            max_lora=config.max_loras_per_batch,
         )
         try:
             await client.start()

@@ -18,7 +18,8 @@ from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.spawn import spawn_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, EngineAddress
-from lorikeet.server import errors
+from lorikeet.server import adapters, errors
+from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.middleware import AccessLog, ApiKeys
@@ -33,7 +34,7 @@ DRAIN_S = 30
 HEALTH_TIMEOUT_S = 20.0
 # Probes need no key; what changes the server needs the admin key, if there is one.
 OPEN_PATHS = ("/health", "/health_generate")
-ADMIN_PATHS = ("/flush_cache", "/abort_request")
+ADMIN_PATHS = ("/flush_cache", "/abort_request", *adapters.ADMIN_PATHS)
 
 
 def make_app(
@@ -51,6 +52,7 @@ def make_app(
     """
     app = FastAPI(title="Lorikeet", version=__version__)
     app.include_router(NativeRoutes(client).router())
+    app.include_router(AdapterRoutes(config, client).router())
     app.include_router(OpenAIRoutes(config, client).router())
     app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
     if config.enable_metrics:
@@ -114,6 +116,7 @@ async def _run(
         tokenizer=tokenizer,
         registry=registry,
         model_name=config.served_model_name or config.model_path,
+        max_lora=config.max_loras_per_batch if config.enable_lora else None,
     )
 
     def make_server() -> HTTPServer:
@@ -125,9 +128,9 @@ async def _run(
 
 
 def _ready_line(config: ServerConfig, client: EngineClient) -> str:
-    adapters = list(client.info["adapters"])
+    names = list(client.info["adapters"])
     host = f"[{config.host}]" if ":" in config.host else config.host
     return (
         f"Server ready at http://{host}:{config.port}: {config.served_model_name or config.model_path} "
-        f"with {len(adapters)} adapters" + (f" ({', '.join(adapters)})" if adapters else "")
+        f"with {len(names)} adapters" + (f" ({', '.join(names)})" if names else "")
     )

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
+from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import ModelNotFoundError
 from lorikeet.server.replies import JSONReply
 
@@ -45,11 +46,10 @@ class OpenAIRoutes:
         raise ModelNotFoundError(f"the model {model_id!r} does not exist; known: {known}", "model")
 
     async def _cards(self) -> list[Card]:
-        adapters: list[dict[str, Any]] = await self._client.command("adapters")
         base = self._card(self._base, root=self._root, parent=None)
         return [base] + [
             self._card(adapter["name"], root=adapter["path"], parent=self._base)
-            for adapter in adapters
+            for adapter in await served_adapters(self._client)
         ]
 
     def _card(self, name: str, *, root: str, parent: str | None) -> Card:

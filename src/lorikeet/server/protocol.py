@@ -7,7 +7,7 @@ not have are ignored: clients of this API send many.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,6 +64,55 @@ class AbortBody(Body):
     abort_all: bool = Field(default=False, description="true or false")
 
 
+class LoadAdapterBody(Body):
+    """``POST /load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
+    pinned: bool = Field(default=False, description="true or false")
+
+
+class UnloadAdapterBody(Body):
+    """``POST /unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    timeout: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="a number of seconds, at least 0"
+    )
+
+
+class LoadTensorsBody(Body):
+    """``POST /load_lora_adapter_from_tensors``."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    config_dict: dict[str, Any] = Field(description="the object of an adapter_config.json")
+    tensors: str = Field(
+        min_length=1,
+        description="a safetensors file in base64 (serialized_tensors, a pickle, is never read)",
+    )
+    pinned: bool = Field(default=False, description="true or false")
+    added_tokens_config: None = Field(
+        None, description="null or left out: added tokens are not supported"
+    )
+
+
+class InplaceLoadBody(Body):
+    """``POST /v1/load_lora_adapter``, as vLLM has it."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
+    load_inplace: bool = Field(default=False, description="true or false")
+    is_3d_lora_weight: Literal[False] | None = Field(
+        None, description="false or left out: such weights are not supported"
+    )
+
+
+class NamedAdapterBody(Body):
+    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
+
+
 def parse_body(model: type[_Model], data: bytes) -> _Model:
     """Read a JSON body.
 
@@ -99,6 +148,8 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     allowed = field.description if field else None
     # Integers of the path are positions in lists; its strings after the first name members of unions.
     where = name + "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+    if error["type"] == "missing":
+        return RequestError(f"{where}: is required; it must be {allowed}", name)
     return RequestError(f"{where}: must be {allowed}; got {_quote(error['input'])}", name)
 
 

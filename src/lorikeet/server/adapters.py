@@ -1,0 +1,261 @@
+"""Adapters at run time: load, unload and list, under SGLang's names and under vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+
+from lorikeet.config import ServerConfig
+from lorikeet.engine.client import EngineClient
+from lorikeet.errors import LoRADisabledError, RequestError, UserError
+from lorikeet.server.protocol import (
+    Body,
+    InplaceLoadBody,
+    LoadAdapterBody,
+    LoadTensorsBody,
+    NamedAdapterBody,
+    UnloadAdapterBody,
+    body_schema,
+    parse_body,
+)
+from lorikeet.server.replies import JSONReply, until_disconnect
+
+ADMIN_PATHS = (
+    "/load_lora_adapter",
+    "/unload_lora_adapter",
+    "/load_lora_adapter_from_tensors",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+)
+
+Description = dict[str, Any]
+_AnyBody = TypeVar("_AnyBody", bound=Body)
+
+# A body larger than this is read on a thread, so that other requests need not wait for it.
+LARGE_BODY = 16 * 1024
+# Characters decoded at once: a multiple of 4, which is a whole number of bytes.
+BASE64_PIECE = 1 << 19
+# The safetensors format: this many bytes of little-endian length, then a JSON header of at most MAX_HEADER bytes.
+LENGTH_BYTES = 8
+MAX_HEADER = 100_000_000
+# A pickle of protocol 2 or newer, and a zip archive, which is what torch.save writes around one.
+PICKLES = (b"\x80", b"PK\x03\x04")
+# A name means one version at most: what is loaded, or was and cannot be read again. Others of its name come or go.
+_SERVED = ("loaded", "failed")
+_STATES = (*_SERVED, "loading", "unloading")
+# What the engine says of a name that is taken.
+ALREADY_LOADED = "already loaded"
+
+
+async def served_adapters(client: EngineClient) -> list[Description]:
+    """The adapters that requests may name, in the order of their loading."""
+    adapters: list[Description] = await client.command("adapters")
+    return [adapter for adapter in adapters if adapter["state"] in _SERVED]
+
+
+class AdapterRoutes:
+    """The routes of this module.
+
+    Each refusal of SGLang's names is a 400 of their own form, each of vLLM's a 400 or 404 of vLLM's form. What is not
+    the caller's fault (a dead engine) has the form of every other error.
+    """
+
+    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+        self._client = client
+        self._base = config.served_model_name or config.model_path
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["adapters"])
+        for path, route, body in (
+            ("/load_lora_adapter", self.load, LoadAdapterBody),
+            ("/unload_lora_adapter", self.unload, UnloadAdapterBody),
+            ("/load_lora_adapter_from_tensors", self.load_tensors, LoadTensorsBody),
+            ("/v1/load_lora_adapter", self.load_inplace, InplaceLoadBody),
+            ("/v1/unload_lora_adapter", self.unload_named, NamedAdapterBody),
+        ):
+            router.add_api_route(path, route, methods=["POST"], openapi_extra=body_schema(body))
+        router.add_api_route("/v1/adapters", self.adapters, methods=["GET"])
+        # A name may be a path or a hub id, so it may contain slashes.
+        router.add_api_route("/v1/adapters/{name:path}", self.adapter, methods=["GET"])
+        return router
+
+    async def load(self, request: Request) -> Response:
+        """Load an adapter from a directory, a hub id or a URL. A client that leaves before the end cancels it."""
+
+        async def work() -> Description:
+            body = await self._body(request, LoadAdapterBody)
+            self._check_name(body.lora_name)
+            return await self._load(
+                request,
+                "load_adapter",
+                name=body.lora_name,
+                path=body.lora_path,
+                pinned=body.pinned,
+            )
+
+        return await self._native(work())
+
+    async def unload(self, request: Request) -> Response:
+        """Refuse new requests for an adapter at once, and answer when the running ones have ended."""
+
+        async def work() -> Description:
+            body = await self._body(request, UnloadAdapterBody)
+            return await self._client.command(
+                "unload_adapter", name=body.lora_name, timeout=body.timeout
+            )
+
+        return await self._native(work())
+
+    async def load_tensors(self, request: Request) -> Response:
+        """Load an adapter whose weights are in the body."""
+
+        async def work() -> Description:
+            data = await request.body()
+            self._check_enabled()
+            if len(data) > LARGE_BODY:
+                body, tensors = await asyncio.to_thread(_read_tensors, data)
+            else:
+                body, tensors = _read_tensors(data)
+            self._check_name(body.lora_name)
+            return await self._load(
+                request,
+                "load_adapter_from_tensors",
+                name=body.lora_name,
+                config=body.config_dict,
+                tensors=tensors,
+                pinned=body.pinned,
+            )
+
+        return await self._native(work())
+
+    async def load_inplace(self, request: Request) -> Response:
+        """vLLM's load. ``load_inplace`` replaces an adapter of the name: requests that run keep the one they have."""
+        try:
+            body = await self._body(request, InplaceLoadBody)
+            self._check_name(body.lora_name)
+            await self._load(
+                request,
+                "load_adapter",
+                name=body.lora_name,
+                path=body.lora_path,
+                replace=body.load_inplace,
+            )
+        except UserError as error:
+            return _vllm_refusal(error)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def unload_named(self, request: Request) -> Response:
+        """vLLM's unload."""
+        try:
+            body = await self._body(request, NamedAdapterBody)
+            await self._client.command("unload_adapter", name=body.lora_name, timeout=None)
+        except UserError as error:
+            return _vllm_refusal(error)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def adapters(self) -> Response:
+        """Every adapter, those that are loading, unloading or have failed included."""
+        return JSONReply({"object": "list", "data": await self._client.command("adapters")})
+
+    async def adapter(self, name: str) -> Response:
+        """One adapter. While a name has several versions, the one that a request would get."""
+        self._check_enabled()
+        found: list[Description] = await self._client.command("adapters", name=name)
+        return JSONReply(min(found, key=lambda item: _STATES.index(item["state"])))
+
+    async def _body(self, request: Request, model: type[_AnyBody]) -> _AnyBody:
+        data = await request.body()
+        self._check_enabled()
+        return parse_body(model, data)
+
+    async def _load(self, request: Request, command: str, **args: object) -> Description:
+        return await until_disconnect(request.receive, self._client.command(command, **args))
+
+    async def _native(self, work: Awaitable[Description]) -> Response:
+        """SGLang's reply: what came of it, and which adapters are loaded now."""
+        try:
+            loaded = (await work)["loaded_adapters"]
+            return JSONReply({"success": True, "error_message": "", "loaded_adapters": loaded})
+        except UserError as error:
+            loaded = {item["name"]: item["path"] for item in await served_adapters(self._client)}
+            reply = {"success": False, "error_message": str(error), "loaded_adapters": loaded}
+            return JSONReply(reply, status_code=400)
+
+    def _check_enabled(self) -> None:
+        if not self._client.info["lora_enabled"]:
+            raise LoRADisabledError("LoRA is not enabled; start the server with --enable-lora")
+
+    def _check_name(self, name: str) -> None:
+        if name == self._base:
+            raise RequestError(
+                f"lora_name: {name!r} is the name of the base model; allowed: any other",
+                "lora_name",
+            )
+
+
+def _read_tensors(data: bytes) -> tuple[LoadTensorsBody, bytes]:
+    body = parse_body(LoadTensorsBody, data)
+    try:
+        tensors = _decode_base64(body.tensors)
+    except ValueError as error:
+        raise RequestError(f"tensors: is not valid base64: {error}", "tensors") from None
+    _check_safetensors(tensors)
+    return body, tensors
+
+
+def _decode_base64(text: str) -> bytes:
+    """The bytes, decoded piece by piece: one call for hundreds of megabytes would keep other threads waiting.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    parts: list[bytes] = []
+    for start in range(0, len(text), BASE64_PIECE):
+        piece = text[start : start + BASE64_PIECE]
+        if "=" in piece and start + BASE64_PIECE < len(text):
+            raise ValueError("padding before its end")
+        parts.append(base64.b64decode(piece, validate=True))
+    return b"".join(parts)
+
+
+def _check_safetensors(data: bytes) -> None:
+    """Refuse what has no safetensors header; the tensors themselves are checked where they are loaded.
+
+    Raises:
+        RequestError: it is something else, named if it is a pickle.
+    """
+    header: object = None
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if 0 < length <= min(MAX_HEADER, len(data) - LENGTH_BYTES):
+        try:
+            header = orjson.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
+        except orjson.JSONDecodeError:
+            header = None
+    if isinstance(header, dict):
+        return
+    kind = "a pickle, which is never read" if data.startswith(PICKLES) else "not a safetensors file"
+    raise RequestError(f"tensors: is {kind}; it must be a safetensors file in base64", "tensors")
+
+
+def _vllm_refusal(error: UserError) -> Response:
+    """vLLM's error body: ``type`` is one of its names, and ``code`` the status."""
+    status, message = error.status_code, str(error)
+    if status == 404:
+        kind = "NotFoundError"
+    elif ALREADY_LOADED in message:
+        # Its clients look for this text.
+        message += (
+            "; this LoRA adapter has already been loaded, set 'load_inplace' to true to replace it"
+        )
+        kind = "InvalidUserInput"
+    else:
+        kind = "BadRequestError"
+    param = error.param if isinstance(error, RequestError) else None
+    body = {"message": message, "type": kind, "param": param, "code": status}
+    return JSONReply({"error": body}, status_code=status)

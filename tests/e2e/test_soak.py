@@ -1,0 +1,253 @@
+"""Minutes of everything at once: loads, unloads, replacements, evictions, aborts and requests, in random order.
+
+Every answer has to be PEFT's for the version that the request leased, and nothing may be left at the end.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from lorikeet import LLM
+from lorikeet.core.request import Request, RequestOutput, SamplingParams
+from lorikeet.errors import AdapterError, AdapterNotFoundError
+from tests.e2e.conftest import World
+from tests.support.peft_adapters import CONFIG, WEIGHTS, peft_generate
+
+CONTENTS = ("qv", "all", "one", "mlp", "rslora", "patterns", "head")
+NAMES = tuple(f"name-{i}" for i in range(9))
+NUM_TOKENS = 6
+MAX_OPEN = 24
+# An allocator keeps what it had once; a leak of one tiny adapter per load would be ten times this within minutes.
+MAX_GROWTH_MB = 24.0
+# Of all pools of an engine together: loads, reloads, copies, grammars.
+MAX_THREADS = 8
+FAST_S, SLOW_S = 5.0, 300.0
+
+
+class Soak:
+    """Random traffic against one engine.
+
+    Args:
+        answers: (content or None for the base, number of the prompt) -> tokens.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        world: World,
+        prompts: list[list[int]],
+        answers: dict[tuple[str | None, int], list[int]],
+    ) -> None:
+        self.core = llm._core
+        self.world = world
+        self.prompts = prompts
+        self.answers = answers
+        self.chance = random.Random(11)
+        self.versions: dict[int, str] = {}
+        for content in CONTENTS:
+            version = llm.load_lora_adapter(content, str(world.adapters[content]))
+            self.versions[version] = content
+            llm.unload_lora_adapter(content)
+        self.open: dict[str, tuple[str | None, int]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        self.futures: list[Future[object]] = []
+        self.counts = dict.fromkeys(
+            ("answers", "aborts", "refused", "loads", "failed", "unloads", "cancels"), 0
+        )
+
+    def act(self) -> None:
+        action = self.chance.choices(
+            (self.submit, self.load, self.load_tensors, self.unload, self.abort, self.cancel),
+            (60, 14, 3, 8, 5, 2),
+        )[0]
+        action()
+
+    def submit(self) -> None:
+        if len(self.open) >= MAX_OPEN:
+            return
+        name = self.chance.choice((*NAMES, None))
+        number = self.chance.randrange(len(self.prompts))
+        rid = f"r{self.counts['answers']}-{self.chance.getrandbits(48)}"
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=NUM_TOKENS, ignore_eos=True)
+        self.core.submit(
+            Request(rid=rid, prompt_token_ids=self.prompts[number], sampling=sampling, adapter=name)
+        )
+        entry = self.core._open.get(rid)
+        if entry is None:
+            self.counts["refused"] += 1  # not loaded; its output says so
+            self.aborted.add(rid)
+            return
+        assert entry.version is not None
+        content = self.versions[entry.version] if entry.version else None
+        self.open[rid], self.tokens[rid] = (content, number), []
+
+    def load(self) -> None:
+        args = {
+            "name": self.chance.choice(NAMES),
+            "path": str(self.world.adapters[self.chance.choice(CONTENTS)]),
+            "pinned": self.chance.random() < 0.1,
+            "replace": self.chance.random() < 0.6,
+        }
+        self.command("load_adapter", args, "loads")
+
+    def load_tensors(self) -> None:
+        path = self.world.adapters[self.chance.choice(CONTENTS)]
+        args = {
+            "name": self.chance.choice(NAMES),
+            "config": json.loads((path / CONFIG).read_text()),
+            "tensors": (path / WEIGHTS).read_bytes(),
+        }
+        self.command("load_adapter_from_tensors", args, "loads")
+
+    def unload(self) -> None:
+        timeout = self.chance.choice((None, None, 0.0))
+        name = self.chance.choice(NAMES)
+        self.command("unload_adapter", {"name": name, "timeout": timeout}, "unloads")
+
+    def abort(self) -> None:
+        if self.open:
+            rid = self.chance.choice(list(self.open))
+            self.aborted.add(rid)
+            self.core.abort(rid, "enough")
+
+    def cancel(self) -> None:
+        if self.futures and self.chance.choice(self.futures).cancel():
+            self.counts["cancels"] += 1
+
+    def command(self, name: str, args: dict[str, Any], kind: str) -> None:
+        try:
+            future = cast("Future[object]", self.core.command(name, args))
+        except (AdapterError, AdapterNotFoundError):
+            self.counts["failed"] += 1
+        else:
+            self.futures.append(future)
+            self.counts[kind] += 1
+
+    def step(self) -> None:
+        for output in self.core.step():
+            self.take(output)
+        self.core.take_accepted()
+        for future in [future for future in self.futures if future.done()]:
+            self.futures.remove(future)
+            error = None if future.cancelled() else future.exception()
+            if error is not None:
+                assert isinstance(error, AdapterError), error
+                assert any(
+                    words in str(error)
+                    for words in ("starvation", "still run with it", "--max-loaded-loras")
+                ), error
+        self.core.wait_for_threads()
+
+    def take(self, output: RequestOutput) -> None:
+        if output.rid in self.tokens:
+            self.tokens[output.rid] += output.token_ids
+        if output.finish is None:
+            return
+        key, tokens = self.open.pop(output.rid, None), self.tokens.pop(output.rid, [])
+        if output.finish.kind == "abort":
+            assert output.rid in self.aborted, output.finish
+            self.counts["aborts"] += 1
+        else:
+            assert key is not None
+            assert tokens == self.answers[key], key
+            self.counts["answers"] += 1
+        self.aborted.discard(output.rid)
+
+    def rest(self) -> None:
+        """Run until nothing is open, and recount."""
+        while not (self.core.is_idle and not self.core.waits_for_threads):
+            self.step()
+        for _ in range(4):
+            self.step()
+        assert not self.open
+        self.core.check_integrity()
+
+    def unload_all(self) -> None:
+        self.rest()  # a load under way has no name to unload yet
+        for view in cast("list[dict[str, object]]", self.core.command("adapters", {})):
+            self.command("unload_adapter", {"name": view["name"]}, "unloads")
+        self.rest()
+        assert self.core.command("adapters", {}) == []
+
+
+def resident_mb() -> float:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    chance = random.Random(2)
+    shared = [chance.randrange(256) for _ in range(8)]
+    return [shared + [chance.randrange(256) for _ in range(n)] for n in (3, 9, 17)]
+
+
+@pytest.fixture(scope="module")
+def answers(world: World, prompts: list[list[int]]) -> dict[tuple[str | None, int], list[int]]:
+    return {
+        (content, number): peft_generate(
+            world.model, world.path(content), prompt, max_new_tokens=NUM_TOKENS
+        )[0]
+        for content in (None, *CONTENTS)
+        for number, prompt in enumerate(prompts)
+    }
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [FAST_S, pytest.param(SLOW_S, marks=[pytest.mark.slow, pytest.mark.timeout(2 * SLOW_S)])],
+)
+def test_everything_at_once(
+    world: World,
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    answers: dict[tuple[str | None, int], list[int]],
+    seconds: float,
+) -> None:
+    num_threads = threading.active_count()
+    llm = make_llm(
+        enable_lora=True,
+        lora_target_modules=("all",),
+        max_lora_rank=64,
+        max_loras_per_batch=3,
+        max_loaded_loras=4,
+        max_running_requests=8,
+        max_total_tokens=1024,
+        page_size=4,
+    )
+    soak = Soak(llm, world, prompts, answers)
+    began, warm, num_files = time.monotonic(), None, 0
+    while (passed := time.monotonic() - began) < seconds:
+        for _ in range(soak.chance.randint(0, 3)):
+            soak.act()
+        soak.step()
+        if warm is None and passed > 0.4 * seconds:
+            soak.unload_all()
+            warm = resident_mb()
+            num_files = len(os.listdir("/proc/self/fd"))
+    soak.unload_all()
+    assert warm is not None
+    assert resident_mb() - warm < MAX_GROWTH_MB
+    assert threading.active_count() <= num_threads + MAX_THREADS
+    assert len(os.listdir("/proc/self/fd")) <= num_files
+    stats = llm._core.stats()
+    assert stats["adapter_host_bytes"] == 0
+    assert stats["total_adapter_host_evictions"] > 0
+    assert stats["total_adapter_reloads"] > 0
+    for kind in ("answers", "aborts", "refused", "loads", "failed", "unloads"):
+        assert soak.counts[kind] > 0, soak.counts
+    assert soak.counts["answers"] > 5 * seconds, soak.counts
+    llm.shutdown()
