@@ -1,0 +1,1 @@
+"""What it costs that adapters come and go: see ``benchmarks/README.md``."""
