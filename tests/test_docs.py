@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import yaml
 
 from lorikeet.config import OPTIONS
 from lorikeet.options import Parser, add_options, config_from_args
+from lorikeet.server.protocol import GenerateBody, LoadAdapterBody, UnloadAdapterBody
 from lorikeet.utils import split_command
 from scripts import check_version, write_docs
 
@@ -24,6 +26,7 @@ RECORDS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 SOURCE = re.compile(r"`((?:src|tests|scripts|docs|benchmarks)/[\w./-]*\w\.\w+)`")
+BODIES = (GenerateBody, LoadAdapterBody, UnloadAdapterBody)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -86,14 +89,17 @@ def test_server_commands_are_accepted(words):
 
 def test_curl_bodies_are_json():
     bodies = [
-        words[words.index("-d") + 1]
+        body
         for _, code in blocks("bash")
         if code.startswith("curl")
         for words in [shlex.split(code)]
+        for flag, body in itertools.pairwise(words)
+        if flag == "-d"
     ]
-    assert bodies
+    assert len(bodies) >= 3
+    known = {name for body in BODIES for name in body.model_fields}
     for body in bodies:
-        assert set(json.loads(body)) <= {"text", "lora_path", "sampling_params"}
+        assert set(json.loads(body)) <= known
 
 
 def test_flags_in_the_documents_exist():

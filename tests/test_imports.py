@@ -64,7 +64,7 @@ def test_the_probe_sees_what_is_loaded():
 ROOT = Path(__file__).parent.parent
 # Parts of a dependency under their own name, and what is used only where it is there.
 PARTS = {"starlette": "fastapi", "pydantic-core": "pydantic"}
-OPTIONAL = {"ipython", "triton", "flashinfer-python"}
+OPTIONAL = {"ipython", "triton", "flashinfer-python", "fsspec", "aiohttp"}
 
 
 def canonical(name: str) -> str:

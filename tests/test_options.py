@@ -169,6 +169,15 @@ def test_values_may_be_text_or_typed():
     assert (config.port, config.page_size) == (8000, 8)
 
 
+def test_directories_of_adapters(tmp_path):
+    config = parse(
+        *("--model", "m", "--lora-paths", "a=p", "--lora-root", str(tmp_path), "/"),
+        *("--lora-disk-cache-gb", "1.5", "--lora-disk-cache-dir", "c"),
+    )
+    assert config.lora_root == (str(tmp_path), "/")
+    assert (config.lora_disk_cache_gb, config.lora_disk_cache_dir) == (1.5, "c")
+
+
 def test_the_table_has_a_row_for_each_option():
     text = markdown()
     assert all(f"| `{option.flag}`" in text for option in OPTIONS.values())

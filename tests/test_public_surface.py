@@ -59,6 +59,10 @@ FLAGS = [
     "--max-lora-rank",
     "--lora-target-modules",
     "--max-lora-chunk-size",
+    "--lora-root",
+    "--lora-resolver-dir",
+    "--lora-disk-cache-dir",
+    "--lora-disk-cache-gb",
     "--tp-size",
     "--tp",
     "--mem-fraction-static",
@@ -89,6 +93,7 @@ DEFAULTS = {
     "lora_eviction_policy": "lru",
     "lora_backend": "auto",
     "max_lora_chunk_size": 16,
+    "lora_root": (),
     "tp_size": 1,
     "schedule_policy": "fcfs",
     "disable_radix_cache": False,
@@ -137,9 +142,14 @@ BODIES = {
         "return_text_in_logprobs",
     ],
     "AbortBody": ["rid", "abort_all"],
+    "LoadAdapterBody": ["lora_name", "lora_path", "pinned"],
+    "UnloadAdapterBody": ["lora_name", "timeout"],
+    "LoadTensorsBody": ["lora_name", "config_dict", "tensors", "pinned", "added_tokens_config"],
+    "InplaceLoadBody": ["lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"],
+    "NamedAdapterBody": ["lora_name"],
 }
 
-VARIABLES = ["LORIKEET_API_KEY", "LORIKEET_ADMIN_API_KEY", "DEMO_ONCE"]
+VARIABLES = ["LORIKEET_API_KEY", "LORIKEET_ADMIN_API_KEY", "DEMO_ONCE", "HF_ENDPOINT"]
 
 
 def bodies(parent: type[protocol.Body]) -> Iterator[type[protocol.Body]]:
@@ -167,7 +177,7 @@ def test_a_name_that_is_not_there():
 
 
 def test_commands():
-    assert list(COMMANDS) == ["serve", "demo", "generate"]
+    assert list(COMMANDS) == ["serve", "demo", "generate", "check-adapter"]
 
 
 def test_options():

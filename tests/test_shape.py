@@ -19,7 +19,8 @@ ROOT = PACKAGE.parent.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lines with code on them: comments, docstrings and blank lines explain, and explaining is free.
-MAX_PACKAGE_CODE_LINES = 13_000
+# Raised from 13,000 when adapters learnt to come and go: sources, tiers, endpoints and metrics of their own.
+MAX_PACKAGE_CODE_LINES = 15_000
 MAX_FILE_LINES = 400
 MAX_TEST_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
