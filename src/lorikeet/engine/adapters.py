@@ -213,20 +213,23 @@ class LoadedAdapters:
         Raises:
             AdapterNotFoundError: nothing is called ``name``.
         """
+        # Looked up by name where one is given: a list of thousands takes longer to make than a step.
+        loaded = self._registry.loaded().values() if name is None else [self._registry.get(name)]
         views = [
             loaded_view(info, self._known[info.version], self._residency)
-            for info in self._registry.loaded().values()
+            for info in loaded
+            if info is not None
         ]
         for unload in self._unloads:
-            info = self._registry.info(unload.version)
-            views.append(unloading_view(unload, info, self._known[unload.version], self._residency))
-        views.extend(loading_view(load) for load in self._loads.values())
-        if name is None:
-            return views
-        found = [view for view in views if view["name"] == name]
-        if not found:
+            if name in (None, unload.name):
+                info, known = self._registry.info(unload.version), self._known[unload.version]
+                views.append(unloading_view(unload, info, known, self._residency))
+        views.extend(
+            loading_view(load) for load in self._loads.values() if name in (None, load.name)
+        )
+        if name is not None and not views:
             self._registry.find(name)  # raises
-        return found
+        return views
 
     def names(self, versions: Iterable[int]) -> list[str]:
         return sorted({name for version in versions for name in self._registry.names_of(version)})
