@@ -86,7 +86,7 @@ class EngineCore:
         self._accepted: list[str] = []
         self._outputs: list[RequestOutput] = []
         self._next_seq = 0
-        self._log = StepLog(logger)
+        self._log = StepLog(logger, scheduler.stats)
         self._commands: dict[str, Callable[..., object]] = {
             "flush_cache": self._flush_cache,
             "info": lambda: self.info | self.stats(),
@@ -187,7 +187,7 @@ class EngineCore:
             result = self._worker.execute(plan)
             self._scheduler.commit(plan, result)
             self._adapters.note_copied(result.copied)
-            self._log.step(plan, self._scheduler.stats())
+            self._log.step(plan)
         return self._collect()
 
     def take_accepted(self) -> list[str]:

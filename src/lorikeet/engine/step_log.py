@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from lorikeet.core.plan import StepPlan
 from lorikeet.scheduler.stats import SchedulerStats
@@ -13,41 +14,46 @@ DECODE_INTERVAL = 40
 
 
 class StepLog:
-    """Counts steps and writes a line for each prefill and for every 40th decode."""
+    """Counts steps and writes a line for each prefill and for every 40th decode.
 
-    def __init__(self, logger: logging.Logger) -> None:
+    Args:
+        stats: the scheduler's; asked only for a line, because it walks over all adapters that wait.
+    """
+
+    def __init__(self, logger: logging.Logger, stats: Callable[[], SchedulerStats]) -> None:
         self._logger = logger
+        self._stats = stats
         self._num_decodes = 0
         self._num_generated = 0
         self._since = time.monotonic()
 
-    def step(self, plan: StepPlan, stats: SchedulerStats) -> None:
-        """Note one executed plan; ``stats`` is the scheduler's, taken after the commit."""
+    def step(self, plan: StepPlan) -> None:
+        """Note one plan that was executed and committed."""
         self._num_generated += len(plan.rows) + sum(chunk.sample for chunk in plan.chunks)
         if plan.chunks:
-            self._prefill(plan, stats)
+            self._prefill(plan)
         elif plan.rows:
             self._num_decodes += 1
             if self._num_decodes % DECODE_INTERVAL == 0:
-                self._decode(plan, stats)
+                self._decode(plan)
 
-    def _prefill(self, plan: StepPlan, stats: SchedulerStats) -> None:
+    def _prefill(self, plan: StepPlan) -> None:
         self._logger.info(
             "Prefill batch, #new-seq: %d, #new-token: %d, #cached-token: %d, %s",
             len(plan.starts),
             sum(chunk.end - chunk.start for chunk in plan.chunks),
             sum(start.num_cached for start in plan.starts),
-            _state(stats),
+            _state(self._stats()),
         )
 
-    def _decode(self, plan: StepPlan, stats: SchedulerStats) -> None:
+    def _decode(self, plan: StepPlan) -> None:
         now = time.monotonic()
         rate = self._num_generated / max(now - self._since, 1e-9)
         self._num_generated, self._since = 0, now
         self._logger.info(
             "Decode batch, #row: %d, %s, gen throughput (token/s): %.2f",
             len(plan.rows),
-            _state(stats),
+            _state(self._stats()),
             rate,
         )
 

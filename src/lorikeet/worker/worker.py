@@ -12,7 +12,6 @@ import torch
 
 from lorikeet.attention.base import AttentionBackend
 from lorikeet.core.plan import StepPlan, StepResult
-from lorikeet.core.request import TokenLogprobs
 from lorikeet.errors import EngineFault
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.worker.copier import Copier
@@ -108,15 +107,10 @@ class Worker:
         first = 0
         for seq, position, num_rows in layout.prompt_rows:
             rows = logits_MV[first : first + num_rows]
-            result.prompt_logprobs[seq] = self._prompt_logprobs(rows, seq, position)
+            result.prompt_logprobs[seq] = self._sampler.prompt_logprobs(rows, seq, position)
             first += num_rows
         if layout.sampled:
             result.tokens = self._sampler.sample(logits_MV[first:], layout.sampled)
             for token in result.tokens:
                 if token.error is None:
                     self._inputs.append(token.seq, token.token_id)
-
-    def _prompt_logprobs(
-        self, logits_MV: torch.Tensor, seq: int, first_position: int
-    ) -> list[TokenLogprobs]:
-        return self._sampler.prompt_logprobs(logits_MV, seq, first_position)
