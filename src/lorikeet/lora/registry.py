@@ -12,12 +12,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import NotRequired, TypedDict, Unpack
 
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 
 # Digests of dropped versions that are remembered, so that a reload of the same bytes finds its prefix cache again.
 MAX_REMEMBERED = 4096
 _MAX_LISTED = 20
+
+
+class Content(TypedDict):
+    """What a name comes to mean: the fields of :class:`AdapterInfo` that its loading decides."""
+
+    path: str
+    digest: str
+    rank: int
+    targets: tuple[str, ...]
+    nbytes: int
+    pinned: NotRequired[bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +71,7 @@ class AdapterRegistry:
         # Versions to look at in pop_unleased; kept so that it costs nothing when nothing was unloaded.
         self._hidden: set[int] = set()
 
-    def register(
-        self,
-        name: str,
-        *,
-        path: str,
-        digest: str,
-        rank: int,
-        targets: tuple[str, ...],
-        nbytes: int,
-        pinned: bool = False,
-    ) -> int:
+    def register(self, name: str, **content: Unpack[Content]) -> int:
         """Give a loaded adapter its name.
 
         Returns:
@@ -83,17 +85,8 @@ class AdapterRegistry:
                 f"adapter {name!r} is already loaded from {self._names[name].path!r}; "
                 "unload it first or choose another name"
             )
-        version = self.version_of(digest)
-        info = AdapterInfo(
-            name=name,
-            version=version,
-            path=path,
-            digest=digest,
-            rank=rank,
-            targets=targets,
-            nbytes=nbytes,
-            pinned=pinned,
-        )
+        version = self.version_of(content["digest"])
+        info = AdapterInfo(name=name, version=version, **content)
         self._names[name] = info
         record = self._versions.setdefault(version, _Version(info))
         record.info = info
@@ -101,17 +94,7 @@ class AdapterRegistry:
         self._hidden.discard(version)
         return version
 
-    def replace(
-        self,
-        name: str,
-        *,
-        path: str,
-        digest: str,
-        rank: int,
-        targets: tuple[str, ...],
-        nbytes: int,
-        pinned: bool = False,
-    ) -> int:
+    def replace(self, name: str, **content: Unpack[Content]) -> int:
         """Let a loaded name mean another content from now on; leases of the old one go on.
 
         Returns:
@@ -121,15 +104,7 @@ class AdapterRegistry:
             AdapterNotFoundError: the name is not loaded.
         """
         self.unload(name)
-        return self.register(
-            name,
-            path=path,
-            digest=digest,
-            rank=rank,
-            targets=targets,
-            nbytes=nbytes,
-            pinned=pinned,
-        )
+        return self.register(name, **content)
 
     def unload(self, name: str) -> None:
         """Hide a name at once. Its version can be dropped when nobody leases it (``pop_unleased``).
