@@ -133,10 +133,12 @@ def wait_for(rig: AdapterRig) -> Callable[[], None]:
 def test_a_load_is_answered_when_it_is_done() -> None:
     rig = AdapterRig()
     rig.write("/a", "first")
+    gate = rig.block("/a")  # the read takes longer than the turn that asks for something else
     replies = serve_adapters(
         rig,
         Command(1, "load_adapter", {"name": "a", "path": "/a"}),
         Command(2, "info"),
+        gate.set,
         wait_for(rig),
         Command(3, "unload_adapter", {"name": "a", "timeout": None}),
         Command(4, "unload_adapter", {"name": "a"}),
