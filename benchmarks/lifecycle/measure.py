@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import Row, percentiles
 from benchmarks.lifecycle.client import Server, Timing, prompts, running_server
 from benchmarks.lifecycle.fixtures import AdapterShape
 
-Row = dict[str, Any]
 TIERS = ("device", "host", "disk")
 
 
@@ -44,19 +44,6 @@ class Bench:
         """Names of ``num`` adapters that are now loaded, and the seconds that each took."""
         names = [f"a{number}" for number in range(num)]
         return names, [server.load(n, p) for n, p in zip(names, self.adapters[:num], strict=True)]
-
-
-def percentiles(seconds: Sequence[float]) -> Row:
-    """Milliseconds; empty for no samples."""
-    if not seconds:
-        return {"n": 0}
-    ordered = sorted(seconds)
-    return {
-        "n": len(ordered),
-        "p50_ms": 1e3 * statistics.median(ordered),
-        "p99_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        "max_ms": 1e3 * ordered[-1],
-    }
 
 
 def cold_start(bench: Bench, *, slots: int, registered: int) -> Row:

@@ -9,19 +9,14 @@ Prints tables; writes a result file and a plot (extra ``bench``) to ``benchmarks
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from benchmarks.lifecycle.fixtures import (
     ALL_LINEAR,
     AdapterShape,
@@ -30,10 +25,8 @@ from benchmarks.lifecycle.fixtures import (
     write_model,
 )
 from benchmarks.lifecycle.measure import TIERS, Bench, Row, cold_start, live_adapters, load_pause
-from lorikeet import __version__
 from lorikeet.utils import format_table
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = AdapterShape(rank=8, targets=("q_proj", "v_proj"))
 MEASUREMENTS = ("cold_start", "live_adapters", "load_pause")
 LARGE = AdapterShape(rank=64, targets=ALL_LINEAR)
@@ -49,7 +42,7 @@ def main() -> None:
         "--only", choices=MEASUREMENTS, help="one of the measurements; no plot then"
     )
     parser.add_argument("--quick", action="store_true", help="other defaults: 2, 10, 2 seconds")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
     args = parser.parse_args()
     slots = args.slots or ([2] if args.quick else [2, 4, 16])
     registered = args.registered or ([10] if args.quick else [10, 100, 500, 2000])
@@ -125,24 +118,10 @@ def _pause_rows(bench: Bench, slots: list[int]) -> list[Row]:
 
 def about() -> dict[str, Any]:
     """Where these numbers come from."""
+    what = "adapters that come and go: time to first token by tier, more live adapters than slots, pauses by loads"
     packages = ("torch", "safetensors", "fastapi", "uvicorn", "pyzmq")
     return {
-        "what": "adapters that come and go: time to first token by tier, more live adapters than slots, pauses by loads",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python -m benchmarks.lifecycle.run " + " ".join(sys.argv[1:]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "hardware": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "load_average": os.getloadavg()[0],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "lorikeet": __version__,
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        **common.about(what, "benchmarks.lifecycle.run", packages),
         "model": asdict(ModelShape()),
         "adapters": {"small": asdict(SMALL), "large (load_pause)": asdict(LARGE)},
     }
@@ -200,18 +179,6 @@ def _times(row: Row) -> str:
     if not row["n"]:
         return "-"
     return f"{row['p50_ms']:.1f} / {row['p99_ms']:.1f} / {row['max_ms']:.1f}"
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

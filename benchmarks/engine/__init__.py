@@ -1,0 +1,1 @@
+"""How fast the engine is without a server: see ``benchmarks/README.md``."""

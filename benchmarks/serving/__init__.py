@@ -1,0 +1,1 @@
+"""How fast the server answers under load: see ``benchmarks/README.md``."""
