@@ -11,6 +11,10 @@ from contextlib import contextmanager
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton's interpreter runs the kernels on the CPU. Triton reads this once, when it is imported. scripts/gpu_check.sh
+# sets the other variable, for kernels that are compiled.
+if os.environ.get("LORIKEET_TEST_GPU") != "1":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings

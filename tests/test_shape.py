@@ -19,15 +19,16 @@ ROOT = PACKAGE.parent.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lines with code on them: comments, docstrings and blank lines explain, and explaining is free.
-# Raised from 13,000 when adapters learnt to come and go: sources, tiers, endpoints and metrics of their own.
-MAX_PACKAGE_CODE_LINES = 15_000
+# Raised from 13,000 when adapters learnt to come and go: sources, tiers, endpoints and metrics of their own; and from
+# 15,000 for the GPU: kernels beside their torch forms, attention, graphs, memory.
+MAX_PACKAGE_CODE_LINES = 17_500
 MAX_FILE_LINES = 400
 MAX_TEST_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 # A kernel is one function by the nature of the compiler.
 MAX_KERNEL_LINES = 120
 CODE = {tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP}
-KERNELS = ("ops/lora/triton", "ops/lora/csgmv")
+KERNELS = ("ops/triton", "ops/lora/triton", "ops/lora/csgmv")
 
 
 def num_lines(path: Path) -> int:

@@ -1,55 +1,77 @@
-"""Which form of each op runs: looked up once, when a model is built.
+"""Which forms of the ops run: looked up once, when a model is built.
 
-A form is added by a row in its op's table. A device takes the first form of its list that the op has, so an op without
-a Triton form runs in torch there.
+Each form is a row of one table, and imports what it needs when it is chosen: Triton is not there on a machine without
+a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from lorikeet.errors import ConfigError
 from lorikeet.ops.activation import SiluMulOp, silu_mul_torch
+from lorikeet.ops.draw import DrawOp, draw_tokens_torch
+from lorikeet.ops.embedding import EmbedOp, embed_torch
 from lorikeet.ops.norm import RMSNormOp, rms_norm_torch
 from lorikeet.ops.rope import RopeStoreOp, rope_store_torch
-
-OpT = TypeVar("OpT")
-
-_FORMS_OF_DEVICE: dict[str, tuple[str, ...]] = {"cpu": ("torch",), "cuda": ("triton", "torch")}
-
-_RMS_NORM: dict[str, RMSNormOp] = {"torch": rms_norm_torch}
-_ROPE_STORE: dict[str, RopeStoreOp] = {"torch": rope_store_torch}
-_SILU_MUL: dict[str, SiluMulOp] = {"torch": silu_mul_torch}
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """The element-wise ops that the layers of one model call."""
+    """The element-wise ops of one model, from the ids of its tokens to the tokens that it chooses."""
 
+    embed: EmbedOp
     rms_norm: RMSNormOp
     rope_store: RopeStoreOp
     silu_mul: SiluMulOp
+    draw: DrawOp
 
 
 def select_ops(device_type: str) -> Ops:
     """The ops for a device (``torch.device.type``).
 
     Raises:
-        ConfigError: nothing runs on such a device.
+        ConfigError: nothing runs on such a device, or what runs on it is not installed.
     """
-    forms = _FORMS_OF_DEVICE.get(device_type)
-    if forms is None:
+    form = _FORM_OF_DEVICE.get(device_type)
+    if form is None:
         raise ConfigError(
-            f"device {device_type!r} is not supported; supported: {', '.join(_FORMS_OF_DEVICE)}"
+            f"device {device_type!r} is not supported; supported: {', '.join(_FORM_OF_DEVICE)}"
         )
+    return form()
+
+
+def _torch_ops() -> Ops:
     return Ops(
-        rms_norm=_first(_RMS_NORM, forms),
-        rope_store=_first(_ROPE_STORE, forms),
-        silu_mul=_first(_SILU_MUL, forms),
+        embed=embed_torch,
+        rms_norm=rms_norm_torch,
+        rope_store=rope_store_torch,
+        silu_mul=silu_mul_torch,
+        draw=draw_tokens_torch,
     )
 
 
-def _first(table: Mapping[str, OpT], forms: tuple[str, ...]) -> OpT:
-    return next(table[form] for form in forms if form in table)
+def _triton_ops() -> Ops:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"device 'cuda' needs Triton, which does not load ({error}): pip install 'lorikeet[gpu]'"
+        ) from error
+    from lorikeet.ops.triton.activation import silu_mul_triton
+    from lorikeet.ops.triton.embedding import embed_triton
+    from lorikeet.ops.triton.norm import rms_norm_triton
+    from lorikeet.ops.triton.rope import rope_store_triton
+    from lorikeet.ops.triton.sampling import draw_tokens_triton
+
+    return Ops(
+        embed=embed_triton,
+        rms_norm=rms_norm_triton,
+        rope_store=rope_store_triton,
+        silu_mul=silu_mul_triton,
+        draw=draw_tokens_triton,
+    )
+
+
+_FORM_OF_DEVICE: dict[str, Callable[[], Ops]] = {"cpu": _torch_ops, "cuda": _triton_ops}

@@ -1,0 +1,1 @@
+"""What single operations cost, each in a module that runs by itself: see ``benchmarks/README.md``."""
