@@ -113,9 +113,10 @@ def test_a_rows_result_depends_on_the_company_only_by_rounding():
         assert torch.equal(mixed_TO[0], alone_O)
 
 
-@pytest.mark.parametrize("dtype", list(RATIOS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_y_is_rounded_once(dtype):
-    """A delta of many small terms on a large y: each term alone would be lost in bf16."""
+    """A delta of many small terms on a large y: each term alone would be lost in bf16. (A float32 y is what the terms are
+    summed in: there is nothing left to round.)"""
     site = random_site(K, (4,), {1: (256,)}, dtype=dtype)
     x_TK = torch.randn(3, K).to(dtype)
     y_TO = torch.full((3, 4), 50.0, dtype=dtype)
