@@ -102,7 +102,7 @@ def test_keys_are_not_shown():
         ({"log_level": "loud"}, ["--log-level is 'loud'", "debug, info, warning"]),
         ({"dtype": "int8"}, ["--dtype is 'int8'", "bfloat16"]),
         ({"device": "tpu"}, ["--device is 'tpu'", "auto, cpu, cuda"]),
-        ({"device": "cuda"}, ["--device is cuda", "CPU only", "allowed: auto, cpu"]),
+        ({"device": "cuda"}, ["--device is cuda", "no CUDA device", "allowed: auto, cpu"]),
         ({"context_length": 1}, ["--context-length is 1", "at least 2"]),
         ({"max_loras_per_batch": 0}, ["--max-loras-per-batch is 0", "at least 1"]),
         ({"lora_eviction_policy": "mru"}, ["--lora-eviction-policy", "lru, fifo"]),
@@ -331,3 +331,59 @@ def test_json_whose_quotes_the_shell_ate_is_shown_quoted(eaten, meant):
     assert "single quotes" in message
     quoted = json.loads(message[message.rindex("'{") + 1 : message.rindex("}") + 1])
     assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As on a machine with one CUDA device."""
+    monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
+
+
+def test_what_a_gpu_changes(a_gpu):
+    resolved = resolve(ServerConfig(model_path="m"))
+    assert (resolved.device, resolved.attention_backend) == ("cuda", "auto")
+    assert (resolved.chunked_prefill_size, resolved.cuda_graph_max_bs) == (8192, 256)
+    assert resolve(resolved) == resolved
+    on_cpu = resolve(ServerConfig(model_path="m", device="cpu"))
+    assert (on_cpu.device, on_cpu.cuda_graph_max_bs, on_cpu.attention_backend) == (
+        "cpu",
+        None,
+        "sdpa",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [
+        ({"max_running_requests": 48}, 48),
+        ({"max_running_requests": 512}, 256),
+        ({"max_running_requests": 512, "cuda_graph_max_bs": 512}, 512),
+        ({"cuda_graph_bs": (1, 8, 64)}, 64),
+        ({"cuda_graph_bs": (1, 8, 64), "cuda_graph_max_bs": 32}, 8),
+        ({"cuda_graph_bs": (1, 8, 64), "max_running_requests": 8}, 8),
+    ],
+)
+def test_the_largest_graph(a_gpu, options, largest):
+    assert resolve(ServerConfig(model_path="m", **options)).cuda_graph_max_bs == largest
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"cuda_graph_bs": (64,), "max_running_requests": 8},
+            ["--cuda-graph-bs", "up to 8", "--disable-cuda-graph"],
+        ),
+        ({"attention_backend": "fa3"}, ["--attention-backend is fa3", "cuda", "flashinfer, sdpa"]),
+    ],
+)
+def test_what_a_gpu_refuses(a_gpu, options, words):
+    message = refused(**options)
+    assert all(word in message for word in words), message
+
+
+def test_flags_of_graphs_are_noted_on_a_cpu_alone(monkeypatch):
+    config = ServerConfig(model_path="m", disable_cuda_graph=True)
+    assert "--disable-cuda-graph has no effect: a CPU has no CUDA graphs" in notes(config)
+    monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
+    assert notes(config) == []

@@ -76,6 +76,7 @@ FLAGS = [
     "--cuda-graph-max-bs",
     "--cuda-graph-bs",
     "--disable-cuda-graph",
+    "--disable-overlap-schedule",
     "--attention-backend",
     "--load-format",
     "--random-seed",
@@ -98,6 +99,7 @@ DEFAULTS = {
     "schedule_policy": "fcfs",
     "disable_radix_cache": False,
     "disable_cuda_graph": False,
+    "disable_overlap_schedule": False,
     "load_format": "auto",
     "enable_metrics": False,
 }

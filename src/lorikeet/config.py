@@ -11,7 +11,13 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from lorikeet import demo
+from lorikeet import demo, devices
+from lorikeet.config_device import (
+    check_device,
+    max_graph_rows,
+    resolve_attention,
+    resolve_device,
+)
 from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
 from lorikeet.masking import mask
@@ -60,9 +66,12 @@ class ServerConfig:
         "info", "least level that is logged"
     )
     dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
-        "auto", "of weights, adapters and K/V; auto is float32 on a CPU"
+        "auto",
+        "of weights, adapters and K/V; auto is float32 on a CPU, the checkpoint's own on a GPU (float16 for float32)",
     )
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "where the model runs; auto is cuda if there is a CUDA device"
+    )
     context_length: int | None = _option(
         None, "longest prompt plus completion, in tokens", auto="the model's", least=2
     )
@@ -83,7 +92,7 @@ class ServerConfig:
         "lru", "which adapter leaves device memory when the pool is full"
     )
     lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _option(
-        "auto", "kernels of the adapters; auto is torch on a CPU"
+        "auto", "kernels of the adapters; auto is torch"
     )
     max_lora_rank: int | None = _option(
         None, "largest rank accepted", auto="the largest of --lora-paths", least=1
@@ -111,7 +120,7 @@ class ServerConfig:
     mem_fraction_static: float | None = _option(
         None,
         "part of the memory for weights, adapter pool and K/V",
-        auto="chosen from what is free",
+        auto="half of what is free on a CPU; on a GPU all that the largest step leaves",
         above=0,
         below=1,
     )
@@ -122,7 +131,10 @@ class ServerConfig:
         None, "tokens that the K/V cache holds", auto="from the memory", least=1
     )
     chunked_prefill_size: int | None = _option(
-        None, "most tokens computed in one step; longer prompts are split", auto="2048", least=1
+        None,
+        "most tokens computed in one step; longer prompts are split",
+        auto="2048, on a GPU 8192",
+        least=1,
     )
     max_prefill_tokens: int | None = _option(
         None, "most prompt tokens admitted in one step", auto="16384", least=1
@@ -135,16 +147,27 @@ class ServerConfig:
     )
     disable_radix_cache: bool = _option(default=False, meaning="compute every prompt anew")
     cuda_graph_max_bs: int | None = _option(
-        None, "largest batch with a CUDA graph; a CPU has none", auto="chosen by the GPU", least=1
+        None,
+        "largest batch with a CUDA graph; a CPU has none",
+        auto="--max-running-requests, but at most 256",
+        least=1,
     )
     cuda_graph_bs: tuple[int, ...] | None = _option(
-        None, "batch sizes with a CUDA graph; a CPU has none", auto="chosen by the GPU", least=1
+        None,
+        "batch sizes with a CUDA graph; a CPU has none",
+        auto="1, 2, 4 and multiples of 8 up to --cuda-graph-max-bs",
+        least=1,
     )
     disable_cuda_graph: bool = _option(
         default=False, meaning="never use CUDA graphs; a CPU has none"
     )
+    disable_overlap_schedule: bool = _option(
+        default=False, meaning="plan a step only when the one before it is done"
+    )
     attention_backend: str | None = _option(
-        None, "sdpa (or torch_native, its name elsewhere)", auto="sdpa on a CPU"
+        None,
+        "flashinfer (a GPU with 16-bit types) or sdpa (torch_native is its name elsewhere)",
+        auto="sdpa on a CPU and for float32, else flashinfer",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = _option(
         "auto", "format of the weights; dummy is random weights from --random-seed"
@@ -190,7 +213,6 @@ _PACKED_TARGETS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-_ATTENTION_BACKENDS = {"auto": "sdpa", "sdpa": "sdpa", "torch_native": "sdpa"}
 
 
 def resolve(config: ServerConfig) -> ServerConfig:
@@ -202,14 +224,16 @@ def resolve(config: ServerConfig) -> ServerConfig:
     values = {name: read_value(option, getattr(config, name)) for name, option in OPTIONS.items()}
     config = _expand_demo(replace(config, **values))
     _check_names(config)
-    _check_device(config)
+    device = resolve_device(config.device)
+    check_device(device, config.lora_backend, config.tp_size)
     _check_lora(config)
     _check_memory(config)
+    max_running = config.max_running_requests or 256
     return replace(
         config,
         tokenizer_path=config.tokenizer_path or config.model_path,
         dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
-        device="cpu",
+        device=device,
         enable_lora=_lora_is_on(config),
         lora_backend="torch",
         lora_target_modules=_expand_targets(config.lora_target_modules),
@@ -217,23 +241,27 @@ def resolve(config: ServerConfig) -> ServerConfig:
         lora_resolver_dir=_directory("lora_resolver_dir", config.lora_resolver_dir)
         if config.lora_resolver_dir
         else None,
-        max_running_requests=config.max_running_requests or 256,
-        chunked_prefill_size=config.chunked_prefill_size or 2048,
+        max_running_requests=max_running,
+        chunked_prefill_size=config.chunked_prefill_size or (2048 if device == "cpu" else 8192),
         max_prefill_tokens=config.max_prefill_tokens or 16384,
         page_size=config.page_size or 16,
-        attention_backend=_ATTENTION_BACKENDS[config.attention_backend or "auto"],
+        cuda_graph_max_bs=max_graph_rows(
+            config.cuda_graph_bs, config.cuda_graph_max_bs, max_running
+        )
+        if device == "cuda"
+        else config.cuda_graph_max_bs,
+        attention_backend=resolve_attention(device, config.attention_backend),
         random_seed=secrets.randbelow(2**31) if config.random_seed is None else config.random_seed,
     )
 
 
 def notes(config: ServerConfig) -> list[str]:
     """What was asked for and cannot matter here; the caller logs it."""
-    reasons = {
-        "cuda_graph_max_bs": "a CPU has no CUDA graphs",
-        "cuda_graph_bs": "a CPU has no CUDA graphs",
-        "disable_cuda_graph": "a CPU has no CUDA graphs",
-        "max_lora_chunk_size": "only the csgmv backend has chunks, and it needs a GPU",
-    }
+    reasons: dict[str, str] = {}
+    if config.device == "cpu" or (config.device == "auto" and not devices.num_cuda_devices()):
+        graphs = ("cuda_graph_max_bs", "cuda_graph_bs", "disable_cuda_graph")
+        reasons = dict.fromkeys(graphs, "a CPU has no CUDA graphs")
+    reasons["max_lora_chunk_size"] = "only the csgmv backend has chunks, and it needs a GPU"
     return [
         f"{OPTIONS[name].flag} has no effect: {reason}"
         for name, reason in reasons.items()
@@ -274,24 +302,6 @@ def _check_names(config: ServerConfig) -> None:
         raise ConfigError(
             f"--lora-paths names an adapter {served!r} like the base model; rename the adapter with NAME=PATH "
             "or the base with --served-model-name"
-        )
-
-
-def _check_device(config: ServerConfig) -> None:
-    if config.device == "cuda":
-        raise ConfigError("--device is cuda; this version runs on a CPU only; allowed: auto, cpu")
-    if config.lora_backend in ("triton", "csgmv"):
-        raise ConfigError(
-            f"--lora-backend is {config.lora_backend}, which needs a GPU; allowed on a CPU: auto, torch"
-        )
-    if config.tp_size > 1:
-        raise ConfigError(
-            f"--tp-size is {config.tp_size}, more than the devices: 1 (the CPU); allowed: 1"
-        )
-    backend = config.attention_backend
-    if backend is not None and backend not in _ATTENTION_BACKENDS:
-        raise ConfigError(
-            f"--attention-backend is {backend}; allowed on a CPU: {', '.join(_ATTENTION_BACKENDS)}"
         )
 
 

@@ -2,96 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from lorikeet.attention.base import AttentionBackend, AttentionInputs
 from lorikeet.attention.sdpa import SDPABackend
-from lorikeet.kv.storage import KVStorage
-
-Q, K, H = 4, 2, 8
-PAGE = 4
-LAYER = 1
+from tests.support.attention_steps import DECODE_STEPS, STEPS, WINDOWS, Step
 
 
-def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Step:
-    """Sequences of given (queries, keys) in poisoned memory: what no sequence owns is NaN, in K and in V."""
-
-    def __init__(self, shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
-        tables = [-(-keys // PAGE) for _, keys in shapes]
-        num_pages = sum(tables) + 3
-        free = torch.randperm(num_pages, generator=torch.Generator().manual_seed(1)).tolist()
-        pages = [[free.pop() for _ in range(count)] for count in tables]
-        self.kv = KVStorage(2, num_pages, PAGE, K, H, dtype, "cpu")
-        for tensor in (*self.kv.k, *self.kv.v):
-            tensor.fill_(torch.nan)
-        self.keys = [
-            draw(keys, K, H, seed=10 + i, dtype=dtype) for i, (_, keys) in enumerate(shapes)
-        ]
-        self.values = [
-            draw(keys, K, H, seed=90 + i, dtype=dtype) for i, (_, keys) in enumerate(shapes)
-        ]
-        starts, slots = [0], []
-        for i, (queries, keys) in enumerate(shapes):
-            places = torch.tensor([pages[i][p // PAGE] * PAGE + p % PAGE for p in range(keys)])
-            self.kv.k[LAYER][places], self.kv.v[LAYER][places] = self.keys[i], self.values[i]
-            starts.append(starts[-1] + queries)
-            slots.append(places[keys - queries :])
-        width = max(tables)
-        self.inputs = AttentionInputs(
-            query_starts=starts,
-            kv_lens=[keys for _, keys in shapes],
-            page_table_NP=torch.tensor([p + [0] * (width - len(p)) for p in pages]),
-            slot_mapping_T=torch.cat(slots),
-            page_size=PAGE,
-        )
-        self.queries = draw(starts[-1], Q, H, seed=5, dtype=dtype)
-        self.new_keys = self.kv.k[LAYER][self.inputs.slot_mapping_T]
-        self.new_values = self.kv.v[LAYER][self.inputs.slot_mapping_T]
-
-    def run(self, backend: AttentionBackend, window: int | None) -> torch.Tensor:
-        return backend.forward(
-            self.queries, self.new_keys, self.new_values, self.kv, LAYER, self.inputs, window
-        )
-
-    def wanted(self, window: int | None) -> torch.Tensor:
-        rows = []
-        for i, kv_len in enumerate(self.inputs.kv_lens):
-            start, end = self.inputs.query_starts[i : i + 2]
-            for row in range(start, end):
-                last = kv_len - (end - row)
-                first = 0 if window is None else max(0, last - window + 1)
-                seen = slice(first, last + 1)
-                for head in range(Q):
-                    k = self.keys[i][seen, head // (Q // K)].double()
-                    v = self.values[i][seen, head // (Q // K)].double()
-                    scores = k @ self.queries[row, head].double() / math.sqrt(H)
-                    rows.append(scores.softmax(0) @ v)
-        return torch.stack(rows).view(-1, Q, H)
-
-
-STEPS = {
-    "prompt": [(9, 9)],
-    "prompts": [(9, 9), (2, 2), (17, 17)],
-    "chunk": [(5, 14)],
-    "chunks": [(5, 14), (3, 3), (4, 40)],
-    "first-token": [(1, 1)],
-    "decode": [(1, 12)],
-    "decode-equal": [(1, 12), (1, 12), (1, 12)],
-    "decode-ragged": [(1, 12), (1, 1), (1, 33), (1, 8)],
-    "decode-far-apart": [(1, 700), (1, 5), (1, 300), (1, 290), (1, 31)],
-    "mixed": [(1, 12), (6, 6), (1, 30), (5, 22), (1, 1)],
-    "one-of-each": [(7, 7), (1, 20)],
-}
-
-
-@pytest.mark.parametrize("window", [None, 1, 6, 16, 500])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", STEPS)
 def test_equals_the_definition(name: str, window: int | None) -> None:
     step = Step(STEPS[name])
@@ -112,7 +30,7 @@ def test_queries_need_not_be_contiguous() -> None:
     for name in ("decode-ragged", "mixed"):
         step = Step(STEPS[name])
         packed = torch.cat((step.queries, step.queries), dim=1)
-        step.queries = packed[:, :Q]
+        step.queries = packed[:, : step.heads.num_heads]
         assert not step.queries.is_contiguous()
         torch.testing.assert_close(
             step.run(SDPABackend(), None).double(), step.wanted(None), atol=1e-5, rtol=0
@@ -130,3 +48,64 @@ def test_one_backend_serves_step_after_step() -> None:
             torch.testing.assert_close(
                 step.run(backend, window).double(), step.wanted(window), atol=1e-5, rtol=0
             )
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", DECODE_STEPS)
+def test_a_step_for_a_graph_reads_tensors_only(name: str, window: int | None) -> None:
+    """Rows that pad and a page table that is wider than needed change nothing; host lists may be anything."""
+    step = Step(STEPS[name], int_type=torch.int32)
+    wanted = step.wanted(window)
+    inputs = step.static(bucket=8, width=180)
+    inputs.kv_lens[:] = [-1] * 8
+    inputs.query_starts[:] = [-1] * 9
+    backend = SDPABackend()
+    backend.prepare(inputs)
+    got = step.run(backend, window, inputs)
+    assert got.shape[0] == 8
+    torch.testing.assert_close(got[: len(wanted)].double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_step_for_a_graph_gathers_no_more_than_it_promises() -> None:
+    """The page table has room for the longest sequence that the model may see."""
+    step = Step([(1, 700), (1, 5)])
+    wanted = step.wanted(None)
+    inputs = step.static(bucket=2, width=2**15)
+    backend = SDPABackend()
+    assert backend.max_graph_kv_len is not None
+    assert backend.max_graph_kv_len < 2**15
+    torch.testing.assert_close(step.run(backend, None, inputs).double(), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("name", STEPS)
+def test_on_a_gpu(name: str, window: int | None) -> None:
+    step = Step(STEPS[name], device="cuda", int_type=torch.int32)
+    got = step.run(SDPABackend(), window)
+    torch.testing.assert_close(got.cpu().double(), step.wanted(window), atol=1e-4, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_captured_step_follows_its_tensors(window: int | None) -> None:
+    """Captured with rows that pad, replayed with sequences: what the capture computed must not be what replays see."""
+    step = Step(STEPS["decode-ragged"], device="cuda", int_type=torch.int32)
+    wanted = step.wanted(window)
+    inputs = step.static(bucket=8, width=64)
+    lens_N, table_NP = inputs.kv_lens_N.clone(), inputs.page_table_NP.clone()
+    inputs.kv_lens_N.fill_(1)
+    inputs.page_table_NP.zero_()
+    backend = SDPABackend()
+    backend.prepare(inputs)
+    step.run(backend, window, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = step.run(backend, window, inputs)
+        second = step.run(backend, window, inputs)
+    inputs.kv_lens_N.copy_(lens_N)
+    inputs.page_table_NP.copy_(table_NP)
+    backend.prepare(inputs)
+    graph.replay()
+    for got in (first, second):
+        torch.testing.assert_close(got[: len(wanted)].cpu().double(), wanted, atol=1e-4, rtol=0)

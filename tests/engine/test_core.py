@@ -158,8 +158,13 @@ def test_commands() -> None:
 
 
 class BrokenWorker:
-    def execute(self, plan: StepPlan) -> StepResult:
+    max_ahead = 1
+
+    def submit(self, plan: StepPlan) -> None:
         raise RuntimeError("the device is lost")
+
+    def collect(self) -> StepResult:
+        raise AssertionError("nothing was submitted")
 
 
 def test_a_failing_step_leaves_every_open_request_to_be_told() -> None:

@@ -203,6 +203,48 @@ def test_a_step_that_was_not_executed() -> None:
     assert rig.kv.num_available == 32
 
 
+def test_a_step_without_memory_ends_the_prompts_and_no_sequence_that_decodes() -> None:
+    rig = Rig(num_pages=64, max_step_tokens=58)
+    old = [rig.add(6, max_new=9), rig.add(7, max_new=9)]
+    rig.step()
+    rig.step()
+    prompt, waiting = rig.add(60, max_new=3), rig.add(40, max_new=3)
+    plan = rig.plan()
+    assert ([row.seq for row in plan.rows], [c.seq for c in plan.chunks]) == ([0, 1], [prompt.id])
+    rig.scheduler.fail(plan, "out of memory")
+    rig.collect()
+    assert rig.end_of(prompt).message == "out of memory"
+    rig.worker.ignored = {prompt.id}
+    assert [start.seq for start in rig.step().starts[:2]] == [0, 1], "oldest first, as before"
+    rig.run()
+    for seq, num_prompt in zip(old, (6, 7), strict=True):
+        assert rig.end_of(seq).kind == "length"
+        assert rig.tokens_of(seq) == alone(num_prompt, 9)
+    assert rig.end_of(waiting).kind == "length"
+    assert rig.kv.num_available == 64
+
+
+def test_a_decode_step_without_memory_ends_the_youngest() -> None:
+    rig = Rig(num_pages=64)
+    first, second, third = (rig.add(6 + index, max_new=9) for index in range(3))
+    rig.step()
+    plan = rig.plan()
+    rig.scheduler.fail(plan, "out of memory")
+    rig.run()
+    assert rig.end_of(third).kind == "abort"
+    for seq, num_prompt in ((first, 6), (second, 7)):
+        assert rig.tokens_of(seq) == alone(num_prompt, 9)
+
+
+def test_only_the_newest_plan_can_fail() -> None:
+    rig = Rig()
+    rig.add(6)
+    first = rig.plan()
+    rig.plan()
+    with pytest.raises(ValueError, match="in flight"):
+        rig.scheduler.fail(first, "out of memory")
+
+
 def test_copies_of_a_step_that_was_not_executed_are_decided_again() -> None:
     rig = Rig(max_loras=1)
     seq = rig.add(6, version=1)

@@ -67,6 +67,7 @@ class FakeWorker:
         fail_copy: version -> True if its copy shall fail now.
         fail_token: sequence -> True if the token it samples now shall be an error.
         copy_steps: how many steps later than its plan's the next copy is complete.
+        max_ahead: see ``engine.core.Executor``.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class FakeWorker:
         fail_copy: Callable[[int], bool] = lambda version: False,
         fail_token: Callable[[int], bool] = lambda seq: False,
         copy_steps: Callable[[], int] = lambda: 0,
+        max_ahead: int = 0,
     ) -> None:
+        self.max_ahead = max_ahead
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.rows: dict[int, _Row] = {}

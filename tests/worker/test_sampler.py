@@ -12,6 +12,7 @@ import torch
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
+from lorikeet.worker.logit_rules import LogitRules
 from lorikeet.worker.sampler import Sampler
 
 VOCAB = 64
@@ -445,10 +446,22 @@ def test_prompt_logprobs_in_blocks_of_rows(monkeypatch):
 @pytest.mark.parametrize(
     ("params", "unused"),
     [
-        ({"temperature": 0.0}, ["_modified", "_choose", "_draw", "_filter_"]),
+        (
+            {"temperature": 0.0},
+            [
+                (Sampler, "_by_rules"),
+                (Sampler, "_choose"),
+                (Sampler, "_draw"),
+                (LogitRules, "filter_"),
+            ],
+        ),
         (
             {"temperature": 0.0, "logit_bias": {1: 1.0}},
-            ["_draw", "_penalise_counts_", "_ban_stops_"],
+            [
+                (Sampler, "_draw"),
+                (LogitRules, "_penalise_counts_"),
+                (LogitRules, "_ban_stops_"),
+            ],
         ),
     ],
 )
@@ -456,8 +469,8 @@ def test_features_that_nobody_uses_are_not_computed(monkeypatch, params, unused)
     def fail(*_):
         raise AssertionError("an unused feature was computed")
 
-    for name in unused:
-        monkeypatch.setattr(Sampler, name, fail)
+    for owner, name in unused:
+        monkeypatch.setattr(owner, name, fail)
     monkeypatch.setattr("lorikeet.ops.sampling.token_logprobs", fail)
     sampler = make_sampler()
     sampler.start(start(1, **params))

@@ -22,10 +22,18 @@ class AttentionInputs:
 
         query_starts   [0, 3, 4]              # sequence i owns rows [query_starts[i], query_starts[i + 1]) of T
         kv_lens        [3, 6]                 # tokens with K/V, those of this step included
+        num_chunks     1                      # sequence 0; whoever follows the chunks decodes, one query each
         page_table_NP  [[7, 0], [2, 9]]       # unused entries are 0, which is also a page like any other
-        slot_mapping_T [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go
+        slot_mapping_T [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go; -1: nowhere
 
     The queries of a sequence are its newest tokens: row j of n has position ``kv_len - n + j``.
+
+    Attributes:
+        query_starts, kv_lens: on the host.
+        query_starts_N1, kv_lens_N: the same as tensors, of the type of ``page_table_NP``.
+        bucket: None for a step that runs eagerly. Else the step decodes with ``bucket`` rows in tensors that lie at the
+            same address in every such step, so that a CUDA graph can be captured and replayed; rows that pad the batch
+            have one key, place 0, and store nothing.
     """
 
     query_starts: list[int]
@@ -33,14 +41,37 @@ class AttentionInputs:
     page_table_NP: torch.Tensor
     slot_mapping_T: torch.Tensor
     page_size: int
+    num_chunks: int
+    query_starts_N1: torch.Tensor
+    kv_lens_N: torch.Tensor
+    bucket: int | None = None
 
 
 class AttentionBackend(Protocol):
-    """Causal attention of a step's queries over their sequences' paged keys and values."""
+    """Causal attention of a step's queries over their sequences' paged keys and values.
+
+    Attributes:
+        name: as ``--attention-backend`` spells it.
+        max_graph_kv_len: decode steps with a longer sequence run without a CUDA graph; None is no bound.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_graph_kv_len(self) -> int | None: ...
+
+    def storage_head_dim(self, head_dim: int) -> int:
+        """The head size that keys and values must be stored with; what exceeds ``head_dim`` is zeros.
+
+        Raises:
+            ConfigError: the backend cannot serve such heads.
+        """
+        ...
 
     def prepare(self, inputs: AttentionInputs) -> None:
-        """Do what depends on the step but not on the layer. Called once before the layers, outside of captured graphs;
-        what it keeps is valid until the next call."""
+        """Do what depends on the step but not on the layer. Called once before the layers, outside of captured graphs,
+        and before each replay of one; what it keeps is valid until the next call. Does not wait for the device."""
         ...
 
     def forward(

@@ -4,6 +4,9 @@ the others.
 Prompt chunks are computed one sequence at a time, rows that decode in batches. What only depends on the step (which
 places to gather, which to mask) is worked out once for each window size and used by all layers.
 
+On a GPU it serves float32, and is what the other backends are compared with. A step for a CUDA graph gathers as many
+places for every row as the longest sequence may have, and takes lengths and pages from the device alone.
+
 Shape legend: T tokens of the step, N sequences, M rows of one batch, L keys (padded), Q query heads, K key/value heads,
 G = Q / K query heads that share a key head, H head size, C token places in the cache, X query or key heads.
 """
@@ -22,6 +25,8 @@ from lorikeet.kv.storage import KVStorage
 # Rows that decode are batched with rows of about their length, so that a long one does not pad the short ones: lengths
 # up to 2 ** 8 together, beyond that by powers of two.
 _SMALLEST_BUCKET = 8
+# A captured step gathers this many keys for each row, however few it has: 1024 keys of 8 heads of 128 are 4 MB a row.
+_MAX_GRAPH_KV_LEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +70,24 @@ class _StepLayout:
 class SDPABackend:
     """See :class:`lorikeet.attention.base.AttentionBackend`."""
 
+    name = "sdpa"
+    max_graph_kv_len: int | None = _MAX_GRAPH_KV_LEN
+
     def __init__(self) -> None:
         self._inputs: AttentionInputs | None = None
         self._places_NC = torch.empty(0, 0, dtype=torch.int64)
-        self._layouts: dict[int | None, _StepLayout] = {}
+        # By window, and by whether a graph is being captured: what is worked out in a capture exists only when the
+        # graph runs, and what was worked out before would stay as it is in every replay.
+        self._layouts: dict[tuple[int | None, bool], _StepLayout] = {}
+
+    def storage_head_dim(self, head_dim: int) -> int:
+        return head_dim
 
     def prepare(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
-        self._places_NC = _all_places(inputs)
         self._layouts = {}
+        if inputs.bucket is None:
+            self._places_NC = _all_places(inputs)
 
     def forward(
         self,
@@ -107,9 +121,14 @@ class SDPABackend:
     def _layout(self, inputs: AttentionInputs, window: int | None) -> _StepLayout:
         if inputs is not self._inputs:
             self.prepare(inputs)
-        layout = self._layouts.get(window)
+        key = (window, _is_captured(inputs))
+        layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[window] = _make_layout(inputs, self._places_NC, window)
+            if inputs.bucket is None:
+                layout = _make_layout(inputs, self._places_NC, window)
+            else:
+                layout = _StepLayout([_make_static_batch(inputs, window)], [])
+            self._layouts[key] = layout
         return layout
 
 
@@ -139,7 +158,17 @@ def _prefill(
 def _all_places(inputs: AttentionInputs) -> torch.Tensor:
     """Cache places of every position that the page tables cover, [N, positions]."""
     offsets = torch.arange(inputs.page_size, device=inputs.page_table_NP.device)
-    return (inputs.page_table_NP.unsqueeze(-1) * inputs.page_size + offsets).flatten(1)
+    return (inputs.page_table_NP.unsqueeze(-1) * inputs.page_size + offsets).flatten(1).long()
+
+
+def _is_captured(inputs: AttentionInputs) -> bool:
+    return inputs.page_table_NP.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
+    """int64 on the device, without waiting for it."""
+    pinned = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 def _make_layout(
@@ -167,19 +196,39 @@ def _make_decode_batch(
     kv_lens = [inputs.kv_lens[member] for member in members]
     lengths = kv_lens if window is None else [min(length, window) for length in kv_lens]
     longest = max(lengths)
-    last_M1 = torch.tensor(kv_lens, device=device).unsqueeze(1) - 1
-    first_M1 = last_M1 + 1 - torch.tensor(lengths, device=device).unsqueeze(1)
+    last_M1 = _on_device(kv_lens, device).unsqueeze(1) - 1
+    first_M1 = last_M1 + 1 - _on_device(lengths, device).unsqueeze(1)
     positions_ML = first_M1 + torch.arange(longest, device=device)
     # One query for each sequence: then every sequence is here, and rows, members and sequences are the same numbers.
     is_whole = len(members) == len(inputs.kv_lens) == inputs.query_starts[-1]
     if not is_whole:
-        places_NC = places_NC.index_select(0, torch.tensor(members, device=device))
+        places_NC = places_NC.index_select(0, _on_device(members, device))
     rows = [inputs.query_starts[member] for member in members]
     mask_ML = None if min(lengths) == longest else positions_ML <= last_M1
     return _DecodeBatch(
-        rows_M=None if is_whole else torch.tensor(rows, device=device),
+        rows_M=None if is_whole else _on_device(rows, device),
         places_ML=places_NC.gather(1, torch.minimum(positions_ML, last_M1)),
         mask_M11L=None if mask_ML is None else mask_ML[:, None, None, :],
+    )
+
+
+def _make_static_batch(inputs: AttentionInputs, window: int | None) -> _DecodeBatch:
+    """All rows, each with as many keys as the page table has room for: shapes and addresses that a graph may keep."""
+    size = inputs.page_size
+    longest = min(inputs.page_table_NP.shape[1] * size, _MAX_GRAPH_KV_LEN)
+    last_M1 = inputs.kv_lens_N.long().unsqueeze(1) - 1
+    first_M1 = torch.zeros_like(last_M1)
+    if window is not None:
+        longest = min(longest, window)
+        first_M1 = (last_M1 + 1 - window).clamp_min(0)
+    positions_ML = first_M1 + torch.arange(longest, device=last_M1.device)
+    inside_ML = torch.minimum(positions_ML, last_M1)
+    pages_ML = inputs.page_table_NP.gather(1, inside_ML // size).long()
+    mask_ML = positions_ML <= last_M1
+    return _DecodeBatch(
+        rows_M=None,
+        places_ML=pages_ML * size + inside_ML % size,
+        mask_M11L=mask_ML[:, None, None, :],
     )
 
 

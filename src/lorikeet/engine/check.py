@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.lora_setup import resolve_limits
-from lorikeet.engine.setup import resolve_dtype
+from lorikeet.engine.worker_setup import resolve_dtype
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.lora.base_weights import BaseWeight, checkpoint_weight
 from lorikeet.lora.layout import PoolLayout

@@ -1,4 +1,7 @@
-"""The engine: requests in, outputs out, one ``plan -> execute -> commit`` at a time.
+"""The engine: requests in, outputs out, one ``plan -> submit -> collect -> commit`` at a time.
+
+With overlap, step n+1 is planned and submitted before step n is collected: the device always has the next step in its
+queue while the host reads, commits and plans.
 
 :class:`EngineCore` knows nothing of processes or sockets. ``engine/child.py`` runs it behind a socket for the HTTP
 server; :class:`lorikeet.LLM` runs it in the caller's own process.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -24,6 +28,7 @@ from lorikeet.errors import (
     AdapterNotFoundError,
     EngineFault,
     LorikeetError,
+    OutOfMemoryError,
     RequestError,
     UserError,
 )
@@ -36,7 +41,22 @@ logger = logging.getLogger(__name__)
 class Executor(Protocol):
     """What the loop needs of a worker (tests put a double in its place)."""
 
-    def execute(self, plan: StepPlan) -> StepResult: ...
+    @property
+    def max_ahead(self) -> int:
+        """Steps that may be submitted before the oldest one is collected: 1 with overlap, else 0."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begin a step, behind those that were submitted before.
+
+        Raises:
+            OutOfMemoryError: nothing of it was computed or copied.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was submitted."""
+        ...
 
 
 @dataclass(slots=True)
@@ -79,6 +99,7 @@ class EngineCore:
         self._seeds = seeds
         self._info = info
         self._on_close = on_close
+        self._in_flight: deque[StepPlan] = deque()
         self._open: dict[str, _Open] = {}
         self._compiling: dict[str, Future[None]] = {}
         self._finding: dict[str, Future[LoadOutcome]] = {}
@@ -108,12 +129,12 @@ class EngineCore:
     @property
     def has_steps(self) -> bool:
         """True if a step may have something to compute or to release."""
-        return self._scheduler.has_work or bool(self._outputs)
+        return self._scheduler.has_work or bool(self._outputs or self._in_flight)
 
     @property
     def is_idle(self) -> bool:
-        """True if nothing is open and every output has been collected."""
-        return not (self._open or self._outputs)
+        """True if nothing is open, no step runs and every output has been collected."""
+        return not (self._open or self._outputs or self._in_flight)
 
     @property
     def waits_for_threads(self) -> bool:
@@ -178,16 +199,18 @@ class EngineCore:
         return handler(**args)
 
     def step(self) -> list[RequestOutput]:
-        """Advance every running sequence by one step and return what is new."""
+        """Submit the next step, commit the oldest one that is due, and return what is new.
+
+        With overlap the first of a row of steps returns nothing yet.
+        """
         self._adapters.poll()
         self._collect_found()
         self._collect_compiled()
         plan = self._scheduler.plan()
         if plan is not None:
-            result = self._worker.execute(plan)
-            self._scheduler.commit(plan, result)
-            self._adapters.note_copied(result.copied)
-            self._log.step(plan)
+            self._submit(plan)
+        if self._in_flight and (plan is None or len(self._in_flight) > self._worker.max_ahead):
+            self._commit_oldest()
         return self._collect()
 
     def take_accepted(self) -> list[str]:
@@ -242,6 +265,24 @@ class EngineCore:
         self._adapters.check_integrity(
             {rid: entry.version for rid, entry in self._open.items() if entry.version is not None}
         )
+
+    def _submit(self, plan: StepPlan) -> None:
+        try:
+            self._worker.submit(plan)
+        except OutOfMemoryError as error:
+            logger.exception("a step had no memory; as few requests as possible are aborted")
+            while self._in_flight:
+                self._commit_oldest()
+            self._scheduler.fail(plan, str(error))
+        else:
+            self._in_flight.append(plan)
+
+    def _commit_oldest(self) -> None:
+        result = self._worker.collect()
+        plan = self._in_flight.popleft()
+        self._scheduler.commit(plan, result)
+        self._adapters.note_copied(result.copied)
+        self._log.step(plan)
 
     def _prepare(self, request: Request) -> None:
         """A request has its adapter; next comes its grammar, if it has one."""

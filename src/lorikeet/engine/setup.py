@@ -8,39 +8,36 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
 
 import lorikeet
-from lorikeet.attention.base import AttentionBackend
-from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.config import ServerConfig
 from lorikeet.core.request import MAX_SEED
 from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency
 from lorikeet.engine.paths import tokenizer_dir
+from lorikeet.engine.worker_setup import (
+    Target,
+    check_weights_fit,
+    make_attention,
+    make_worker,
+    resolve_dtype,
+    split,
+)
 from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
-from lorikeet.kv.storage import KVStorage
-from lorikeet.lora.batch_builder import LoRABatchBuilder
 from lorikeet.models.build import build_model
-from lorikeet.models.decoder import Decoder
 from lorikeet.models.source import locate_model
 from lorikeet.models.spec import ModelSpec, read_model_spec
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
-from lorikeet.worker.copier import Copier
 from lorikeet.worker.grammar import GrammarCompiler
-from lorikeet.worker.inputs import InputBuilder
-from lorikeet.worker.memory import MemoryRequest, MemorySplit, available_host_bytes, split_memory
-from lorikeet.worker.sampler import Sampler
-from lorikeet.worker.worker import Worker
+from lorikeet.worker.memory import MemorySplit
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_engine(
@@ -50,16 +47,43 @@ def build_engine(
 
     Args:
         report: told each phase of the start in a few words.
-        progress: show a bar while weights load.
+        progress: show bars while weights load and graphs are captured.
 
     Raises:
-        ConfigError, ModelError, AdapterError: flags or files are wrong.
+        ConfigError, ModelError, AdapterError: flags or files are wrong, or the device is too small.
     """
     directory = locate_model(config.model_path, weights=config.load_format != "dummy")
     spec = read_model_spec(directory)
+    try:
+        return _build(config, directory, spec, report, progress=progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the device ran out of memory at start: {error}. Lower --context-length, --max-total-tokens, "
+            "--max-loras-per-batch, --max-lora-rank, --chunked-prefill-size or --max-running-requests, or end what "
+            "else uses the device"
+        ) from error
+
+
+def _build(
+    config: ServerConfig,
+    directory: Path,
+    spec: ModelSpec,
+    report: Callable[[str], None],
+    *,
+    progress: bool,
+) -> EngineCore:
     context_length = resolve_context_length(config, spec)
-    dtype, device = resolve_dtype(config, spec), torch.device("cpu")
-    attention = SDPABackend()
+    assert config.device in ("cpu", "cuda"), "the configuration is resolved"
+    dtype, device = resolve_dtype(config, spec), torch.device(config.device)
+    target = Target(
+        config=config,
+        spec=spec,
+        dtype=dtype,
+        device=device,
+        attention=make_attention(config, spec, dtype, device),
+        context_length=context_length,
+    )
+    check_weights_fit(spec, dtype, device)
     report(f"loading the weights of {config.model_path}")
     model = build_model(
         directory,
@@ -68,18 +92,18 @@ def build_engine(
         device=device,
         load_format=config.load_format,
         tp=SingleRank(),
-        attention=attention,
+        attention=target.attention,
         progress=progress,
     )
-    weights_bytes = _parameter_bytes(model)
     lora = build_lora(config, directory, spec.lora_sites, model) if config.enable_lora else None
-    split = _split(config, spec, weights_bytes, lora, dtype, context_length)
-    logger.info("Memory: %s", split)
+    parts = split(target, model, lora)
+    logger.info("Memory: %s", parts)
     grammars = GrammarCompiler(tokenizer_dir(config), spec.vocab_size, spec.eos_token_ids)
-    storage = _storage(spec, split, dtype, device)
-    worker = _worker(spec, model, attention, storage, lora, grammars)
+    report("preparing the device")
+    storage = target.storage(parts.num_pages)
+    worker = make_worker(target, model, storage, lora, grammars, progress=progress)
     kv = KVManager(
-        page_size=split.page_size, num_pages=split.num_pages, radix=not config.disable_radix_cache
+        page_size=parts.page_size, num_pages=parts.num_pages, radix=not config.disable_radix_cache
     )
     if lora:
         load_first(config.lora_paths, lora.store, report)
@@ -92,7 +116,7 @@ def build_engine(
         adapters=lora.store if lora else NoAdapters(),
         compile_grammar=grammars.compile,
         seeds=_seed_source(config.random_seed),
-        info=_info(config, spec, split, lora, dtype, context_length),
+        info=_info(target, parts, lora),
         on_close=worker.close,
     )
 
@@ -112,82 +136,6 @@ def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:
             f"allowed: 1 to {most}"
         )
     return config.context_length
-
-
-def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
-    """The dtype of weights, adapters and K/V: as given; ``auto`` is float32 on a CPU.
-
-    A CPU computes float32 faster than bfloat16 on most machines, and exactly what the tests compare with.
-    """
-    return torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
-
-
-def _parameter_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _split(
-    config: ServerConfig,
-    spec: ModelSpec,
-    weights_bytes: int,
-    lora: LoRAParts | None,
-    dtype: torch.dtype,
-    context_length: int,
-) -> MemorySplit:
-    assert config.page_size is not None
-    assert config.max_running_requests is not None
-    return split_memory(
-        MemoryRequest(
-            weights_bytes=weights_bytes,
-            pool_bytes=lora.pool.nbytes if lora else 0,
-            kv_bytes_per_token=spec.kv_bytes_per_token(dtype.itemsize),
-            page_size=config.page_size,
-            # Weights and pool are allocated already, so they count as available again.
-            available_bytes=available_host_bytes() + weights_bytes,
-            useful_tokens=config.max_running_requests * context_length,
-            min_tokens=context_length,
-            max_total_tokens=config.max_total_tokens,
-            fraction=config.mem_fraction_static,
-        )
-    )
-
-
-def _worker(
-    spec: ModelSpec,
-    model: Decoder,
-    attention: AttentionBackend,
-    storage: KVStorage,
-    lora: LoRAParts | None,
-    grammars: GrammarCompiler,
-) -> Worker:
-    device = storage.k[0].device
-    builder = LoRABatchBuilder(lora.pool) if lora else None
-    return Worker(
-        forward=model,
-        attention=attention,
-        inputs=InputBuilder(storage, storage.page_size, device, builder),
-        sampler=Sampler(
-            vocab_size=spec.vocab_size,
-            eos_token_ids=spec.eos_token_ids,
-            device=device,
-            grammars=grammars,
-        ),
-        copier=Copier(lora.pool, lora.host.get) if lora else None,
-    )
-
-
-def _storage(
-    spec: ModelSpec, split: MemorySplit, dtype: torch.dtype, device: torch.device
-) -> KVStorage:
-    return KVStorage(
-        num_layers=spec.num_layers,
-        num_pages=split.num_pages,
-        page_size=split.page_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=dtype,
-        device=device,
-    )
 
 
 def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> SchedulerLimits:
@@ -210,22 +158,19 @@ def _seed_source(random_seed: int | None) -> Callable[[], int]:
     return lambda: source.randint(0, MAX_SEED)
 
 
-def _info(
-    config: ServerConfig,
-    spec: ModelSpec,
-    split: MemorySplit,
-    lora: LoRAParts | None,
-    dtype: torch.dtype,
-    context_length: int,
-) -> dict[str, object]:
+def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[str, object]:
+    spec = target.spec
+    on_gpu = target.device.type == "cuda"
     return {
         "version": lorikeet.__version__,
-        "model_path": config.model_path,
+        "model_path": target.config.model_path,
         "architecture": spec.architecture,
-        "context_length": context_length,
+        "context_length": target.context_length,
         "vocab_size": spec.vocab_size,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": "cpu",
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": target.device.type,
+        "device_name": torch.cuda.get_device_name(target.device) if on_gpu else None,
+        "attention_backend": target.attention.name,
         "page_size": split.page_size,
         "max_total_num_tokens": split.num_tokens,
         "weights_bytes": split.weights_bytes,

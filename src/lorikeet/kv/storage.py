@@ -16,6 +16,8 @@ class KVStorage:
 
     Args:
         num_kv_heads: of this rank.
+        head_dim: as attention stores it (``AttentionBackend.storage_head_dim``).
+        zero: fill with zeros: for heads that are stored wider than they are, whose rest nobody ever writes.
 
     Attributes:
         k, v: by layer, [C, K, H].
@@ -30,12 +32,15 @@ class KVStorage:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        *,
+        zero: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         shape = (num_pages * page_size, num_kv_heads, head_dim)
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v = [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        make = torch.zeros if zero else torch.empty
+        self.k = [make(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v = [make(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
     def nbytes(self) -> int:

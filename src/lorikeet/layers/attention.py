@@ -78,11 +78,13 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[T, D] -> [T, D]; stores the tokens' keys and values in ``batch.kv``."""
         qkv_TO = self.qkv_proj(x_TD, batch)
+        # The storage may be wider than a head (see AttentionBackend.storage_head_dim).
+        size = self._heads.head_dim
         q_TQH, k_TKH, v_TKH = self._ops.rope_store(
             qkv_TO,
             cos_sin_TH,
-            batch.kv.k[self._layer],
-            batch.kv.v[self._layer],
+            batch.kv.k[self._layer][..., :size],
+            batch.kv.v[self._layer][..., :size],
             batch.attn.slot_mapping_T,
             self._heads,
             self._qk_norm,

@@ -19,8 +19,11 @@ class ForwardBatch:
     """What a step computes.
 
     Attributes:
-        input_ids_T, positions_T: int64; tokens of a sequence are consecutive rows.
-        logits_rows_N: int64; rows of T whose logits are wanted, in the order of the result. May repeat.
+        input_ids_T: tokens of a sequence are consecutive rows. An id below 0 is a token that an earlier step sampled
+            and that the host need not know yet: ``sampled_L[-1 - id]``.
+        positions_T: of the tokens in their sequences.
+        sampled_L: the newest sampled token of each lane (``worker/lanes.py``); None if every id is known.
+        logits_rows_N: rows of T whose logits are wanted, in the order of the result. May repeat. None: all rows.
         lora: which row uses which adapter; None if all rows are the base model's.
         rope_lengths_T: int64; only for models whose frequencies depend on the sequence's length (``dynamic``), and only
             needed when a sequence is longer than ``max_position``: for each token the length that it is rotated for.
@@ -30,6 +33,15 @@ class ForwardBatch:
     positions_T: torch.Tensor
     attn: AttentionInputs
     kv: KVStorage
-    logits_rows_N: torch.Tensor
+    logits_rows_N: torch.Tensor | None
+    sampled_L: torch.Tensor | None = None
     lora: LoRABatch | None = None
     rope_lengths_T: torch.Tensor | None = None
+
+    def token_ids(self) -> torch.Tensor:
+        """``input_ids_T`` with every id known, [T]."""
+        if self.sampled_L is None:
+            return self.input_ids_T
+        ids_T = self.input_ids_T
+        sampled_T = self.sampled_L.index_select(0, (-1 - ids_T).clamp_min(0))
+        return torch.where(ids_T < 0, sampled_T.to(ids_T.dtype), ids_T)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.layers.linear import Placement, row
+from lorikeet.ops.embedding import EmbedOp, embed_torch
 
 
 class VocabEmbedding(nn.Module):
@@ -20,8 +21,15 @@ class VocabEmbedding(nn.Module):
     tokens that it holds and zeros for the others, and the contributions are summed.
     """
 
-    def __init__(self, vocab_size: int, features: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        features: int,
+        placement: Placement,
+        embed: EmbedOp = embed_torch,
+    ) -> None:
         super().__init__()
+        self._embed = embed
         self.rule = row(placement.tp, features)
         self.in_features = vocab_size
         self._tp = placement.tp
@@ -29,7 +37,7 @@ class VocabEmbedding(nn.Module):
         self.weight = placement.empty(self._last - self._first, features)
 
     def local(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """This rank's contribution, [T, D]."""
+        """This rank's contribution, [T, D], of ids that are all known."""
         if self.rule.size == 1:
             return functional.embedding(ids_T, self.weight)
         is_ours_T = (ids_T >= self._first) & (ids_T < self._last)
@@ -40,8 +48,11 @@ class VocabEmbedding(nn.Module):
         """Sum over the ranks. May write into ``y_TD``."""
         return self._tp.all_reduce(y_TD) if self.rule.size > 1 else y_TD
 
-    def forward(self, ids_T: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return self.finish(self.local(ids_T))
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """The vectors of the batch's tokens, [T, D]."""
+        if self.rule.size == 1:
+            return self._embed(batch.input_ids_T, self.weight, batch.sampled_L)
+        return self.finish(self.local(batch.token_ids()))
 
     @torch.no_grad()
     def load_part(self, name: str, part: int, whole: torch.Tensor) -> None:

@@ -75,8 +75,9 @@ class LoRAEmbedding(nn.Module):
         self._table = table
         self._backend = backend
 
-    def forward(self, ids_T: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """Token ids [T] -> [T, D]."""
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """The vectors of the batch's tokens, [T, D]."""
+        ids_T = batch.token_ids()
         y_TD = self.base.local(ids_T)
         if batch.lora is not None:
             groups = batch.lora.tokens

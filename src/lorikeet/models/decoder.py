@@ -74,27 +74,31 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size, placement)
+        self.embed_tokens = VocabEmbedding(spec.vocab_size, spec.hidden_size, placement, ops.embed)
         self.layers = nn.ModuleList(
             DecoderLayer(layer, spec, placement, ops, attention) for layer in range(spec.num_layers)
         )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, placement, ops.rms_norm)
         vocab = column(placement.tp, Part(spec.vocab_size, placement.tp.size))
         self.lm_head = Linear(spec.hidden_size, vocab, placement, bias=False, gather_output=True)
-        self._rotary = RotaryEmbedding(spec.rope, spec.head_dim, placement.device)
+        self._rotary = RotaryEmbedding(
+            spec.rope, spec.head_dim, placement.device, spec.max_context_length
+        )
 
     def tie(self) -> None:
         """Let the LM head be the embedding table."""
         self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits of the rows that are wanted, float32 [N, V]; stores the step's keys and values in ``batch.kv``."""
+        """Logits of the rows that are wanted, [N, V] in the weights' type; stores the step's keys and values in
+        ``batch.kv``."""
         cos_sin_TH = self._rotary.cos_sin(batch)
-        x_TD: torch.Tensor = self.embed_tokens(batch.input_ids_T, batch)
+        x_TD: torch.Tensor = self.embed_tokens(batch)
         residual_TD: torch.Tensor | None = None
         for layer in self.layers:
             x_TD, residual_TD = layer(x_TD, residual_TD, cos_sin_TH, batch)
         assert residual_TD is not None
-        rows_N = batch.logits_rows_N
-        x_ND, _ = self.norm(x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N))
-        return self.lm_head(x_ND, batch).float()
+        if (rows_N := batch.logits_rows_N) is not None:
+            x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
+        x_ND, _ = self.norm(x_TD, residual_TD)
+        return self.lm_head(x_ND, batch)

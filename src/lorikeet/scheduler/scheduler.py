@@ -196,21 +196,22 @@ class Scheduler:
             self._residency.release(version)
 
     def fail(self, plan: StepPlan, message: str) -> None:
-        """A step was not executed (out of memory, say): end every running sequence with an error.
+        """A step had no memory and was not executed: end as few sequences as possible, with an error.
 
-        All of them, because any may have found pages that this step was to fill; for the same reason the prefix cache
-        is emptied. The queue goes on. The next plan
-        repeats ``ended`` and ``freed_slots`` of this one; workers ignore what they have cleaned up already. If a later
-        plan is in flight, it has to be failed, too, after this one.
+        Those are the sequences whose prompts it was to compute, since prompts are what takes memory; in a step that
+        only decodes, the youngest. The others that it would have advanced go back to the queue, in front, and lose
+        nothing but time. The prefix cache is emptied, because it lists pages that this step was to fill. The next plan
+        repeats ``ended`` and ``freed_slots`` of this one; workers ignore what they have cleaned up already.
 
         Raises:
-            ValueError: another plan is older.
+            ValueError: another plan is in flight; commit it first.
         """
+        if len(self._state.in_flight) > 1:
+            raise ValueError("another plan is in flight; commit it first")
         releases = self._close(plan)
         copies = [copy.version for copy in plan.copies]
         self._residency.copies_done([], copies)
-        for seq in self._state.started(plan):
-            self._state.end(seq, failure(message), [], None)
+        self._state.give_up(plan, failure(message))
         # Pages of sequences that were aborted since the plan was made are among those that were not filled.
         self._kv.drop_all()
         for version in releases:

@@ -84,6 +84,16 @@ class State:
         running = [seq for seq in self.running.sequences() if seq.version == version]
         return [*running, *self.queue.of_version(version)]
 
+    def give_up(self, plan: StepPlan, reason: FinishReason) -> None:
+        """A plan was not executed: end the sequences of its prompts, or its youngest row; the other rows are preempted."""
+        victims = [chunk.seq for chunk in plan.chunks] or [row.seq for row in plan.rows[-1:]]
+        for seq in filter(None, map(self.sequences.get, victims)):
+            self.end(seq, reason, [], None)
+        # The youngest first: whoever is put in front last stays in front.
+        for seq in filter(None, (self.sequences.get(row.seq) for row in reversed(plan.rows))):
+            seq.num_pending -= 1
+            self.preempt(seq)
+
     def _leave(self, seq: Sequence) -> None:
         """A running sequence gives back its row, its pages, its adapter and the worker's state."""
         if self.running.remove(seq):
@@ -95,16 +105,6 @@ class State:
             releases.append(seq.version)
         else:
             self.residency.release(seq.version)
-
-    def started(self, plan: StepPlan) -> list[Sequence]:
-        """Sequences that compute something in ``plan`` or later, running or preempted since."""
-        computed = {chunk.seq for chunk in plan.chunks} | {row.seq for row in plan.rows}
-        preempted = [
-            seq
-            for seq in map(self.sequences.get, computed)
-            if seq is not None and seq.state is SequenceState.PREEMPTED
-        ]
-        return [*self.running.sequences(), *preempted]
 
     def check_integrity(self, limits: SchedulerLimits) -> None:
         """Compare the sets of sequences with each other and with what the managers hold.

@@ -7,8 +7,8 @@ table, M rows of T whose logits are wanted.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
 
+import numpy as np
 import torch
 
 from lorikeet.attention.base import AttentionInputs
@@ -17,6 +17,8 @@ from lorikeet.errors import EngineFault
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.staging import Upload, int_type
 
 
 @dataclass(slots=True)
@@ -24,27 +26,17 @@ class SequenceState:
     """What a worker remembers of a running sequence between steps.
 
     Attributes:
-        tokens: prompt and generated tokens; the newest may not have K/V yet.
-        pages: page table, as far as plans have extended it.
+        tokens: those that were known when it started; later ones are in ``Lanes.sampled_L``, on the device.
+        lane: where its page table and its newest token are.
         slot: device slot of its adapter, 0 for the base model.
         prompt_logprob_start: first prompt position whose log-probability is wanted, or -1.
     """
 
     tokens: list[int]
-    pages: list[int]
     num_prompt: int
+    lane: int
     slot: int
     prompt_logprob_start: int
-
-    @classmethod
-    def begin(cls, start: SequenceStart) -> SequenceState:
-        return cls(
-            tokens=list(start.token_ids),
-            pages=list(start.page_ids),
-            num_prompt=start.num_prompt,
-            slot=start.slot,
-            prompt_logprob_start=start.logprob_start,
-        )
 
     def prompt_logprob_rows(self, chunk: PrefillChunk) -> range:
         """Positions of ``chunk`` whose logits predict a prompt token that was asked for.
@@ -60,84 +52,144 @@ class SequenceState:
 
 @dataclass(slots=True)
 class StepLayout:
-    """Which rows of the logits belong to what.
+    """The rows of a step: chunks first, then sequences that decode.
 
     Attributes:
         prompt_rows: (sequence, first prompt position predicted, number of rows), in the order of the logits' rows.
         sampled: sequences that sample a token, in the order of the logits' last rows.
+        sampled_lanes: their lanes.
+        lanes_N: of all sequences of the step.
+        slots: adapter slots of all sequences of the step.
+        lengths_N: tokens of each.
+        ids_T, positions_T, logits_rows: see :class:`ForwardBatch`.
+        num_chunks: how many of the sequences are chunks.
     """
 
+    lanes_N: np.ndarray
+    lengths_N: np.ndarray
+    kv_lens_N: np.ndarray
+    ids_T: np.ndarray
+    positions_T: np.ndarray
+    num_chunks: int
+    slots: list[int]
+    sampled: list[int]
+    sampled_lanes: np.ndarray
+    logits_rows: list[int]
     prompt_rows: list[tuple[int, int, int]] = field(default_factory=list)
-    sampled: list[int] = field(default_factory=list)
+
+    @property
+    def is_decode(self) -> bool:
+        """True if every sequence computes its newest token and samples the next one."""
+        return self.num_chunks == 0
 
 
 class InputBuilder:
     """Keeps the states of running sequences and turns each plan into a :class:`ForwardBatch`."""
 
     def __init__(
-        self, kv: KVStorage, page_size: int, device: torch.device, lora: LoRABatchBuilder | None
+        self,
+        kv: KVStorage,
+        page_size: int,
+        device: torch.device,
+        lora: LoRABatchBuilder | None,
+        lanes: Lanes,
     ) -> None:
         self._kv = kv
         self._page_size = page_size
         self._device = device
         self._lora = lora
+        self._int = int_type(device)
+        self.lanes = lanes
         self.states: dict[int, SequenceState] = {}
 
     def apply(self, plan: StepPlan) -> None:
         """Open and extend the states that the plan names (ended ones are closed by :meth:`close`)."""
         for start in plan.starts:
-            self.states[start.seq] = SequenceState.begin(start)
-        for part in chain(plan.chunks, plan.rows):
-            self._state(part.seq).pages.extend(part.new_page_ids)
+            self.states[start.seq] = self._open(start)
+        for part in (*plan.chunks, *plan.rows):
+            self.lanes.extend(self._state(part.seq).lane, part.new_page_ids)
 
     def close(self, seq: int) -> None:
-        self.states.pop(seq, None)
+        """Forget a sequence; one that never started means nothing."""
+        state = self.states.pop(seq, None)
+        if state is not None:
+            self.lanes.close(state.lane)
 
-    def append(self, seq: int, token_id: int) -> None:
-        """Add the token that the sequence just sampled."""
-        self._state(seq).tokens.append(token_id)
-
-    def build(self, plan: StepPlan) -> tuple[ForwardBatch, StepLayout]:
-        """Lay out a step that computes at least one token.
+    def lay_out(self, plan: StepPlan) -> StepLayout:
+        """Which rows a step that computes at least one token has.
 
         The logits' rows are, in this order: rows wanted for prompt log-probabilities (by chunk), then one row for
         each sequence that samples. A row may appear in both parts.
         """
-        parts = _Parts(self._page_size)
+        parts = _Parts(self._int)
         for chunk in plan.chunks:
             parts.add_chunk(chunk, self._state(chunk.seq))
-        for row in plan.rows:
-            parts.add_row(row, self._state(row.seq))
+        parts.add_rows(plan.rows, [self._state(row.seq) for row in plan.rows])
+        return parts.layout()
+
+    def places(self, lanes: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where in the cache the K/V of each position of each lane go."""
+        size = self._page_size
+        return self.lanes.pages_LP[lanes, positions // size] * size + positions % size
+
+    def page_table(self, layout: StepLayout) -> np.ndarray:
+        """Page tables [N, P], as wide as the longest sequence needs."""
+        width = -(-int(layout.kv_lens_N.max()) // self._page_size)
+        return self.lanes.pages_LP[layout.lanes_N, :width]
+
+    def stage(
+        self, layout: StepLayout, more: list[np.ndarray]
+    ) -> tuple[ForwardBatch, list[torch.Tensor]]:
+        """The batch of a step, and ``more`` arrays, on the device."""
+        starts_N1 = np.zeros(len(layout.lengths_N) + 1, dtype=self._int)
+        np.cumsum(layout.lengths_N, out=starts_N1[1:])
+        lanes_T = np.repeat(layout.lanes_N, layout.lengths_N)
+        arrays = [
+            layout.ids_T,
+            layout.positions_T,
+            self.places(lanes_T, layout.positions_T),
+            self.page_table(layout),
+            starts_N1,
+            layout.kv_lens_N,
+            np.asarray(layout.logits_rows, dtype=self._int),
+        ]
+        ids, positions, places, table, starts, kv_lens, rows, *rest = Upload(
+            [*arrays, *more], self._device
+        ).tensors()
         batch = ForwardBatch(
-            input_ids_T=self._tensor(parts.input_ids),
-            positions_T=self._tensor(parts.positions),
+            input_ids_T=ids,
+            positions_T=positions,
             attn=AttentionInputs(
-                query_starts=parts.query_starts,
-                kv_lens=parts.kv_lens,
-                page_table_NP=self._page_table(parts.page_tables),
-                slot_mapping_T=self._tensor(parts.kv_slots),
+                query_starts=starts_N1.tolist(),
+                kv_lens=layout.kv_lens_N.tolist(),
+                page_table_NP=table,
+                slot_mapping_T=places,
                 page_size=self._page_size,
+                num_chunks=layout.num_chunks,
+                query_starts_N1=starts,
+                kv_lens_N=kv_lens,
             ),
             kv=self._kv,
-            lora=self._lora_batch(parts),
-            logits_rows_N=self._tensor(parts.prompt_rows + parts.sample_rows),
+            lora=self._lora_batch(layout),
+            logits_rows_N=None if layout.is_decode else rows,
+            sampled_L=self.lanes.sampled_L,
         )
-        return batch, parts.layout
+        return batch, rest
 
-    def _lora_batch(self, parts: _Parts):
+    def _lora_batch(self, layout: StepLayout):
         if self._lora is None:
             return None
-        lengths = [b - a for a, b in zip(parts.query_starts, parts.query_starts[1:], strict=False)]
         # Rows for prompt log-probabilities come first in the logits, so each sequence may own two runs of rows.
-        rows = parts.prompt_rows + parts.sample_rows
-        return self._lora.build(parts.slots, lengths, rows)
+        return self._lora.build(layout.slots, layout.lengths_N.tolist(), layout.logits_rows)
 
-    def _page_table(self, tables: list[list[int]]) -> torch.Tensor:
-        width = max(map(len, tables))
-        return self._tensor([table + [0] * (width - len(table)) for table in tables])
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _open(self, start: SequenceStart) -> SequenceState:
+        return SequenceState(
+            tokens=list(start.token_ids),
+            num_prompt=start.num_prompt,
+            lane=self.lanes.open(start.page_ids),
+            slot=start.slot,
+            prompt_logprob_start=start.logprob_start,
+        )
 
     def _state(self, seq: int) -> SequenceState:
         state = self.states.get(seq)
@@ -147,45 +199,72 @@ class InputBuilder:
 
 
 class _Parts:
-    """The lists that become a batch's tensors."""
+    """Collects the rows of a step."""
 
-    def __init__(self, page_size: int) -> None:
-        self._page_size = page_size
-        self.input_ids: list[int] = []
-        self.positions: list[int] = []
-        self.kv_slots: list[int] = []
-        self.query_starts: list[int] = [0]
-        self.kv_lens: list[int] = []
-        self.page_tables: list[list[int]] = []
-        self.slots: list[int] = []
-        self.prompt_rows: list[int] = []
-        self.sample_rows: list[int] = []
-        self.layout = StepLayout()
+    def __init__(self, dtype: type[np.integer]) -> None:
+        self._int = dtype
+        self._ids: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._num_tokens = 0
+        self._lanes: list[int] = []
+        self._lengths: list[int] = []
+        self._kv_lens: list[int] = []
+        self._slots: list[int] = []
+        self._num_chunks = 0
+        self._sampled: list[int] = []
+        self._sampled_lanes: list[int] = []
+        self._sample_rows: list[int] = []
+        self._prompt_rows: list[int] = []
+        self._prompts: list[tuple[int, int, int]] = []
 
     def add_chunk(self, chunk: PrefillChunk, state: SequenceState) -> None:
-        base = len(self.input_ids) - chunk.start
-        self._add(range(chunk.start, chunk.end), state)
+        base = self._num_tokens - chunk.start
+        length = chunk.end - chunk.start
+        self._ids.append(np.asarray(state.tokens[chunk.start : chunk.end], dtype=self._int))
+        self._positions.append(np.arange(chunk.start, chunk.end, dtype=self._int))
+        self._add(state, length, chunk.end)
+        self._num_chunks += 1
         wanted = state.prompt_logprob_rows(chunk)
         # Position 0 is predicted by nothing, but is reported with position 1, or alone if the prompt has no other.
         is_single = state.num_prompt == 1 and state.prompt_logprob_start == 0 and chunk.start == 0
         if wanted or is_single:
-            self.prompt_rows.extend(base + position for position in wanted)
-            self.layout.prompt_rows.append((chunk.seq, wanted.start + 1, len(wanted)))
+            self._prompt_rows.extend(base + position for position in wanted)
+            self._prompts.append((chunk.seq, wanted.start + 1, len(wanted)))
         if chunk.sample:
-            self.sample_rows.append(len(self.input_ids) - 1)
-            self.layout.sampled.append(chunk.seq)
+            self._sample(chunk.seq, state)
 
-    def add_row(self, row: DecodeRow, state: SequenceState) -> None:
-        self._add(range(row.position, row.position + 1), state)
-        self.sample_rows.append(len(self.input_ids) - 1)
-        self.layout.sampled.append(row.seq)
+    def add_rows(self, rows: list[DecodeRow], states: list[SequenceState]) -> None:
+        lanes = [state.lane for state in states]
+        # The newest token of a sequence that decodes is always one that was sampled here.
+        self._ids.append(-1 - np.asarray(lanes, dtype=self._int))
+        self._positions.append(np.asarray([row.position for row in rows], dtype=self._int))
+        for row, state in zip(rows, states, strict=True):
+            self._add(state, 1, row.position + 1)
+            self._sample(row.seq, state)
 
-    def _add(self, positions: range, state: SequenceState) -> None:
-        size, pages = self._page_size, state.pages
-        self.input_ids.extend(state.tokens[positions.start : positions.stop])
-        self.positions.extend(positions)
-        self.kv_slots.extend(pages[p // size] * size + p % size for p in positions)
-        self.query_starts.append(len(self.input_ids))
-        self.kv_lens.append(positions.stop)
-        self.page_tables.append(pages[: (positions.stop + size - 1) // size])
-        self.slots.append(state.slot)
+    def layout(self) -> StepLayout:
+        return StepLayout(
+            lanes_N=np.asarray(self._lanes, dtype=self._int),
+            lengths_N=np.asarray(self._lengths, dtype=self._int),
+            kv_lens_N=np.asarray(self._kv_lens, dtype=self._int),
+            ids_T=np.concatenate(self._ids),
+            positions_T=np.concatenate(self._positions),
+            num_chunks=self._num_chunks,
+            slots=self._slots,
+            sampled=self._sampled,
+            sampled_lanes=np.asarray(self._sampled_lanes, dtype=self._int),
+            logits_rows=self._prompt_rows + self._sample_rows,
+            prompt_rows=self._prompts,
+        )
+
+    def _add(self, state: SequenceState, length: int, kv_len: int) -> None:
+        self._num_tokens += length
+        self._lanes.append(state.lane)
+        self._lengths.append(length)
+        self._kv_lens.append(kv_len)
+        self._slots.append(state.slot)
+
+    def _sample(self, seq: int, state: SequenceState) -> None:
+        self._sampled.append(seq)
+        self._sampled_lanes.append(state.lane)
+        self._sample_rows.append(self._num_tokens - 1)

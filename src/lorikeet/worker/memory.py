@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class MemorySplit:
 
     def __str__(self) -> str:
         return (
-            f"weights {_size(self.weights_bytes)}, adapter pool {_size(self.pool_bytes)}, "
-            f"KV {_size(self.kv_bytes)} ({self.num_tokens} tokens)"
+            f"weights {size_text(self.weights_bytes)}, adapter pool {size_text(self.pool_bytes)}, "
+            f"KV {size_text(self.kv_bytes)} ({self.num_tokens} tokens)"
         )
 
 
@@ -40,7 +41,8 @@ class MemoryRequest:
         useful_tokens: more K/V than this could never be used (running requests x context).
         min_tokens: fewer than this cannot serve one request of full length.
         max_total_tokens: the user's own number; overrides the fraction.
-        fraction: part of ``available_bytes`` that weights, pool and K/V share.
+        fraction: part of ``available_bytes`` that weights, pool and K/V share; None is ``default_fraction``.
+        reserve_bytes: what steps themselves need of it: activations, logits, graphs.
     """
 
     weights_bytes: int
@@ -52,6 +54,8 @@ class MemoryRequest:
     min_tokens: int
     max_total_tokens: int | None = None
     fraction: float | None = None
+    default_fraction: float = DEFAULT_CPU_FRACTION
+    reserve_bytes: int = 0
 
 
 def split_memory(request: MemoryRequest) -> MemorySplit:
@@ -63,13 +67,15 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
     Raises:
         ConfigError: what is left holds less than ``min_tokens``; the message has the numbers and the flags to change.
     """
-    budget = int(request.available_bytes * (request.fraction or DEFAULT_CPU_FRACTION))
-    left = budget - request.weights_bytes - request.pool_bytes
+    _check_fraction(request)
+    most = request.available_bytes - request.reserve_bytes
+    budget = int(request.available_bytes * (request.fraction or request.default_fraction))
+    left = min(budget, most) - request.weights_bytes - request.pool_bytes
     page_bytes = request.kv_bytes_per_token * request.page_size
     if request.max_total_tokens is not None:
         # The user's number is taken as it is, short of what does not exist at all.
         tokens, needed = request.max_total_tokens, request.max_total_tokens
-        left = request.available_bytes - request.weights_bytes - request.pool_bytes
+        left = most - request.weights_bytes - request.pool_bytes
     else:
         tokens, needed = request.useful_tokens, min(request.min_tokens, request.useful_tokens)
     if needed * request.kv_bytes_per_token > left:
@@ -82,6 +88,20 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
         num_pages=max(1, num_pages),
         page_size=request.page_size,
     )
+
+
+def _check_fraction(request: MemoryRequest) -> None:
+    """A fraction that leaves too little for the steps would fail in the middle of one."""
+    if request.fraction is None or request.reserve_bytes == 0:
+        return
+    left = int(request.available_bytes * (1 - request.fraction))
+    if left < request.reserve_bytes:
+        highest = math.floor(100 * (1 - request.reserve_bytes / request.available_bytes)) / 100
+        raise ConfigError(
+            f"--mem-fraction-static {request.fraction} leaves {size_text(left)} for the steps themselves, which need "
+            f"{size_text(request.reserve_bytes)}; allowed: at most {max(highest, 0)}, or lower --chunked-prefill-size or "
+            "--max-running-requests"
+        )
 
 
 def available_host_bytes() -> int:
@@ -100,13 +120,14 @@ def available_host_bytes() -> int:
 
 def _shortage(request: MemoryRequest, needed_tokens: int, left: int) -> str:
     return (
-        f"not enough memory: {_size(request.available_bytes)} available; weights need "
-        f"{_size(request.weights_bytes)}, the adapter pool {_size(request.pool_bytes)}, and K/V for "
-        f"{needed_tokens} tokens {_size(needed_tokens * request.kv_bytes_per_token)}, but {_size(max(0, left))} is "
+        f"not enough memory: {size_text(request.available_bytes)} available; weights need "
+        f"{size_text(request.weights_bytes)}, the adapter pool {size_text(request.pool_bytes)}, "
+        f"{f'a step {size_text(request.reserve_bytes)}, ' if request.reserve_bytes else ''}and K/V for "
+        f"{needed_tokens} tokens {size_text(needed_tokens * request.kv_bytes_per_token)}, but {size_text(max(0, left))} is "
         "left for it. Lower --context-length, --max-total-tokens, --max-loras-per-batch or --max-lora-rank, or raise "
         "--mem-fraction-static"
     )
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.2f} MB"

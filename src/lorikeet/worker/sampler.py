@@ -1,14 +1,18 @@
 """Logits in, tokens and log-probabilities out, for a batch of sequences with different sampling parameters.
 
+``launch`` queues the work on the device and ``finish`` of what it returns reads the tokens; between the two the next
+step may be launched, since everything that it needs of a token (its id, its count) is on the device already. Only a
+grammar needs the token itself: see :meth:`Sampler.needs_tokens`.
+
 Shape suffixes: N rows of the batch, M rows of the batch that use a feature, V vocab, T prompt positions, E entries of a
-sparse (row, token) list, W words of a token bitmask.
+sparse (row, token) list, W words of a token bitmask, L lanes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +20,16 @@ from lorikeet.core.plan import SampledToken, SequenceStart
 from lorikeet.core.request import SamplingParams, TokenLogprobs
 from lorikeet.errors import RequestError
 from lorikeet.ops import sampling as ops
+from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.worker.grammar import GrammarCompiler, GrammarMatcher
+from lorikeet.worker.logit_rules import LogitRules
+from lorikeet.worker.logprobs import PendingLogprobs, PendingPrompt
+from lorikeet.worker.pending_sample import PendingSample
 from lorikeet.worker.sampling_state import SamplingState
+from lorikeet.worker.staging import upload
 
 __all__ = ["Sampler"]
 
-# A row that failed reports this token: a valid id, so that a step already planned after it can still run.
-_PLACEHOLDER = 0
-# JSON has no infinity; a token that the model excludes altogether reports the lowest float32 instead.
-_LOWEST = torch.finfo(torch.float32).min
 # Prompt log-probabilities are computed in blocks of about this many float32 values (64 MB).
 _BLOCK_ELEMENTS = 2**24
 
@@ -42,6 +47,7 @@ class Sampler:
             not be sampled.
         device: where the logits are.
         grammars: compiler for constrained requests; None refuses them.
+        draw: chooses tokens where greedy decoding and temperature are all that any row asks for.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
         device: torch.device | str,
         grammars: GrammarCompiler | None,
+        draw: DrawOp = draw_tokens_torch,
     ) -> None:
         if grammars is not None and grammars.vocab_size != vocab_size:
             raise ValueError(
@@ -60,6 +67,8 @@ class Sampler:
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self._device = torch.device(device)
         self._grammars = grammars
+        self._draw_tokens = draw
+        self._rules = LogitRules(vocab_size, self._device)
         self._states: dict[int, SamplingState] = {}
 
     def start(self, start: SequenceStart) -> None:
@@ -92,10 +101,39 @@ class Sampler:
         del self._states[seq]
 
     def sample(self, logits_NV: Tensor, seqs: list[int]) -> list[SampledToken]:
-        """One token per row, and each sequence's state advanced by it. ``logits_NV`` is not changed.
+        """``launch`` and ``finish`` at once; for callers without lanes."""
+        lanes = np.full(len(seqs), -1, dtype=np.int64)
+        arrays = self.arrays(seqs, lanes)
+        inputs = [upload(array, self._device) for array in arrays]
+        nowhere_L = torch.zeros(1, dtype=torch.int64, device=self._device)
+        return self.launch(logits_NV, seqs, inputs, nowhere_L).finish()
 
-        A row whose logits hold NaN or +inf, or that leaves no token possible, gets ``SampledToken.error``; its state
-        does not advance and the other rows are not affected.
+    def needs_tokens(self, seqs: list[int]) -> bool:
+        """True if the tokens that were launched last must be finished before these sequences can sample again."""
+        return any(self._states[seq].matcher is not None for seq in seqs)
+
+    def arrays(self, seqs: list[int], lanes: np.ndarray) -> list[np.ndarray]:
+        """What :meth:`launch` needs on the device: temperature (0 is greedy), seed, tokens so far and lane, each [N]."""
+        states = [self._states[seq] for seq in seqs]
+        greedy = [state.sampling.is_greedy for state in states]
+        temperatures = [
+            0.0 if is_greedy else state.temperature
+            for state, is_greedy in zip(states, greedy, strict=True)
+        ]
+        return [
+            np.asarray(temperatures, dtype=np.float32),
+            np.asarray([state.seed for state in states], dtype=np.int64),
+            np.asarray([state.num_outputs for state in states], dtype=np.int64),
+            lanes,
+        ]
+
+    def launch(
+        self, logits_NV: Tensor, seqs: list[int], inputs: list[Tensor], sampled_L: Tensor
+    ) -> PendingSample:
+        """Choose one token per row. ``logits_NV`` is not changed, and may be once this has returned.
+
+        A row whose logits hold NaN or +inf, or that leaves no token possible, gets ``SampledToken.error``; the other
+        rows are not affected.
 
         Log-probabilities are those of the raw distribution: the log-softmax of the logits as the model returned
         them, before penalties, bias, grammar and temperature.
@@ -103,34 +141,33 @@ class Sampler:
         Args:
             logits_NV: any float type, at least ``vocab_size`` columns; computed with in float32.
             seqs: the sequence of each row.
+            inputs: :meth:`arrays` on the device.
+            sampled_L: receives each row's token at its lane.
         """
         if not seqs:
-            return []
+            return PendingSample([], None, [])
         states = [self._states[seq] for seq in seqs]
-        raw_NV = self._real_columns(logits_NV, len(seqs))
-        if all(state.is_plain_greedy for state in states):
-            peaks_N, tokens_N = raw_NV.max(dim=-1)
-            scores_N = peaks_N
-        else:
-            peaks_N = raw_NV.amax(dim=-1)
-            final_NV = self._modified(raw_NV, states)
-            tokens_N = self._choose(final_NV, states)
-            scores_N = final_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
-        errors = [
-            state.error or _row_error(peak, score)
-            for state, peak, score in zip(states, peaks_N.tolist(), scores_N.tolist(), strict=True)
-        ]
-        logprobs = self._chosen_logprobs(raw_NV, tokens_N, states)
-        return [
-            _finish_row(state, token, logprob, error)
-            for state, token, logprob, error in zip(
-                states, tokens_N.tolist(), logprobs, errors, strict=True
+        real_NV = self._real_columns(logits_NV, len(seqs))
+        if all(state.is_plain for state in states):
+            temperature_N, seeds_N, counters_N, lanes_N = inputs
+            tokens_N, scores_N2 = self._draw_tokens(
+                real_NV, temperature_N, seeds_N, counters_N, lanes_N, sampled_L
             )
-        ]
+        else:
+            tokens_N, scores_N2 = self._by_rules(real_NV.to(torch.float32), states)
+            _note_tokens(sampled_L, inputs[-1], tokens_N)
+        logprobs = self._chosen_logprobs(real_NV, tokens_N, states)
+        for row, state in enumerate(states):
+            state.launched(tokens_N[row : row + 1])
+        return PendingSample(states, (tokens_N, scores_N2), logprobs)
 
     def prompt_logprobs(
         self, logits_TV: Tensor, seq: int, first_position: int
     ) -> list[TokenLogprobs]:
+        """:meth:`launch_prompt` and ``finish`` at once."""
+        return self.launch_prompt(logits_TV, seq, first_position).finish()
+
+    def launch_prompt(self, logits_TV: Tensor, seq: int, first_position: int) -> PendingPrompt:
         """Log-probabilities of prompt tokens: row i of the logits predicts position ``first_position + i``.
 
         One entry per row. If ``first_position`` is 1 and the sequence asked for position 0, an entry for position 0
@@ -147,18 +184,18 @@ class Sampler:
                 f"sequence {seq}: positions [{first_position}, {first_position + num_rows}) are not in "
                 f"[1, {len(state.prompt)})"
             )
-        found: list[TokenLogprobs] = []
+        known: list[TokenLogprobs] = []
         if first_position == 1 and state.logprob_start == 0:
-            found.append(TokenLogprobs(None, state.prompt[0], []))
-        raw_TV = logits_TV[:, : self._vocab_size]
-        num_top = max(state.num_top, 0)
-        block = max(1, _BLOCK_ELEMENTS // self._vocab_size)
-        for begin in range(0, num_rows, block):
-            rows_TV = self._real_columns(raw_TV[begin : begin + block], None)
+            known.append(TokenLogprobs(None, state.prompt[0], []))
+        blocks: list[PendingLogprobs] = []
+        size = max(1, _BLOCK_ELEMENTS // self._vocab_size)
+        for begin in range(0, num_rows, size):
+            rows_TV = self._real_columns(logits_TV[begin : begin + size], None).to(torch.float32)
             position = first_position + begin
-            tokens = state.prompt[position : position + rows_TV.shape[0]]
-            found += _logprobs(rows_TV, torch.tensor(tokens, device=rows_TV.device), num_top)
-        return found
+            tokens = np.asarray(state.prompt[position : position + rows_TV.shape[0]], np.int64)
+            tokens_T = upload(tokens, rows_TV.device)
+            blocks.append(PendingLogprobs(rows_TV, tokens_T, max(state.num_top, 0)))
+        return PendingPrompt(known, blocks)
 
     def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
         if sampling.grammar is None:
@@ -169,7 +206,7 @@ class Sampler:
         return self._grammars.matcher(sampling)
 
     def _real_columns(self, logits_NV: Tensor, num_rows: int | None) -> Tensor:
-        """The logits as float32 without padding columns.
+        """The logits without padding columns.
 
         Raises:
             ValueError: they do not have one row per sequence or have fewer columns than there are tokens.
@@ -180,71 +217,14 @@ class Sampler:
                 f"logits are {rows} x {columns}; expected {num_rows or rows} rows and at least "
                 f"{self._vocab_size} columns"
             )
-        return logits_NV[:, : self._vocab_size].to(torch.float32)
+        return logits_NV[:, : self._vocab_size]
 
-    def _modified(self, raw_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
-        """The logits after penalties, bias, min_new_tokens and grammar; ``raw_NV`` itself if no row has any."""
-        modifiers: list[tuple[Callable[[SamplingState], bool], Callable[..., None]]] = [
-            (lambda state: state.seen_V is not None, self._penalise_repetition_),
-            (lambda state: state.counts_V is not None, self._penalise_counts_),
-            (lambda state: state.bias is not None, self._bias_),
-            (lambda state: state.is_early and state.matcher is None, self._ban_stops_),
-            (lambda state: state.matcher is not None, self._apply_grammar_),
-        ]
-        final_NV = raw_NV
-        for uses, modify_ in modifiers:
-            rows = [index for index, state in enumerate(states) if uses(state)]
-            if not rows:
-                continue
-            if final_NV is raw_NV:
-                final_NV = raw_NV.clone()
-            users = [states[row] for row in rows]
-            rows_M = torch.tensor(rows, device=raw_NV.device)
-            modify_(final_NV, rows_M, users)
-        return final_NV
-
-    def _penalise_repetition_(
-        self, final_NV: Tensor, rows_M: Tensor, users: list[SamplingState]
-    ) -> None:
-        part_MV = final_NV[rows_M]
-        seen_MV = torch.stack([user.seen_V for user in users if user.seen_V is not None])
-        penalty_M = self._floats([user.sampling.repetition_penalty for user in users])
-        ops.penalise_repetition_(part_MV, seen_MV, penalty_M)
-        final_NV[rows_M] = part_MV
-
-    def _penalise_counts_(
-        self, final_NV: Tensor, rows_M: Tensor, users: list[SamplingState]
-    ) -> None:
-        part_MV = final_NV[rows_M]
-        counts_MV = torch.stack([user.counts_V for user in users if user.counts_V is not None])
-        frequency_M = self._floats([user.sampling.frequency_penalty for user in users])
-        presence_M = self._floats([user.sampling.presence_penalty for user in users])
-        ops.penalise_counts_(part_MV, counts_MV, frequency_M, presence_M)
-        final_NV[rows_M] = part_MV
-
-    def _bias_(self, final_NV: Tensor, rows_M: Tensor, users: list[SamplingState]) -> None:
-        biases = [user.bias for user in users if user.bias is not None]
-        lengths_M = torch.tensor([len(tokens_E) for tokens_E, _ in biases], device=rows_M.device)
-        rows_E = rows_M.repeat_interleave(lengths_M)
-        tokens_E = torch.cat([tokens_E for tokens_E, _ in biases])
-        ops.add_bias_(final_NV, rows_E, tokens_E, torch.cat([values_E for _, values_E in biases]))
-
-    def _ban_stops_(self, final_NV: Tensor, rows_M: Tensor, users: list[SamplingState]) -> None:
-        lengths_M = torch.tensor([len(user.early_stops) for user in users], device=rows_M.device)
-        tokens_E = torch.tensor(
-            [token for user in users for token in user.early_stops], device=rows_M.device
-        )
-        ops.ban_(final_NV, rows_M.repeat_interleave(lengths_M), tokens_E)
-
-    def _apply_grammar_(self, final_NV: Tensor, rows_M: Tensor, users: list[SamplingState]) -> None:
-        bits_MW = torch.zeros((len(users), (self._vocab_size + 31) // 32), dtype=torch.int32)
-        for row, user in enumerate(users):
-            # A sequence whose grammar has failed keeps all bits 0: no token, and its own error is reported.
-            if user.matcher is not None and user.error is None:
-                user.matcher.fill(bits_MW, row, user.early_stops if user.is_early else ())
-        part_MV = final_NV[rows_M]
-        ops.apply_bitmask_(part_MV, bits_MW.to(part_MV.device))
-        final_NV[rows_M] = part_MV
+    def _by_rules(self, raw_NV: Tensor, states: Sequence[SamplingState]) -> tuple[Tensor, Tensor]:
+        """Tokens [N] and scores [N, 2] (largest raw logit, final logit of the token) where rows have rules."""
+        final_NV = self._rules.apply(raw_NV, states)
+        tokens_N = self._choose(final_NV, states)
+        scores_N = final_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)
+        return tokens_N, torch.stack((raw_NV.amax(dim=-1), scores_N), dim=1)
 
     def _choose(self, final_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """Argmax for greedy rows (the lowest id of equals), a draw for the others; int64 [N]."""
@@ -254,91 +234,35 @@ class Sampler:
         users = [states[row] for row in drawn]
         if len(users) == len(states):
             return self._draw(final_NV, users)
-        rows_M = torch.tensor(drawn, device=final_NV.device)
+        rows_M = upload(np.asarray(drawn, np.int64), final_NV.device)
         tokens_N = final_NV.argmax(dim=-1)
         tokens_N[rows_M] = self._draw(final_NV[rows_M], users)
         return tokens_N
 
     def _draw(self, final_MV: Tensor, users: Sequence[SamplingState]) -> Tensor:
-        scaled_MV = ops.scale_temperature(final_MV, self._floats([u.temperature for u in users]))
-        self._filter_(scaled_MV, users)
-        seeds_M = torch.tensor([user.seed for user in users], device=final_MV.device)
-        counters_M = torch.tensor([user.num_outputs for user in users], device=final_MV.device)
-        return ops.draw(scaled_MV, ops.row_keys(seeds_M, counters_M))
-
-    def _filter_(self, scaled_MV: Tensor, users: Sequence[SamplingState]) -> None:
-        """Top-k, top-p and min-p for the rows that use one of them."""
-        params = [user.sampling for user in users]
-        rows = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-        if not rows:
-            return
-        used = [params[row] for row in rows]
-        top_ks = [min(p.top_k, self._vocab_size) if p.top_k > 0 else self._vocab_size for p in used]
-        uses_top_k = any(p.top_k > 0 for p in used)
-        uses_top_p = any(p.top_p < 1 for p in used)
-        uses_min_p = any(p.min_p > 0 for p in used)
-        rows_M = torch.tensor(rows, device=scaled_MV.device)
-        part_MV = scaled_MV if len(rows) == len(users) else scaled_MV[rows_M]
-        ops.keep_likely_(
-            part_MV,
-            top_k_N=torch.tensor(top_ks, device=scaled_MV.device) if uses_top_k else None,
-            top_p_N=self._floats([p.top_p for p in used]) if uses_top_p else None,
-            min_p_N=self._floats([p.min_p for p in used]) if uses_min_p else None,
-            max_top_k=max(top_ks),
-        )
-        if part_MV is not scaled_MV:
-            scaled_MV[rows_M] = part_MV
+        temperature_M = np.asarray([user.temperature for user in users], np.float32)
+        scaled_MV = ops.scale_temperature(final_MV, upload(temperature_M, self._device))
+        self._rules.filter_(scaled_MV, users)
+        seeds_M = upload(np.asarray([user.seed for user in users], np.int64), self._device)
+        counters = np.asarray([user.num_outputs for user in users], np.int64)
+        return ops.draw(scaled_MV, ops.row_keys(seeds_M, upload(counters, self._device)))
 
     def _chosen_logprobs(
-        self, raw_NV: Tensor, tokens_N: Tensor, states: Sequence[SamplingState]
-    ) -> list[TokenLogprobs | None]:
-        """One per row; None where the sequence did not ask for them."""
-        found: list[TokenLogprobs | None] = [None] * len(states)
+        self, real_NV: Tensor, tokens_N: Tensor, states: Sequence[SamplingState]
+    ) -> list[tuple[list[int], list[int], PendingLogprobs]]:
+        """Rows that asked for them, how many tokens each wants, and the values; no entry if none did."""
         rows = [row for row, state in enumerate(states) if state.num_top >= 0]
         if not rows:
-            return found
-        rows_M = torch.tensor(rows, device=raw_NV.device)
+            return []
+        rows_M = upload(np.asarray(rows, np.int64), real_NV.device)
         wanted = [states[row].num_top for row in rows]
-        values = _logprobs(raw_NV[rows_M], tokens_N[rows_M], max(wanted))
-        for row, num_top, value in zip(rows, wanted, values, strict=True):
-            found[row] = TokenLogprobs(value.logprob, value.token_id, value.top[:num_top])
-        return found
-
-    def _floats(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)
+        logits_MV = real_NV[rows_M].to(torch.float32)
+        return [(rows, wanted, PendingLogprobs(logits_MV, tokens_N[rows_M], max(wanted)))]
 
 
-def _row_error(peak: float, score: float) -> str | None:
-    """Why a row has no token, from its largest raw logit and the chosen token's final logit."""
-    if math.isnan(peak) or peak == math.inf:
-        return "the model returned logits that are not finite (NaN or infinity)"
-    if score == -math.inf:
-        return "no token is possible: logits, stop tokens and grammar together exclude all of them"
-    return None
-
-
-def _finish_row(
-    state: SamplingState, token: int, logprobs: TokenLogprobs | None, error: str | None
-) -> SampledToken:
-    if error is None and not state.advance(token):
-        error = f"the grammar does not admit the sampled token {token}"
-    if error is not None:
-        state.error = error
-        return SampledToken(seq=state.seq, token_id=_PLACEHOLDER, error=error)
-    return SampledToken(seq=state.seq, token_id=token, logprobs=logprobs)
-
-
-def _logprobs(logits_NV: Tensor, tokens_N: Tensor, num_top: int) -> list[TokenLogprobs]:
-    """Values on the host. Most likely tokens that the model excludes altogether (-inf) are not listed."""
-    chosen_N, values_NK, ids_NK = ops.token_logprobs(logits_NV, tokens_N, num_top)
-    rows = zip(
-        chosen_N.tolist(), tokens_N.tolist(), values_NK.tolist(), ids_NK.tolist(), strict=True
-    )
-    return [
-        TokenLogprobs(
-            None if math.isnan(value) else max(value, _LOWEST),
-            token,
-            [pair for pair in zip(top_values, top_ids, strict=True) if pair[0] > -math.inf],
-        )
-        for value, token, top_values, top_ids in rows
-    ]
+def _note_tokens(sampled_L: Tensor, lanes_N: Tensor, tokens_N: Tensor) -> None:
+    """``sampled[lane] = token`` for rows that have a lane; without looking at the lanes, which may be on a device."""
+    lanes_N = lanes_N.to(torch.int64)
+    kept_N = sampled_L.index_select(0, lanes_N.clamp_min(0))
+    new_N = torch.where(lanes_N < 0, kept_N, tokens_N)
+    sampled_L.index_copy_(0, lanes_N.clamp_min(0), new_N)

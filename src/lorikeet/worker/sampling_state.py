@@ -5,6 +5,7 @@ Shape suffix: V vocab.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
 from lorikeet.ops.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE
 from lorikeet.worker.grammar import GrammarMatcher
+from lorikeet.worker.staging import upload
 
 __all__ = ["SamplingState"]
 
@@ -26,7 +28,7 @@ class SamplingState:
         seq: the sequence's number.
         sampling: its parameters.
         seed: key of its noise; with ``num_outputs``, the counter, it determines the noise of the next draw.
-        num_outputs: tokens sampled so far.
+        num_outputs: tokens sampled so far, those on their way included.
         num_top: how many of the most likely tokens to report; -1 if no log-probabilities are wanted at all.
         logprob_start: first prompt position whose log-probability is wanted, or -1.
         prompt: the prompt if ``logprob_start`` is not -1, else empty.
@@ -77,10 +79,16 @@ class SamplingState:
         return self.num_outputs < self.sampling.min_new_tokens and bool(self.early_stops)
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """True if the next token is the argmax of the unmodified logits."""
+    def is_filtered(self) -> bool:
+        """True if top-k, top-p or min-p exclude tokens from the draw."""
+        sampling = self.sampling
+        return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the next token is the argmax of the unmodified logits, or a draw from all of them."""
         return (
-            self.sampling.is_greedy
+            (self.sampling.is_greedy or not self.is_filtered)
             and self.counts_V is None
             and self.seen_V is None
             and self.bias is None
@@ -88,16 +96,17 @@ class SamplingState:
             and not self.is_early
         )
 
-    def advance(self, token_id: int) -> bool:
-        """The sequence sampled this token. False, and nothing changes, if its grammar does not admit it."""
-        if self.matcher is not None and not self.matcher.accept(token_id):
-            return False
+    def launched(self, token_1: Tensor) -> None:
+        """The sequence samples this token, which only the device may know yet."""
         self.num_outputs += 1
         if self.counts_V is not None:
-            self.counts_V[token_id] += 1
+            self.counts_V.index_add_(0, token_1, self.counts_V.new_ones(1))
         if self.seen_V is not None:
-            self.seen_V[token_id] = True
-        return True
+            self.seen_V.index_fill_(0, token_1, value=True)
+
+    def accept(self, token_id: int) -> bool:
+        """The host knows the token. False, and nothing changes, if the grammar does not admit it."""
+        return self.matcher is None or self.matcher.accept(token_id)
 
     def _replay(self, outputs: list[int]) -> None:
         """After a preemption; the histories have them already."""
@@ -116,18 +125,19 @@ def _histories(
     sampling = start.sampling
     counts_V = seen_V = None
     if sampling.frequency_penalty != 0 or sampling.presence_penalty != 0:
-        tokens = torch.tensor(outputs, dtype=torch.int64, device=device)
-        counts_V = torch.bincount(tokens, minlength=vocab_size).to(torch.float32)
+        tokens = upload(np.asarray(outputs, np.int64), device)
+        ones = torch.ones(len(outputs), device=device)
+        counts_V = torch.zeros(vocab_size, device=device).index_add_(0, tokens, ones)
     if sampling.repetition_penalty != 1:
         seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        seen_V[torch.tensor(start.token_ids, dtype=torch.int64, device=device)] = True
+        tokens = upload(np.asarray(start.token_ids, np.int64), device)
+        seen_V.index_fill_(0, tokens, value=True)
     return counts_V, seen_V
 
 
 def _bias(sampling: SamplingParams, device: torch.device) -> tuple[Tensor, Tensor] | None:
     if not sampling.logit_bias:
         return None
-    return (
-        torch.tensor(list(sampling.logit_bias), dtype=torch.int64, device=device),
-        torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device),
-    )
+    tokens = np.asarray(list(sampling.logit_bias), dtype=np.int64)
+    values = np.asarray(list(sampling.logit_bias.values()), dtype=np.float32)
+    return upload(tokens, device), upload(values, device)

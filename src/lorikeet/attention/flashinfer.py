@@ -1,0 +1,348 @@
+"""Attention by FlashInfer: paged keys and values on an NVIDIA GPU.
+
+Prompt chunks go through its paged prefill kernels (FlashAttention-3 on Hopper, else 2), rows that decode through one of
+three ways; a step with both uses both, each on its own rows. The kernels are compiled when they are first used, and
+kept on disk.
+
+What a step needs beside its tensors (a *plan*: how the work is cut into parts) is worked out on the host, once for each
+window size; XQA needs none.
+
+Shape legend: T tokens of the step, N sequences, P pages of the longest page table, Q query heads, K key/value heads,
+H head size, W head size as it is stored, C token places in the cache, B pages of the storage, S places of a page,
+I pages in use by the sequences at hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from lorikeet.attention.base import AttentionInputs
+from lorikeet.attention.flashinfer_plan import Pages, Planned, Shape, Turns, on_host, pages_of
+from lorikeet.errors import ConfigError
+from lorikeet.kv.storage import KVStorage
+
+DECODE_PATHS = ("xqa", "fa2-tc", "fa2")
+
+# What the prefill kernels are made for; other heads are stored with zeros behind them.
+_STORED_HEAD_DIMS = (64, 128, 256)
+_XQA_PAGE_SIZES = (16, 32, 64, 128)
+# XQA cuts a sequence into parts until this many blocks run on each multiprocessor.
+_XQA_BLOCKS_PER_SM = 1
+_XQA_SCRATCH_BYTES = 32 * 2**20
+# One 4-byte counter for each sequence and key head.
+_XQA_SEMAPHORE_BYTES = 2**20
+# Partial results of sequences that FlashAttention-2 cuts into parts; the library refuses a plan that needs more.
+_FA2_WORKSPACE_BYTES = 384 * 2**20
+# FlashAttention-3 cuts nothing, but wants a workspace.
+_FA3_WORKSPACE_BYTES = 2**20
+
+
+class _Decoder(Protocol):
+    """Rows with one query each."""
+
+    def prepare(self, inputs: AttentionInputs) -> None: ...
+
+    def run(
+        self,
+        q_NQW: torch.Tensor,
+        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
+        inputs: AttentionInputs,
+        window: int | None,
+        out_NQW: torch.Tensor,
+    ) -> None: ...
+
+
+class FlashInferBackend:
+    """See :class:`lorikeet.attention.base.AttentionBackend`.
+
+    Args:
+        num_heads, num_kv_heads: of this rank.
+        page_size: of the storage.
+        dtype: of queries, keys and values.
+        decode: one of ``DECODE_PATHS``; None takes XQA where it runs (Hopper, pages of 16 to 128), else ``fa2-tc``.
+
+    Raises:
+        ConfigError: FlashInfer is not installed, or does not serve such a type, head size or page size.
+    """
+
+    name = "flashinfer"
+    max_graph_kv_len: int | None = None
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        decode: str | None = None,
+    ) -> None:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"--attention-backend flashinfer serves float16 and bfloat16, not "
+                f"{str(dtype).removeprefix('torch.')}; --attention-backend sdpa serves it"
+            )
+        stored_dim = self.storage_head_dim(head_dim)
+        self._shape = Shape(num_heads, num_kv_heads, head_dim, stored_dim, page_size, dtype, device)
+        library = _load_library()
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        self.decode = _decode_path(decode, page_size, is_hopper=is_hopper)
+        prefill = "fa3" if is_hopper else "fa2"
+        uses_fa2 = prefill == "fa2" or self.decode != "xqa"
+        workspace = torch.empty(
+            _FA2_WORKSPACE_BYTES if uses_fa2 else _FA3_WORKSPACE_BYTES,
+            dtype=torch.uint8,
+            device=device,
+        )
+        self._prefill = _Prefill(library, self._shape, workspace, prefill)
+        self._decoder: _Decoder
+        if self.decode == "xqa":
+            self._decoder = _XQA(self._shape)
+        else:
+            self._decoder = _FA2Decode(
+                library, self._shape, workspace, tensor_cores=self.decode == "fa2-tc"
+            )
+        self._inputs: AttentionInputs | None = None
+
+    def storage_head_dim(self, head_dim: int) -> int:
+        for stored_dim in _STORED_HEAD_DIMS:
+            if head_dim <= stored_dim:
+                return stored_dim
+        raise ConfigError(
+            f"--attention-backend flashinfer serves heads of at most {_STORED_HEAD_DIMS[-1]}, the model's have "
+            f"{head_dim}; --attention-backend sdpa serves them"
+        )
+
+    def prepare(self, inputs: AttentionInputs) -> None:
+        self._inputs = inputs
+        self._prefill.prepare()
+        self._decoder.prepare(inputs)
+
+    def forward(
+        self,
+        q_TQH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        kv: KVStorage,
+        layer: int,
+        inputs: AttentionInputs,
+        window: int | None,
+    ) -> torch.Tensor:
+        if inputs is not self._inputs:
+            self.prepare(inputs)
+        shape = self._shape
+        padding = shape.stored_dim - shape.head_dim
+        q_TQW = functional.pad(q_TQH, (0, padding)) if padding else q_TQH.contiguous()
+        page = (shape.page_size, shape.num_kv_heads, shape.stored_dim)
+        kv_BSKW = (kv.k[layer].view(-1, *page), kv.v[layer].view(-1, *page))
+        out_TQW = torch.empty_like(q_TQW)
+        first = inputs.query_starts[inputs.num_chunks]
+        if first > 0:
+            self._prefill.run(q_TQW[:first], kv_BSKW, inputs, window, out_TQW[:first])
+        if first < len(q_TQW):
+            self._decoder.run(q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:])
+        return out_TQW[..., : shape.head_dim].contiguous()
+
+
+class _Prefill:
+    """Prompt chunks: the first ``num_chunks`` sequences of a step."""
+
+    def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor, backend: str) -> None:
+        self._library = library
+        self._shape = shape
+        self._workspace = workspace
+        self._backend = backend
+        self._turns: dict[int | None, Turns] = {}
+        self._ready: dict[int | None, Any] = {}
+        self._pages: Pages | None = None
+
+    def prepare(self) -> None:
+        self._ready.clear()
+        self._pages = None
+
+    def run(
+        self,
+        q_TQW: torch.Tensor,
+        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
+        inputs: AttentionInputs,
+        window: int | None,
+        out_TQW: torch.Tensor,
+    ) -> None:
+        wrapper = self._ready.get(window)
+        if wrapper is None:
+            wrapper = self._ready[window] = self._plan(inputs, window)
+        wrapper.run(q_TQW, kv_BSKW, out=out_TQW)
+
+    def _plan(self, inputs: AttentionInputs, window: int | None) -> Any:
+        if self._pages is None:
+            self._pages = pages_of(inputs, 0, inputs.num_chunks)
+        pages = self._pages
+        if window not in self._turns:
+            self._turns[window] = Turns(self._new(), self._new())
+        starts = np.asarray(inputs.query_starts[: inputs.num_chunks + 1], dtype=np.int32)
+        return (
+            self._turns[window]
+            .take()
+            .plan(
+                on_host(starts, inputs),
+                pages.starts,
+                pages.pages_I,
+                pages.last_lens,
+                window=window,
+                causal=True,
+            )
+        )
+
+    def _new(self) -> Planned:
+        make = self._library.BatchPrefillWithPagedKVCacheWrapper
+        return Planned(make(self._workspace, "NHD", backend=self._backend), self._shape)
+
+
+class _XQA:
+    """Rows that decode, by a kernel that reads page table and lengths on the device and cuts the work by itself."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self._call = importlib.import_module("flashinfer.xqa").xqa
+        device = shape.device
+        # Counters that the kernel leaves as it found them, at zero.
+        self._semaphores = torch.zeros(_XQA_SEMAPHORE_BYTES, dtype=torch.uint8, device=device)
+        self._scratch = torch.empty(_XQA_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+        self._num_blocks = 1
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self._num_blocks = properties.multi_processor_count * _XQA_BLOCKS_PER_SM
+
+    def prepare(self, inputs: AttentionInputs) -> None:
+        del inputs
+
+    def run(
+        self,
+        q_NQW: torch.Tensor,
+        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
+        inputs: AttentionInputs,
+        window: int | None,
+        out_NQW: torch.Tensor,
+    ) -> None:
+        shape, first = self._shape, inputs.num_chunks
+        # The kernel has one more dimension, for beams; and scales by the size of the heads that it sees.
+        self._call(
+            q_NQW.unsqueeze(1),
+            *kv_BSKW,
+            inputs.page_table_NP[first:],
+            inputs.kv_lens_N[first:].view(torch.uint32).unsqueeze(1),
+            out_NQW.unsqueeze(1),
+            self._scratch,
+            self._semaphores,
+            shape.num_kv_heads,
+            shape.page_size,
+            q_scale=shape.scale * shape.stored_dim**0.5,
+            kv_scale=1.0,
+            sliding_win_size=window or 0,
+            sm_count=self._num_blocks,
+        )
+
+
+class _FA2Decode:
+    """Rows that decode, by FlashAttention-2: where XQA does not run.
+
+    A captured step keeps using the wrapper that it was captured with, so each bucket and window has its own.
+    """
+
+    def __init__(
+        self, library: Any, shape: Shape, workspace: torch.Tensor, *, tensor_cores: bool
+    ) -> None:
+        self._library = library
+        self._shape = shape
+        self._workspace = workspace
+        self._options: dict[str, Any] = {"use_tensor_cores": tensor_cores, "backend": "fa2"}
+        self._turns: dict[int | None, Turns] = {}
+        self._captured: dict[tuple[int, int | None], Planned] = {}
+        self._page_buffer = torch.empty(0, dtype=torch.int32, device=shape.device)
+        self._ready: dict[int | None, Any] = {}
+
+    def prepare(self, inputs: AttentionInputs) -> None:
+        self._ready.clear()
+        if inputs.bucket is None:
+            return
+        # A replay calls no forward: what the layers of this bucket use is planned here.
+        pages = None
+        for bucket, window in self._captured:
+            if bucket == inputs.bucket:
+                pages = pages or pages_of(inputs, 0, bucket)
+                self._ready[window] = self._plan(inputs, window, pages)
+
+    def run(
+        self,
+        q_NQW: torch.Tensor,
+        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
+        inputs: AttentionInputs,
+        window: int | None,
+        out_NQW: torch.Tensor,
+    ) -> None:
+        wrapper = self._ready.get(window)
+        if wrapper is None:
+            pages = pages_of(inputs, inputs.num_chunks, len(inputs.kv_lens))
+            wrapper = self._ready[window] = self._plan(inputs, window, pages)
+        wrapper.run(q_NQW, kv_BSKW, out=out_NQW)
+
+    def _plan(self, inputs: AttentionInputs, window: int | None, pages: Pages) -> Any:
+        if inputs.bucket is not None:
+            key = (inputs.bucket, window)
+            if key not in self._captured:
+                self._captured[key] = self._new_captured(inputs)
+            planned = self._captured[key]
+        else:
+            if window not in self._turns:
+                self._turns[window] = Turns(self._new(), self._new())
+            planned = self._turns[window].take()
+        return planned.plan(pages.starts, pages.pages_I, pages.last_lens, window=window)
+
+    def _new(self, **more: Any) -> Planned:
+        make = self._library.BatchDecodeWithPagedKVCacheWrapper
+        return Planned(make(self._workspace, "NHD", **self._options, **more), self._shape)
+
+    def _new_captured(self, inputs: AttentionInputs) -> Planned:
+        bucket = len(inputs.kv_lens)
+        device = self._shape.device
+        # Only one bucket runs at a time, and its pages are written before: all share one buffer.
+        most_pages = inputs.page_table_NP.numel()
+        if self._page_buffer.numel() < most_pages:
+            self._page_buffer = torch.zeros(most_pages, dtype=torch.int32, device=device)
+        return self._new(
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=torch.zeros(bucket + 1, dtype=torch.int32, device=device),
+            paged_kv_indices_buffer=self._page_buffer,
+            paged_kv_last_page_len_buffer=torch.zeros(bucket, dtype=torch.int32, device=device),
+        )
+
+
+def _load_library() -> Any:
+    try:
+        return importlib.import_module("flashinfer")
+    except ImportError as error:
+        raise ConfigError(
+            f"--attention-backend flashinfer needs FlashInfer, which does not load ({error}): "
+            "pip install 'lorikeet[gpu]', or use --attention-backend sdpa"
+        ) from error
+
+
+def _decode_path(decode: str | None, page_size: int, *, is_hopper: bool) -> str:
+    """The path to take; raises ConfigError if ``decode`` cannot be taken."""
+    fits_xqa = page_size in _XQA_PAGE_SIZES
+    if decode is None:
+        return "xqa" if is_hopper and fits_xqa else "fa2-tc"
+    if decode not in DECODE_PATHS:
+        raise ConfigError(f"no decode path {decode!r}; there are: {', '.join(DECODE_PATHS)}")
+    if decode == "xqa" and not fits_xqa:
+        raise ConfigError(
+            f"XQA serves pages of {', '.join(map(str, _XQA_PAGE_SIZES))} tokens, not {page_size}"
+        )
+    return decode

@@ -1,0 +1,81 @@
+"""What of a configuration depends on the device, and what a device refuses. No torch here."""
+
+from __future__ import annotations
+
+from lorikeet import devices
+from lorikeet.errors import ConfigError
+
+_ATTENTION_BACKENDS = {
+    "cpu": {"auto": "sdpa", "sdpa": "sdpa", "torch_native": "sdpa"},
+    # Which one auto is depends on the type of the weights, which the engine reads from the model.
+    "cuda": {"auto": "auto", "flashinfer": "flashinfer", "sdpa": "sdpa", "torch_native": "sdpa"},
+}
+_MAX_GRAPH_ROWS = 256
+
+
+def resolve_device(asked: str) -> str:
+    """``cpu`` or ``cuda``, for ``--device``.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for, and there is none.
+    """
+    num_devices = devices.num_cuda_devices()
+    if asked == "auto":
+        return "cuda" if num_devices else "cpu"
+    if asked == "cuda" and not num_devices:
+        raise ConfigError(
+            "--device is cuda, but there is no CUDA device (or no driver for it); allowed: auto, cpu"
+        )
+    return asked
+
+
+def check_device(device: str, lora_backend: str, tp_size: int) -> None:
+    """Refuse what this version does not run on a device.
+
+    Raises:
+        ConfigError: names the option and what is allowed.
+    """
+    if lora_backend in ("triton", "csgmv"):
+        reason = "needs a GPU" if device == "cpu" else "this version does not have yet"
+        raise ConfigError(
+            f"--lora-backend is {lora_backend}, which {reason}; allowed on this device ({device}): auto, torch"
+        )
+    if tp_size > 1:
+        raise ConfigError(
+            f"--tp-size is {tp_size}, more than the devices that this version uses: 1; allowed: 1"
+        )
+
+
+def resolve_attention(device: str, asked: str | None) -> str:
+    """The attention backend: as given, or ``auto`` where the model decides.
+
+    Raises:
+        ConfigError: the device has no such backend.
+    """
+    known = _ATTENTION_BACKENDS[device]
+    if asked is not None and asked not in known:
+        raise ConfigError(
+            f"--attention-backend is {asked}; allowed on this device ({device}): {', '.join(known)}"
+        )
+    return known[asked or "auto"]
+
+
+def max_graph_rows(sizes: tuple[int, ...] | None, most: int | None, max_running: int) -> int:
+    """Rows of the largest batch with a CUDA graph. More than run at a time would never be used.
+
+    Args:
+        sizes, most: ``--cuda-graph-bs`` and ``--cuda-graph-max-bs``.
+
+    Raises:
+        ConfigError: no size can be used.
+    """
+    limit = min(most or (_MAX_GRAPH_ROWS if sizes is None else max_running), max_running)
+    if sizes is None:
+        return limit
+    usable = [size for size in sizes if size <= limit]
+    if not usable:
+        raise ConfigError(
+            f"--cuda-graph-bs has no batch size up to {limit} (--max-running-requests, --cuda-graph-max-bs); allowed: at "
+            "least one, or --disable-cuda-graph"
+        )
+    return max(usable)

@@ -1,0 +1,245 @@
+"""The worker's part of an engine's start: attention, memory, the worker itself with its graphs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from lorikeet.attention.base import AttentionBackend
+from lorikeet.attention.sdpa import SDPABackend
+from lorikeet.config import ServerConfig
+from lorikeet.engine.lora_setup import LoRAParts
+from lorikeet.errors import ConfigError
+from lorikeet.kv.storage import KVStorage
+from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.models.decoder import Decoder
+from lorikeet.models.spec import ModelSpec
+from lorikeet.ops.select import select_ops
+from lorikeet.worker.copier import Copier
+from lorikeet.worker.grammar import GrammarCompiler
+from lorikeet.worker.graphs import DecodeBuffers, GraphRunner, default_sizes
+from lorikeet.worker.inputs import InputBuilder
+from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.memory import (
+    DEFAULT_CPU_FRACTION,
+    MemoryRequest,
+    MemorySplit,
+    available_host_bytes,
+    size_text,
+    split_memory,
+)
+from lorikeet.worker.profile import (
+    FIXED_RESERVE_BYTES,
+    SAMPLING_BYTES_PER_LOGIT,
+    measure_step,
+)
+from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What runs where.
+
+    Attributes:
+        dtype: of weights, adapters, activations and K/V.
+        context_length: longest sequence.
+    """
+
+    config: ServerConfig
+    spec: ModelSpec
+    dtype: torch.dtype
+    device: torch.device
+    attention: AttentionBackend
+    context_length: int
+
+    @property
+    def page_size(self) -> int:
+        assert self.config.page_size is not None
+        return self.config.page_size
+
+    @property
+    def max_running(self) -> int:
+        assert self.config.max_running_requests is not None
+        return self.config.max_running_requests
+
+    @property
+    def kv_head_dim(self) -> int:
+        """Head size of the K/V storage."""
+        return self.attention.storage_head_dim(self.spec.head_dim)
+
+    def storage(self, num_pages: int) -> KVStorage:
+        """K/V of a number of pages."""
+        return KVStorage(
+            num_layers=self.spec.num_layers,
+            num_pages=num_pages,
+            page_size=self.page_size,
+            num_kv_heads=self.spec.num_kv_heads,
+            head_dim=self.kv_head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            zero=self.kv_head_dim != self.spec.head_dim,
+        )
+
+
+def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
+    """The dtype of weights, adapters and K/V: as given; ``auto`` is float32 on a CPU and the checkpoint's on a GPU.
+
+    A CPU computes float32 faster than bfloat16 on most machines, and exactly what the tests compare with. A GPU has no
+    use for float32 unless it is asked for: such a checkpoint is served in float16, as the field does.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if config.device == "cpu":
+        return torch.float32
+    return torch.float16 if spec.dtype == "float32" else DTYPES[spec.dtype]
+
+
+def make_attention(
+    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """The attention backend of ``--attention-backend``.
+
+    Raises:
+        ConfigError: it does not serve this device or type.
+    """
+    name = config.attention_backend
+    if name == "auto":
+        name = "sdpa" if dtype == torch.float32 else "flashinfer"
+    if name == "sdpa":
+        return SDPABackend()
+    assert config.page_size is not None
+    from lorikeet.attention.flashinfer import FlashInferBackend
+
+    return FlashInferBackend(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        page_size=config.page_size,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def check_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that a GPU has no room for, before anything is loaded.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if device.type != "cuda":
+        return
+    needed, free = spec.num_parameters * dtype.itemsize, torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise ConfigError(
+            f"not enough device memory: the weights need {size_text(needed)} as {str(dtype).removeprefix('torch.')}, "
+            f"{size_text(free)} of {torch.cuda.get_device_name(device)} is free. Use a smaller --dtype or a smaller "
+            "model, or end what else uses the device"
+        )
+
+
+def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit:
+    """Measure what the largest step needs, and divide the memory.
+
+    Raises:
+        ConfigError: it is not enough, with the numbers and the flags to change.
+    """
+    config, spec = target.config, target.spec
+    weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    pool_bytes = lora.pool.nbytes if lora else 0
+    on_gpu = target.device.type == "cuda"
+    reserve = _step_bytes(target, model) if on_gpu else 0
+    if on_gpu:
+        torch.cuda.empty_cache()
+        available = torch.cuda.mem_get_info(target.device)[0] + weights_bytes + pool_bytes
+    else:
+        # Weights and pool are allocated already, so they count as available again.
+        available = available_host_bytes() + weights_bytes
+    scale = target.kv_head_dim / spec.head_dim
+    return split_memory(
+        MemoryRequest(
+            weights_bytes=weights_bytes,
+            pool_bytes=pool_bytes,
+            kv_bytes_per_token=int(spec.kv_bytes_per_token(target.dtype.itemsize) * scale),
+            page_size=target.page_size,
+            available_bytes=available,
+            useful_tokens=target.max_running * target.context_length,
+            min_tokens=target.context_length,
+            max_total_tokens=config.max_total_tokens,
+            fraction=config.mem_fraction_static,
+            default_fraction=1.0 if on_gpu else DEFAULT_CPU_FRACTION,
+            reserve_bytes=reserve,
+        )
+    )
+
+
+def _step_bytes(target: Target, model: Decoder) -> int:
+    config = target.config
+    assert config.chunked_prefill_size is not None
+    assert config.max_prefill_tokens is not None
+    num_tokens = min(config.chunked_prefill_size, config.max_prefill_tokens)
+    # Each running sequence may have one row; a prompt's log-probabilities come in blocks of their own.
+    num_rows = target.max_running
+    activations = measure_step(
+        model,
+        target.attention,
+        target.storage,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        page_size=target.page_size,
+        context_length=target.context_length,
+    )
+    sampling = num_rows * target.spec.vocab_size * SAMPLING_BYTES_PER_LOGIT
+    return activations + sampling + FIXED_RESERVE_BYTES
+
+
+def make_worker(
+    target: Target,
+    model: Decoder,
+    storage: KVStorage,
+    lora: LoRAParts | None,
+    grammars: GrammarCompiler,
+    *,
+    progress: bool,
+) -> Worker:
+    """The worker, with its decode steps captured where the device has graphs."""
+    device = target.device
+    max_pages = -(-target.context_length // target.page_size)
+    lanes = Lanes(target.max_running, max_pages, device)
+    builder = LoRABatchBuilder(lora.pool, device) if lora else None
+    inputs = InputBuilder(storage, target.page_size, device, builder, lanes)
+    graphs = None
+    if device.type == "cuda" and not target.config.disable_cuda_graph:
+        sizes = _graph_sizes(target.config)
+        buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs)
+        graphs = GraphRunner(model, target.attention, buffers, sizes)
+        graphs.capture(progress=progress)
+    return Worker(
+        forward=model,
+        attention=target.attention,
+        inputs=inputs,
+        sampler=Sampler(
+            vocab_size=target.spec.vocab_size,
+            eos_token_ids=target.spec.eos_token_ids,
+            device=device,
+            grammars=grammars,
+            draw=select_ops(device.type).draw,
+        ),
+        copier=Copier(lora.pool, lora.host.get) if lora else None,
+        graphs=graphs,
+        overlap=not target.config.disable_overlap_schedule,
+    )
+
+
+def _graph_sizes(config: ServerConfig) -> tuple[int, ...]:
+    largest = config.cuda_graph_max_bs
+    assert largest is not None
+    if config.cuda_graph_bs is None:
+        return default_sizes(largest)
+    return tuple(sorted({size for size in config.cuda_graph_bs if size <= largest}))

@@ -1,0 +1,77 @@
+"""How much device memory the steps themselves need, found by running the largest one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from lorikeet.attention.base import AttentionBackend
+from lorikeet.core.plan import PrefillChunk, SequenceStart, StepPlan
+from lorikeet.core.request import SamplingParams
+from lorikeet.kv.storage import KVStorage
+from lorikeet.layers.batch import ForwardBatch
+from lorikeet.worker.inputs import InputBuilder
+from lorikeet.worker.lanes import Lanes
+
+# Bytes per logit while penalties, sorting and noise are applied: copies in float32, sorted values with int64 indices,
+# and the 64-bit hashes behind the noise.
+SAMPLING_BYTES_PER_LOGIT = 36
+# CUDA graphs, kernels that are loaded when first used, fragments between allocations.
+FIXED_RESERVE_BYTES = 1_500_000_000
+
+
+def measure_step(
+    forward: Callable[[ForwardBatch], torch.Tensor],
+    attention: AttentionBackend,
+    make_storage: Callable[[int], KVStorage],
+    *,
+    num_tokens: int,
+    num_rows: int,
+    page_size: int,
+    context_length: int,
+) -> int:
+    """Peak bytes that a step of ``num_tokens`` prompt tokens allocates, logits of ``num_rows`` rows included.
+
+    Args:
+        make_storage: K/V of a number of pages; what the run stores there is dropped.
+        context_length: no prompt is longer.
+    """
+    length = min(num_tokens, context_length)
+    pages_each = -(-length // page_size)
+    count = -(-num_tokens // length)
+    kv = make_storage(count * pages_each)
+    device = kv.k[0].device
+    inputs = InputBuilder(kv, page_size, device, None, Lanes(count, pages_each, device))
+    plan = StepPlan(step=0)
+    for seq in range(count):
+        pages = list(range(seq * pages_each, (seq + 1) * pages_each))
+        size = min(length, num_tokens - seq * length)
+        plan.starts.append(_start(seq, size, pages))
+        plan.chunks.append(PrefillChunk(seq=seq, start=0, end=size, new_page_ids=[], sample=True))
+    inputs.apply(plan)
+    with torch.inference_mode():
+        batch, _ = inputs.stage(inputs.lay_out(plan), [])
+        rows = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        batch = replace(batch, logits_rows_N=rows)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        attention.prepare(batch.attn)
+        forward(batch)
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _start(seq: int, size: int, pages: list[int]) -> SequenceStart:
+    return SequenceStart(
+        seq=seq,
+        token_ids=[0] * size,
+        num_prompt=size,
+        num_cached=0,
+        page_ids=pages,
+        slot=0,
+        sampling=SamplingParams(),
+        seed=0,
+    )
