@@ -30,7 +30,7 @@ def rope_store_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of :class:`lorikeet.ops.rope.RopeStoreOp`.
 
-    q, k and v are views of one new tensor of the shape of ``qkv``. A token whose slot is below 0, such as a padded row
+    q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose slot is below 0, such as a padded row
     of a CUDA graph, is rotated but not stored. The caches may be views with any stride of places and heads.
 
     Raises:
@@ -43,14 +43,16 @@ def rope_store_triton(
     check_rows(torch.Size((num_tokens,)), slot_mapping_T)
     place = torch.Size((k_cache_CKH.shape[0], shape.num_kv_heads, shape.head_dim))
     check_rows(place, k_cache_CKH, v_cache_CKH)
-    out_TO = qkv_TO.new_empty(token_shape)
+    q_TQH = qkv_TO.new_empty((num_tokens, shape.num_heads, shape.head_dim))
+    kv_TXH = qkv_TO.new_empty((num_tokens, 2 * shape.num_kv_heads, shape.head_dim))
     block_half = triton.next_power_of_2(shape.head_dim // 2)
     _rope_store[(num_tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM))](
         qkv_TO,
         delta_TO,
         cos_sin_TH,
         slot_mapping_T,
-        out_TO,
+        q_TQH,
+        kv_TXH,
         k_cache_CKH,
         v_cache_CKH,
         None if qk_norm is None else qk_norm.q_weight_H,
@@ -70,13 +72,7 @@ def rope_store_triton(
         F=block_half,
         num_warps=max(1, _HEADS_PER_PROGRAM * block_half // _ELEMENTS_PER_WARP),
     )
-    heads_TXH = out_TO.view(num_tokens, heads, shape.head_dim)
-    num_rotated = shape.num_heads + shape.num_kv_heads
-    return (
-        heads_TXH[:, : shape.num_heads],
-        heads_TXH[:, shape.num_heads : num_rotated],
-        heads_TXH[:, num_rotated:],
-    )
+    return q_TQH, kv_TXH[:, : shape.num_kv_heads], kv_TXH[:, shape.num_kv_heads :]
 
 
 @kernel
@@ -126,7 +122,8 @@ def _rope_store(
     delta_ptr,
     cos_sin_ptr,
     slots_ptr,
-    out_ptr,
+    q_ptr,
+    kv_ptr,
     k_cache_ptr,
     v_cache_ptr,
     q_weight_ptr,
@@ -145,7 +142,7 @@ def _rope_store(
     G: tl.constexpr,
     F: tl.constexpr,
 ):
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     head_G1 = (tl.program_id(1) * G + tl.arange(0, G))[:, None]
@@ -168,14 +165,18 @@ def _rope_store(
         b_GF = _round(b_GF + delta_b_GF, dtype)
     x_a_GF, x_b_GF = a_GF, b_GF
     if q_weight_ptr is not None:
-        q_ptr, k_ptr = q_weight_ptr + half_1F, k_weight_ptr + half_1F
-        x_a_GF, x_b_GF = _normalise(a_GF, b_GF, q_ptr, k_ptr, eps, is_q_GF, is_half_1F, H, dtype)
+        q_at_ptr, k_at_ptr = q_weight_ptr + half_1F, k_weight_ptr + half_1F
+        x_a_GF, x_b_GF = _normalise(
+            a_GF, b_GF, q_at_ptr, k_at_ptr, eps, is_q_GF, is_half_1F, H, dtype
+        )
 
     # Value heads stay as they came.
     a_GF = tl.where(is_v_GF, a_GF, x_a_GF * cos_1F - x_b_GF * sin_1F).to(dtype)
     b_GF = tl.where(is_v_GF, b_GF, x_b_GF * cos_1F + x_a_GF * sin_1F).to(dtype)
 
-    _store_halves(out_ptr + token * ((Q + 2 * K) * H) + at_GF, a_GF, b_GF, exists_GF, H)
+    _store_halves(q_ptr + token * (Q * H) + at_GF, a_GF, b_GF, is_q_GF, H)
+    kv_at_GF = token * (2 * K * H) + at_GF - Q * H
+    _store_halves(kv_ptr + kv_at_GF, a_GF, b_GF, is_k_GF | is_v_GF, H)
     # All heads or none: a token without a slot is stored nowhere.
     is_stored_G1 = head_G1 < tl.where(slot >= 0, Q + 2 * K, 0)
     k_at_G1 = slot * k_place_stride + (head_G1 - Q) * k_head_stride

@@ -1,0 +1,156 @@
+"""What a captured decode step reads, without capturing one (tests/e2e/test_gpu.py does)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lorikeet.core.plan import DecodeRow, PrefillChunk, SequenceStart, StepPlan
+from lorikeet.core.request import SamplingParams
+from lorikeet.kv.storage import KVStorage
+from lorikeet.worker.graphs import DecodeBuffers, GraphRunner, default_sizes
+from lorikeet.worker.inputs import InputBuilder, StepLayout
+from lorikeet.worker.lanes import Lanes
+
+CPU = torch.device("cpu")
+PAGE = 4
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (1, (1,)),
+        (3, (1, 2, 3)),
+        (8, (1, 2, 4, 8)),
+        (20, (1, 2, 4, 8, 16, 20)),
+        (32, (1, 2, 4, 8, 16, 24, 32)),
+    ],
+)
+def test_default_sizes(most: int, sizes: tuple[int, ...]) -> None:
+    assert default_sizes(most) == sizes
+
+
+class Rig:
+    def __init__(self, slots: tuple[int, ...] = (0, 0)) -> None:
+        self.kv = KVStorage(1, 16, PAGE, 1, 2, torch.float32, "cpu")
+        self.inputs = InputBuilder(self.kv, PAGE, CPU, None, Lanes(4, 8, CPU))
+        self.buffers = DecodeBuffers(4, 8, self.kv, self.inputs)
+        plan = StepPlan(step=0)
+        for seq, slot in enumerate(slots):
+            plan.starts.append(
+                SequenceStart(
+                    seq=seq,
+                    token_ids=[1, 2, 3],
+                    num_prompt=3,
+                    num_cached=0,
+                    page_ids=[5 + seq],
+                    slot=slot,
+                    sampling=SamplingParams(),
+                    seed=0,
+                )
+            )
+            plan.chunks.append(PrefillChunk(seq=seq, start=0, end=3, new_page_ids=[], sample=True))
+        self.inputs.apply(plan)
+        self.prefill = self.inputs.lay_out(plan)
+
+    def decode(self, position: int, new_pages: tuple[int, ...] = ()) -> StepLayout:
+        rows = [
+            DecodeRow(seq=seq, position=position, new_page_ids=[page + seq for page in new_pages])
+            for seq in self.inputs.states
+        ]
+        plan = StepPlan(step=1, rows=rows)
+        self.inputs.apply(plan)
+        return self.inputs.lay_out(plan)
+
+    def runner(self, most: int | None = None) -> GraphRunner:
+        class Attention:
+            max_graph_kv_len = most
+
+        return GraphRunner(lambda batch: torch.empty(0), Attention(), self.buffers, (1, 4))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_step_lies_in_the_buffers_padded_to_its_bucket() -> None:
+    rig = Rig()
+    rig.decode(3)
+    layout = rig.decode(4, (9,))
+    extra = np.asarray([0.5, 2.0], dtype=np.float32)
+    batch, (got,) = rig.buffers.fill(4, layout, [extra])
+    assert batch.attn.bucket == 4
+    lanes = [rig.inputs.states[seq].lane for seq in (0, 1)]
+    assert batch.input_ids_T.tolist() == [-1 - lanes[0], -1 - lanes[1], 0, 0]
+    assert batch.positions_T.tolist() == [4, 4, 0, 0]
+    assert batch.attn.slot_mapping_T.tolist() == [9 * PAGE, 10 * PAGE, -1, -1]
+    assert batch.attn.kv_lens_N.tolist() == batch.attn.kv_lens == [5, 5, 1, 1]
+    assert batch.attn.page_table_NP[:2, :2].tolist() == [[5, 9], [6, 10]]
+    assert batch.attn.query_starts_N1.tolist() == batch.attn.query_starts == [0, 1, 2, 3, 4]
+    assert got.tolist() == [0.5, 2.0]
+
+
+def test_the_next_step_lies_at_the_same_place() -> None:
+    rig = Rig()
+    first, _ = rig.buffers.fill(2, rig.decode(3), [])
+    second, _ = rig.buffers.fill(4, rig.decode(4, (9,)), [])
+    for before, after in (
+        (first.input_ids_T, second.input_ids_T),
+        (first.positions_T, second.positions_T),
+        (first.attn.slot_mapping_T, second.attn.slot_mapping_T),
+        (first.attn.kv_lens_N, second.attn.kv_lens_N),
+        (first.attn.page_table_NP, second.attn.page_table_NP),
+    ):
+        assert before.data_ptr() == after.data_ptr()
+
+
+def test_which_steps_have_a_graph() -> None:
+    rig = Rig()
+    runner = rig.runner()
+    assert runner.bucket(rig.prefill) is None
+    layout = rig.decode(3)
+    assert runner.bucket(layout) == 4
+    assert rig.runner(most=3).bucket(layout) is None, "a sequence is too long"
+    assert rig.runner(most=4).bucket(layout) == 4
+    one = Rig((0,))
+    assert one.runner().bucket(one.decode(3)) == 1
+    many = Rig((0, 0, 0, 0))
+    assert (
+        GraphRunner(lambda batch: torch.empty(0), None, many.buffers, (1, 2)).bucket(  # pyright: ignore[reportArgumentType]
+            many.decode(3)
+        )
+        is None
+    )
+
+
+def test_the_rows_of_a_mixed_step() -> None:
+    """Chunks first; rows wanted for prompt log-probabilities before those that sample."""
+    rig = Rig()
+    plan = StepPlan(
+        step=2,
+        starts=[
+            SequenceStart(
+                seq=7,
+                token_ids=[4, 5, 6, 7, 8],
+                num_prompt=5,
+                num_cached=0,
+                page_ids=[11, 12],
+                slot=0,
+                sampling=SamplingParams(),
+                seed=0,
+                logprob_start=2,
+            )
+        ],
+        chunks=[PrefillChunk(seq=7, start=0, end=4, new_page_ids=[], sample=False)],
+        rows=[DecodeRow(seq=1, position=3, new_page_ids=[])],
+    )
+    rig.inputs.apply(plan)
+    layout = rig.inputs.lay_out(plan)
+    lane = rig.inputs.states[1].lane
+    batch, _ = rig.inputs.stage(layout, [])
+    assert batch.input_ids_T.tolist() == [4, 5, 6, 7, -1 - lane]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 3]
+    assert batch.attn.slot_mapping_T.tolist() == [44, 45, 46, 47, 6 * PAGE + 3]
+    assert batch.attn.query_starts == [0, 4, 5]
+    assert (batch.attn.num_chunks, batch.attn.kv_lens) == (1, [4, 4])
+    assert layout.prompt_rows == [(7, 2, 3)]
+    assert batch.logits_rows_N is not None
+    assert batch.logits_rows_N.tolist() == [1, 2, 3, 4]
+    assert layout.sampled == [1]
