@@ -49,7 +49,7 @@ def clean_device() -> Iterator[None]:
 
 def engine(path: Path, **options: Any) -> LLM:
     small = {"max_total_tokens": 4096, "max_running_requests": 8, "cuda_graph_bs": (1, 2, 4, 8)}
-    return LLM(str(path), **({"device": "cuda"} | small | options))
+    return LLM(str(path), **({"device": "cuda", "dtype": "float32"} | small | options))
 
 
 def tokens_of(llm: LLM, sampling: dict[str, Any] | None = None, **options: Any) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Attention by FlashInfer: paged keys and values on an NVIDIA GPU.
 
-Prompt chunks go through its paged prefill kernels (FlashAttention-3 on Hopper, else 2), rows that decode through one of
-three ways; a step with both uses both, each on its own rows. The kernels are compiled when they are first used, and
-kept on disk.
+Prompt chunks go through its paged prefill kernels, rows that decode through one of three ways; a step with both uses
+both, each on its own rows. The kernels are compiled when they are first used, and kept on disk. Which way is taken when
+was measured: docs/decisions/0009-attention-on-a-gpu.md.
 
 What a step needs beside its tensors (a *plan*: how the work is cut into parts) is worked out on the host, once for each
 window size; XQA needs none.
@@ -27,6 +27,12 @@ from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 
 DECODE_PATHS = ("xqa", "fa2-tc", "fa2")
+PREFILL_PATHS = ("fa2", "fa3")
+
+# From this many rows on, FlashAttention-2 on plain cores beats XQA: enough rows to fill the device without cutting any.
+_FA2_ROWS = 128
+# Query heads that share a key head, as its kernels on plain cores are made for.
+_FA2_GROUPS = (1, 2, 3, 4, 8)
 
 # What the prefill kernels are made for; other heads are stored with zeros behind them.
 _STORED_HEAD_DIMS = (64, 128, 256)
@@ -38,8 +44,6 @@ _XQA_SCRATCH_BYTES = 32 * 2**20
 _XQA_SEMAPHORE_BYTES = 2**20
 # Partial results of sequences that FlashAttention-2 cuts into parts; the library refuses a plan that needs more.
 _FA2_WORKSPACE_BYTES = 384 * 2**20
-# FlashAttention-3 cuts nothing, but wants a workspace.
-_FA3_WORKSPACE_BYTES = 2**20
 
 
 class _Decoder(Protocol):
@@ -64,7 +68,9 @@ class FlashInferBackend:
         num_heads, num_kv_heads: of this rank.
         page_size: of the storage.
         dtype: of queries, keys and values.
-        decode: one of ``DECODE_PATHS``; None takes XQA where it runs (Hopper, pages of 16 to 128), else ``fa2-tc``.
+        decode: one of ``DECODE_PATHS``; None takes XQA where it runs (Hopper, pages of 16 to 128) and ``fa2`` for many
+            rows, else ``fa2-tc``.
+        prefill: one of ``PREFILL_PATHS``; ``fa3`` is for Hopper, and takes minutes to compile.
 
     Raises:
         ConfigError: FlashInfer is not installed, or does not serve such a type, head size or page size.
@@ -83,6 +89,7 @@ class FlashInferBackend:
         dtype: torch.dtype,
         device: torch.device,
         decode: str | None = None,
+        prefill: str = "fa2",
     ) -> None:
         if dtype not in (torch.float16, torch.bfloat16):
             raise ConfigError(
@@ -93,22 +100,18 @@ class FlashInferBackend:
         self._shape = Shape(num_heads, num_kv_heads, head_dim, stored_dim, page_size, dtype, device)
         library = _load_library()
         is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        self.decode = _decode_path(decode, page_size, is_hopper=is_hopper)
-        prefill = "fa3" if is_hopper else "fa2"
-        uses_fa2 = prefill == "fa2" or self.decode != "xqa"
-        workspace = torch.empty(
-            _FA2_WORKSPACE_BYTES if uses_fa2 else _FA3_WORKSPACE_BYTES,
-            dtype=torch.uint8,
-            device=device,
-        )
+        few, many = _decode_paths(decode, self._shape, is_hopper=is_hopper)
+        workspace = torch.empty(_FA2_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._prefill = _Prefill(library, self._shape, workspace, prefill)
-        self._decoder: _Decoder
-        if self.decode == "xqa":
-            self._decoder = _XQA(self._shape)
-        else:
-            self._decoder = _FA2Decode(
-                library, self._shape, workspace, tensor_cores=self.decode == "fa2-tc"
-            )
+        self._decoders: dict[str, _Decoder] = {}
+        for path in {few, many}:
+            if path == "xqa":
+                self._decoders[path] = _XQA(self._shape)
+            else:
+                self._decoders[path] = _FA2Decode(
+                    library, self._shape, workspace, tensor_cores=path == "fa2-tc"
+                )
+        self.decode = (few, many)
         self._inputs: AttentionInputs | None = None
 
     def storage_head_dim(self, head_dim: int) -> int:
@@ -123,7 +126,7 @@ class FlashInferBackend:
     def prepare(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         self._prefill.prepare()
-        self._decoder.prepare(inputs)
+        self._decoder_of(inputs).prepare(inputs)
 
     def forward(
         self,
@@ -147,8 +150,12 @@ class FlashInferBackend:
         if first > 0:
             self._prefill.run(q_TQW[:first], kv_BSKW, inputs, window, out_TQW[:first])
         if first < len(q_TQW):
-            self._decoder.run(q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:])
+            self._decoder_of(inputs).run(q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:])
         return out_TQW[..., : shape.head_dim].contiguous()
+
+    def _decoder_of(self, inputs: AttentionInputs) -> _Decoder:
+        num_rows = len(inputs.kv_lens) - inputs.num_chunks
+        return self._decoders[self.decode[num_rows >= _FA2_ROWS]]
 
 
 class _Prefill:
@@ -334,15 +341,17 @@ def _load_library() -> Any:
         ) from error
 
 
-def _decode_path(decode: str | None, page_size: int, *, is_hopper: bool) -> str:
-    """The path to take; raises ConfigError if ``decode`` cannot be taken."""
-    fits_xqa = page_size in _XQA_PAGE_SIZES
+def _decode_paths(decode: str | None, shape: Shape, *, is_hopper: bool) -> tuple[str, str]:
+    """The paths for few and for many rows; raises ConfigError if ``decode`` cannot be taken."""
+    fits_xqa = shape.page_size in _XQA_PAGE_SIZES
     if decode is None:
-        return "xqa" if is_hopper and fits_xqa else "fa2-tc"
+        if not (is_hopper and fits_xqa):
+            return "fa2-tc", "fa2-tc"
+        return "xqa", "fa2" if shape.num_heads // shape.num_kv_heads in _FA2_GROUPS else "xqa"
     if decode not in DECODE_PATHS:
         raise ConfigError(f"no decode path {decode!r}; there are: {', '.join(DECODE_PATHS)}")
     if decode == "xqa" and not fits_xqa:
         raise ConfigError(
-            f"XQA serves pages of {', '.join(map(str, _XQA_PAGE_SIZES))} tokens, not {page_size}"
+            f"XQA serves pages of {', '.join(map(str, _XQA_PAGE_SIZES))} tokens, not {shape.page_size}"
         )
-    return decode
+    return decode, decode

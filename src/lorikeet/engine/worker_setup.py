@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorikeet.attention.base import AttentionBackend
+from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.config import ServerConfig
 from lorikeet.engine.lora_setup import LoRAParts
@@ -115,8 +116,6 @@ def make_attention(
     if name == "sdpa":
         return SDPABackend()
     assert config.page_size is not None
-    from lorikeet.attention.flashinfer import FlashInferBackend
-
     return FlashInferBackend(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
