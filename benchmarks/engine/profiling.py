@@ -27,13 +27,13 @@ from lorikeet.engine.core import EngineCore
 KINDS: dict[str, str] = {
     "lora": "lora shrink expand_kernel sgmv bgmv",
     "attention": "attention attn batchdecode batchprefill pagedkv mergestate flash fmha "
-    "persistentvariablelength",
+    "persistentvariablelength kernel_mha",
     "norm": "rms_norm rmsnorm layer_norm layernorm norm_kernel _norm",
     "rope": "rope rotary kv_store store_kv",
     "silu-mul": "silu",
     "gemm": "gemm gemv nvjet cutlass cublas splitk wgmma matmul aten::mm aten::addmm aten::bmm "
     "aten::linear",
-    "sampling": "sampl softmax argmax topk top_k top_p multinomial sort cumsum",
+    "sampling": "draw_tokens sampl softmax argmax topk top_k top_p multinomial sort cumsum",
     "embedding": "embed gather index_select indexselect",
     "copies": "memcpy memset copy fill aten::cat catarray aten::zero",
 }

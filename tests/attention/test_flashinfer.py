@@ -140,6 +140,19 @@ def test_layers_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake")
+def test_lengths_worth_a_graph() -> None:
+    """Only where the kernel would cut a short sequence into as many parts as a long one."""
+    backend = make_backend(LLAMA, decode="xqa")
+    decoder: Any = backend._decoders["xqa"]
+    decoder._num_blocks = 132  # multiprocessors
+    assert backend.graph_kv_lens(1, 2**17) == (256, 1024, 2**17)
+    assert backend.graph_kv_lens(4, 2**17) == (256, 2**17)
+    assert backend.graph_kv_lens(16, 2**17) == (2**17,)
+    assert backend.graph_kv_lens(1, 700) == (256, 700)
+    assert make_backend(decode="fa2").graph_kv_lens(1, 2**17) == (2**17,)
+
+
+@pytest.mark.usefixtures("fake")
 def test_queries_need_not_be_contiguous() -> None:
     step = make_step(STEPS["mixed"])
     packed = torch.cat((step.queries, step.queries), dim=1)

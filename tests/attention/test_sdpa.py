@@ -72,8 +72,8 @@ def test_a_step_for_a_graph_gathers_no_more_than_it_promises() -> None:
     wanted = step.wanted(None)
     inputs = step.static(bucket=2, width=2**15)
     backend = SDPABackend()
-    assert backend.max_graph_kv_len is not None
-    assert backend.max_graph_kv_len < 2**15
+    assert backend.graph_kv_lens(2, 2**15)[-1] < 2**15
+    assert backend.graph_kv_lens(2, 100) == (100,)
     torch.testing.assert_close(step.run(backend, None, inputs).double(), wanted, atol=1e-5, rtol=0)
 
 

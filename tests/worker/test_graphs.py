@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from lorikeet.core.plan import DecodeRow, PrefillChunk, SequenceStart, StepPlan
 from lorikeet.core.request import SamplingParams
 from lorikeet.kv.storage import KVStorage
-from lorikeet.worker.graphs import DecodeBuffers, GraphRunner, default_sizes
+from lorikeet.worker.graphs import DecodeBuffers, GraphKey, GraphRunner, default_sizes
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.lanes import Lanes
 
@@ -63,11 +65,13 @@ class Rig:
         self.inputs.apply(plan)
         return self.inputs.lay_out(plan)
 
-    def runner(self, most: int | None = None) -> GraphRunner:
+    def runner(self, *lengths: int, sizes: tuple[int, ...] = (1, 4)) -> GraphRunner:
         class Attention:
-            max_graph_kv_len = most
+            def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+                return lengths or (longest,)
 
-        return GraphRunner(lambda batch: torch.empty(0), Attention(), self.buffers, (1, 4))  # pyright: ignore[reportArgumentType]
+        attention: Any = Attention()
+        return GraphRunner(lambda batch: torch.empty(0), attention, self.buffers, sizes, 32)
 
 
 def test_a_step_lies_in_the_buffers_padded_to_its_bucket() -> None:
@@ -75,7 +79,7 @@ def test_a_step_lies_in_the_buffers_padded_to_its_bucket() -> None:
     rig.decode(3)
     layout = rig.decode(4, (9,))
     extra = np.asarray([0.5, 2.0], dtype=np.float32)
-    batch, (got,) = rig.buffers.fill(4, layout, [extra])
+    batch, (got,) = rig.buffers.fill(GraphKey(4, 8), layout, [extra])
     assert batch.attn.bucket == 4
     lanes = [rig.inputs.states[seq].lane for seq in (0, 1)]
     assert batch.input_ids_T.tolist() == [-1 - lanes[0], -1 - lanes[1], 0, 0]
@@ -89,8 +93,8 @@ def test_a_step_lies_in_the_buffers_padded_to_its_bucket() -> None:
 
 def test_the_next_step_lies_at_the_same_place() -> None:
     rig = Rig()
-    first, _ = rig.buffers.fill(2, rig.decode(3), [])
-    second, _ = rig.buffers.fill(4, rig.decode(4, (9,)), [])
+    first, _ = rig.buffers.fill(GraphKey(2, 8), rig.decode(3), [])
+    second, _ = rig.buffers.fill(GraphKey(4, 8), rig.decode(4, (9,)), [])
     for before, after in (
         (first.input_ids_T, second.input_ids_T),
         (first.positions_T, second.positions_T),
@@ -103,21 +107,18 @@ def test_the_next_step_lies_at_the_same_place() -> None:
 
 def test_which_steps_have_a_graph() -> None:
     rig = Rig()
-    runner = rig.runner()
-    assert runner.bucket(rig.prefill) is None
+    assert rig.runner().key(rig.prefill) is None
     layout = rig.decode(3)
-    assert runner.bucket(layout) == 4
-    assert rig.runner(most=3).bucket(layout) is None, "a sequence is too long"
-    assert rig.runner(most=4).bucket(layout) == 4
+    assert rig.runner().key(layout) == GraphKey(4, 8)
+    assert rig.runner(3, 32).key(layout) == GraphKey(4, 8)
+    assert rig.runner(4, 32).key(layout) == GraphKey(4, 1)
+    assert rig.runner(3).key(layout) is None, "a sequence is too long"
     one = Rig((0,))
-    assert one.runner().bucket(one.decode(3)) == 1
+    assert one.runner().key(one.decode(3)) == GraphKey(1, 8)
     many = Rig((0, 0, 0, 0))
-    assert (
-        GraphRunner(lambda batch: torch.empty(0), None, many.buffers, (1, 2)).bucket(  # pyright: ignore[reportArgumentType]
-            many.decode(3)
-        )
-        is None
-    )
+    assert many.runner(sizes=(1, 2)).key(many.decode(3)) is None, "too many rows"
+    adapted = Rig((0, 3))
+    assert adapted.runner().key(adapted.decode(3)) is None, "an adapter"
 
 
 def test_the_rows_of_a_mixed_step() -> None:

@@ -32,8 +32,8 @@ class AttentionInputs:
         query_starts, kv_lens: on the host.
         query_starts_N1, kv_lens_N: the same as tensors, of the type of ``page_table_NP``.
         bucket: None for a step that runs eagerly. Else the step decodes with ``bucket`` rows in tensors that lie at the
-            same address in every such step, so that a CUDA graph can be captured and replayed; rows that pad the batch
-            have one key, place 0, and store nothing.
+            same address in every step of this bucket and width of the page table, so that a CUDA graph can be captured
+            and replayed; rows that pad the batch have one key, place 0, and store nothing.
     """
 
     query_starts: list[int]
@@ -52,20 +52,25 @@ class AttentionBackend(Protocol):
 
     Attributes:
         name: as ``--attention-backend`` spells it.
-        max_graph_kv_len: decode steps with a longer sequence run without a CUDA graph; None is no bound.
     """
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def max_graph_kv_len(self) -> int | None: ...
 
     def storage_head_dim(self, head_dim: int) -> int:
         """The head size that keys and values must be stored with; what exceeds ``head_dim`` is zeros.
 
         Raises:
             ConfigError: the backend cannot serve such heads.
+        """
+        ...
+
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        """Lengths, ascending, that decode steps of ``bucket`` rows are captured for: a step replays the first graph whose
+        length its sequences do not exceed, and runs eagerly if there is none.
+
+        Args:
+            longest: length of the longest sequence that there can be.
         """
         ...
 

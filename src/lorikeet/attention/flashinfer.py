@@ -39,6 +39,9 @@ _STORED_HEAD_DIMS = (64, 128, 256)
 _XQA_PAGE_SIZES = (16, 32, 64, 128)
 # XQA cuts a sequence into parts until this many blocks run on each multiprocessor.
 _XQA_BLOCKS_PER_SM = 1
+# Keys that one of its blocks takes at a time, and the numbers of parts that are worth a graph of their own.
+_XQA_TILE = 256
+_XQA_PARTS = (1, 4, 16)
 _XQA_SCRATCH_BYTES = 32 * 2**20
 # One 4-byte counter for each sequence and key head.
 _XQA_SEMAPHORE_BYTES = 2**20
@@ -48,6 +51,8 @@ _FA2_WORKSPACE_BYTES = 384 * 2**20
 
 class _Decoder(Protocol):
     """Rows with one query each."""
+
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]: ...
 
     def prepare(self, inputs: AttentionInputs) -> None: ...
 
@@ -77,7 +82,6 @@ class FlashInferBackend:
     """
 
     name = "flashinfer"
-    max_graph_kv_len: int | None = None
 
     def __init__(
         self,
@@ -123,10 +127,13 @@ class FlashInferBackend:
             f"{head_dim}; --attention-backend sdpa serves them"
         )
 
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        return self._decoder_of(bucket).graph_kv_lens(bucket, longest)
+
     def prepare(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         self._prefill.prepare()
-        self._decoder_of(inputs).prepare(inputs)
+        self._decoder_of(_num_rows(inputs)).prepare(inputs)
 
     def forward(
         self,
@@ -150,11 +157,12 @@ class FlashInferBackend:
         if first > 0:
             self._prefill.run(q_TQW[:first], kv_BSKW, inputs, window, out_TQW[:first])
         if first < len(q_TQW):
-            self._decoder_of(inputs).run(q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:])
+            self._decoder_of(_num_rows(inputs)).run(
+                q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:]
+            )
         return out_TQW[..., : shape.head_dim].contiguous()
 
-    def _decoder_of(self, inputs: AttentionInputs) -> _Decoder:
-        num_rows = len(inputs.kv_lens) - inputs.num_chunks
+    def _decoder_of(self, num_rows: int) -> _Decoder:
         return self._decoders[self.decode[num_rows >= _FA2_ROWS]]
 
 
@@ -227,6 +235,14 @@ class _XQA:
             properties = torch.cuda.get_device_properties(device)
             self._num_blocks = properties.multi_processor_count * _XQA_BLOCKS_PER_SM
 
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        """The kernel cuts each sequence into as many parts as the *longest possible* one has tiles, or as there are
+        idle multiprocessors; merging many empty parts takes as long as attending to a short sequence."""
+        num_blocks = bucket * self._shape.num_kv_heads
+        most_parts = max(1, self._num_blocks // num_blocks)
+        lengths = [parts * _XQA_TILE for parts in _XQA_PARTS if parts < most_parts]
+        return (*(length for length in lengths if length < longest), longest)
+
     def prepare(self, inputs: AttentionInputs) -> None:
         del inputs
 
@@ -274,6 +290,9 @@ class _FA2Decode:
         self._captured: dict[tuple[int, int | None], Planned] = {}
         self._page_buffer = torch.empty(0, dtype=torch.int32, device=shape.device)
         self._ready: dict[int | None, Any] = {}
+
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        return (longest,)
 
     def prepare(self, inputs: AttentionInputs) -> None:
         self._ready.clear()
@@ -329,6 +348,11 @@ class _FA2Decode:
             paged_kv_indices_buffer=self._page_buffer,
             paged_kv_last_page_len_buffer=torch.zeros(bucket, dtype=torch.int32, device=device),
         )
+
+
+def _num_rows(inputs: AttentionInputs) -> int:
+    """Sequences that decode."""
+    return len(inputs.kv_lens) - inputs.num_chunks
 
 
 def _load_library() -> Any:

@@ -71,7 +71,6 @@ class SDPABackend:
     """See :class:`lorikeet.attention.base.AttentionBackend`."""
 
     name = "sdpa"
-    max_graph_kv_len: int | None = _MAX_GRAPH_KV_LEN
 
     def __init__(self) -> None:
         self._inputs: AttentionInputs | None = None
@@ -82,6 +81,9 @@ class SDPABackend:
 
     def storage_head_dim(self, head_dim: int) -> int:
         return head_dim
+
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        return (min(longest, _MAX_GRAPH_KV_LEN),)
 
     def prepare(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs

@@ -217,7 +217,7 @@ def make_worker(
     if device.type == "cuda" and not target.config.disable_cuda_graph:
         sizes = _graph_sizes(target.config)
         buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs)
-        graphs = GraphRunner(model, target.attention, buffers, sizes)
+        graphs = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
         graphs.capture(progress=progress)
     return Worker(
         forward=model,

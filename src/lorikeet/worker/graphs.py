@@ -1,10 +1,10 @@
-"""CUDA graphs of the decode step, by batch size.
+"""CUDA graphs of the decode step, by batch size and, where attention asks for it, by length.
 
 A graph is a recording of kernel launches with their addresses. So everything that a captured step reads lies in
 :class:`DecodeBuffers`, at a fixed place; a batch is padded to the next size that was captured. Graphs of all sizes share
 one memory pool: only one runs at a time.
 
-Shape legend: B rows of the largest batch, N rows of a step, P pages of the longest possible sequence.
+Shape legend: B rows of the largest batch, N rows of a step, P pages of the longest sequence of a graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,14 @@ def default_sizes(max_rows: int) -> tuple[int, ...]:
     return tuple(sorted(sizes | {max_rows}))
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class GraphKey:
+    """Which graph: rows of the batch, and pages of its longest sequence at most."""
+
+    rows: int
+    pages: int
+
+
 class DecodeBuffers:
     """The inputs of decode steps, at fixed places.
 
@@ -57,7 +66,8 @@ class DecodeBuffers:
             dtype=torch.uint8,
             device=device,
         )
-        self._table_BP = torch.zeros((max_rows, max_pages), dtype=torch.int32, device=device)
+        # By width: kernels want the page tables of a batch without gaps.
+        self._tables: dict[int, torch.Tensor] = {}
         self._starts_B1 = upload(np.arange(max_rows + 1, dtype=np.int32), device)
         fields = [np.empty(max_rows, dtype=np.int32)] * _NUM_FIELDS
         offsets, _ = offsets_of(fields)
@@ -65,22 +75,27 @@ class DecodeBuffers:
             view_at(self._data, offset, (max_rows,), np.dtype(np.int32)) for offset in offsets
         ]
 
-    def batch(self, bucket: int, kv_lens: list[int]) -> ForwardBatch:
-        """The batch of ``bucket`` rows as it lies in the buffers."""
-        ids, positions, places, lens = (field[:bucket] for field in self._fields)
+    @property
+    def page_size(self) -> int:
+        return self._kv.page_size
+
+    def batch(self, key: GraphKey, kv_lens: list[int]) -> ForwardBatch:
+        """The batch of a graph as it lies in the buffers."""
+        rows = key.rows
+        ids, positions, places, lens = (field[:rows] for field in self._fields)
         return ForwardBatch(
             input_ids_T=ids,
             positions_T=positions,
             attn=AttentionInputs(
-                query_starts=list(range(bucket + 1)),
+                query_starts=list(range(rows + 1)),
                 kv_lens=kv_lens,
-                page_table_NP=self._table_BP[:bucket],
+                page_table_NP=self._table(key.pages)[:rows],
                 slot_mapping_T=places,
-                page_size=self._kv.page_size,
+                page_size=self.page_size,
                 num_chunks=0,
-                query_starts_N1=self._starts_B1[: bucket + 1],
+                query_starts_N1=self._starts_B1[: rows + 1],
                 kv_lens_N=lens,
-                bucket=bucket,
+                bucket=rows,
             ),
             kv=self._kv,
             logits_rows_N=None,
@@ -88,7 +103,7 @@ class DecodeBuffers:
         )
 
     def fill(
-        self, bucket: int, layout: StepLayout, more: list[np.ndarray]
+        self, key: GraphKey, layout: StepLayout, more: list[np.ndarray]
     ) -> tuple[ForwardBatch, list[torch.Tensor]]:
         """Bring a decode step to the device: its batch, and ``more`` arrays of N rows."""
         num_rows, size = len(layout.lanes_N), self._max_rows
@@ -102,9 +117,17 @@ class DecodeBuffers:
         table = self._inputs.page_table(layout)
         sent = Upload([*fields, *more, table], self._device, into=self._data)
         *_, table_NP = tensors = sent.tensors()
-        self._table_BP[:num_rows, : table.shape[1]].copy_(table_NP)
-        kv_lens = layout.kv_lens_N.tolist() + [1] * (bucket - num_rows)
-        return self.batch(bucket, kv_lens), tensors[_NUM_FIELDS:-1]
+        self._table(key.pages)[:num_rows, : table.shape[1]].copy_(table_NP)
+        kv_lens = layout.kv_lens_N.tolist() + [1] * (key.rows - num_rows)
+        return self.batch(key, kv_lens), tensors[_NUM_FIELDS:-1]
+
+    def _table(self, pages: int) -> torch.Tensor:
+        table = self._tables.get(pages)
+        if table is None:
+            table = self._tables[pages] = torch.zeros(
+                (self._max_rows, pages), dtype=torch.int32, device=self._device
+            )
+        return table
 
     def clear(self) -> None:
         """What is captured: rows that pad."""
@@ -126,6 +149,7 @@ class GraphRunner:
 
     Args:
         sizes: batch sizes to capture.
+        max_kv_len: length of the longest sequence.
     """
 
     def __init__(
@@ -134,58 +158,62 @@ class GraphRunner:
         attention: AttentionBackend,
         buffers: DecodeBuffers,
         sizes: tuple[int, ...],
+        max_kv_len: int,
     ) -> None:
         self._forward = forward
         self._attention = attention
         self.buffers = buffers
         self._sizes = tuple(sorted(sizes))
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, torch.Tensor] = {}
+        self._lengths = {size: attention.graph_kv_lens(size, max_kv_len) for size in self._sizes}
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def capture(self, *, progress: bool) -> None:
-        """Capture every size, the largest first so that smaller ones fit into its memory."""
+        """Capture every graph, the largest batch first so that smaller ones fit into its memory."""
         begin, before = time.monotonic(), torch.cuda.mem_get_info()[0]
         pool = torch.cuda.graph_pool_handle()
         self.buffers.clear()
-        sizes = self._sizes[::-1]
-        for size in tqdm(sizes, desc="Capturing CUDA graphs", disable=not progress, unit="graph"):
-            self._capture(size, pool)
+        keys = [self._key(size, length) for size in self._sizes for length in self._lengths[size]]
+        keys = sorted(set(keys), reverse=True)
+        for key in tqdm(keys, desc="Capturing CUDA graphs", disable=not progress, unit="graph"):
+            self._graphs[key] = self._capture(key, pool)
         torch.cuda.synchronize()
         logger.info(
-            "Captured CUDA graphs: %d batch sizes up to %d, %.1f s, %.2f GB",
-            len(sizes),
-            sizes[0],
+            "Captured CUDA graphs: %d, of batches up to %d, %.1f s, %.2f GB",
+            len(keys),
+            self._sizes[-1],
             time.monotonic() - begin,
             (before - torch.cuda.mem_get_info()[0]) / 1e9,
         )
 
-    def bucket(self, layout: StepLayout) -> int | None:
-        """The captured size for a step; None if it has to run eagerly: prompts, adapters, a batch or a sequence that is
-        too long."""
+    def key(self, layout: StepLayout) -> GraphKey | None:
+        """The graph for a step; None if it has to run eagerly: prompts, adapters, a batch or a sequence that is too
+        long."""
         num_rows = len(layout.lanes_N)
         if not layout.is_decode or num_rows > self._sizes[-1] or any(layout.slots):
             return None
-        most = self._attention.max_graph_kv_len
-        if most is not None and int(layout.kv_lens_N.max()) > most:
-            return None
-        return self._sizes[bisect_left(self._sizes, num_rows)]
+        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        lengths = self._lengths[size]
+        index = bisect_left(lengths, int(layout.kv_lens_N.max()))
+        return self._key(size, lengths[index]) if index < len(lengths) else None
 
-    def replay(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [bucket, V] of a batch of :meth:`DecodeBuffers.fill`; valid until the next replay."""
-        bucket = batch.attn.bucket
-        assert bucket is not None
+    def replay(self, key: GraphKey, batch: ForwardBatch) -> torch.Tensor:
+        """Logits [rows of the graph, V] of a batch of :meth:`DecodeBuffers.fill`; valid until the next replay."""
         self._attention.prepare(batch.attn)
-        self._graphs[bucket].replay()
-        return self._logits[bucket]
+        graph, logits = self._graphs[key]
+        graph.replay()
+        return logits
 
-    def _capture(self, size: int, pool: Any) -> None:
-        batch = self.buffers.batch(size, [1] * size)
+    def _key(self, size: int, length: int) -> GraphKey:
+        return GraphKey(size, -(-length // self.buffers.page_size))
+
+    def _capture(self, key: GraphKey, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        batch = self.buffers.batch(key, [1] * key.rows)
         # Once without capture: kernels are compiled and libraries make their workspaces, which a capture forbids.
         self._attention.prepare(batch.attn)
         self._forward(batch)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            self._logits[size] = self._forward(batch)
-        self._graphs[size] = graph
+            logits = self._forward(batch)
+        return graph, logits

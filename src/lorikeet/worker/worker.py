@@ -188,10 +188,11 @@ class Worker:
 
     def _run_network(self, layout: StepLayout, arrays: list) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
-        bucket = None if self._graphs is None else self._graphs.bucket(layout)
-        if self._graphs is not None and bucket is not None:
-            batch, drawing = self._graphs.buffers.fill(bucket, layout, arrays)
-            return self._graphs.replay(batch), drawing
+        graphs = self._graphs
+        key = None if graphs is None else graphs.key(layout)
+        if graphs is not None and key is not None:
+            batch, drawing = graphs.buffers.fill(key, layout, arrays)
+            return graphs.replay(key, batch), drawing
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)
         return self._forward(batch), drawing
