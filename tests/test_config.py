@@ -333,6 +333,19 @@ def test_json_whose_quotes_the_shell_ate_is_shown_quoted(eaten, meant):
     assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """As users have it; the tests of kernels run with Triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("backend", ["triton", "csgmv"])
+def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch, backend):
+    assert "TRITON_INTERPRET=1" in refused(lora_backend=backend)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve(ServerConfig(model_path="m", lora_backend=backend)).lora_backend == backend
+
+
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As on a machine with one CUDA device."""
@@ -342,6 +355,7 @@ def a_gpu(monkeypatch):
 def test_what_a_gpu_changes(a_gpu):
     resolved = resolve(ServerConfig(model_path="m"))
     assert (resolved.device, resolved.attention_backend) == ("cuda", "auto")
+    assert resolved.lora_backend == "csgmv"
     assert (resolved.chunked_prefill_size, resolved.cuda_graph_max_bs) == (8192, 256)
     assert resolve(resolved) == resolved
     on_cpu = resolve(ServerConfig(model_path="m", device="cpu"))

@@ -32,7 +32,7 @@ def test_false_and_empty(monkeypatch, text):
 
 
 def test_defaults():
-    assert [variable.get() for variable in envs.ALL] == [None, None, False, None]
+    assert [variable.get() for variable in envs.ALL] == [None, None, False, None, False]
 
 
 def test_text(monkeypatch):

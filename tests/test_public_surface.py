@@ -59,6 +59,7 @@ FLAGS = [
     "--max-lora-rank",
     "--lora-target-modules",
     "--max-lora-chunk-size",
+    "--lora-deterministic",
     "--lora-root",
     "--lora-resolver-dir",
     "--lora-disk-cache-dir",
@@ -93,7 +94,7 @@ DEFAULTS = {
     "max_loras_per_batch": 8,
     "lora_eviction_policy": "lru",
     "lora_backend": "auto",
-    "max_lora_chunk_size": 16,
+    "lora_deterministic": False,
     "lora_root": (),
     "tp_size": 1,
     "schedule_policy": "fcfs",
@@ -151,7 +152,13 @@ BODIES = {
     "NamedAdapterBody": ["lora_name"],
 }
 
-VARIABLES = ["LORIKEET_API_KEY", "LORIKEET_ADMIN_API_KEY", "DEMO_ONCE", "HF_ENDPOINT"]
+VARIABLES = [
+    "LORIKEET_API_KEY",
+    "LORIKEET_ADMIN_API_KEY",
+    "DEMO_ONCE",
+    "HF_ENDPOINT",
+    "TRITON_INTERPRET",
+]
 
 
 def bodies(parent: type[protocol.Body]) -> Iterator[type[protocol.Body]]:

@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 from lorikeet import demo, devices
 from lorikeet.config_device import (
-    check_device,
+    check_ranks,
     max_graph_rows,
     resolve_attention,
     resolve_device,
+    resolve_lora_backend,
 )
 from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
@@ -92,7 +93,7 @@ class ServerConfig:
         "lru", "which adapter leaves device memory when the pool is full"
     )
     lora_backend: Literal["auto", "torch", "triton", "csgmv"] = _option(
-        "auto", "kernels of the adapters; auto is torch"
+        "auto", "kernels of the adapters; auto is torch on a CPU, csgmv on a GPU"
     )
     max_lora_rank: int | None = _option(
         None, "largest rank accepted", auto="the largest of --lora-paths", least=1
@@ -100,8 +101,15 @@ class ServerConfig:
     lora_target_modules: tuple[str, ...] | None = _option(
         None, "modules that may carry LoRA, or all", auto="the union over --lora-paths"
     )
-    max_lora_chunk_size: int = _option(
-        16, "longest chunk of the csgmv backend", choices=(16, 32, 64, 128)
+    max_lora_chunk_size: int | None = _option(
+        None,
+        "longest chunk of the csgmv backend",
+        auto="64; fewer tokens have shorter ones",
+        choices=(16, 32, 64, 128),
+    )
+    lora_deterministic: bool = _option(
+        default=False,
+        meaning="LoRA kernels sum in a fixed order: the same batch gives the same bits, a little slower",
     )
     lora_root: tuple[str, ...] = _option(
         (),
@@ -225,7 +233,7 @@ def resolve(config: ServerConfig) -> ServerConfig:
     config = _expand_demo(replace(config, **values))
     _check_names(config)
     device = resolve_device(config.device)
-    check_device(device, config.lora_backend, config.tp_size)
+    check_ranks(config.tp_size)
     _check_lora(config)
     _check_memory(config)
     max_running = config.max_running_requests or 256
@@ -235,7 +243,7 @@ def resolve(config: ServerConfig) -> ServerConfig:
         dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
         device=device,
         enable_lora=_lora_is_on(config),
-        lora_backend="torch",
+        lora_backend=resolve_lora_backend(device, config.lora_backend),
         lora_target_modules=_expand_targets(config.lora_target_modules),
         lora_root=tuple(_directory("lora_root", path) for path in config.lora_root),
         lora_resolver_dir=_directory("lora_resolver_dir", config.lora_resolver_dir)
@@ -246,10 +254,8 @@ def resolve(config: ServerConfig) -> ServerConfig:
         max_prefill_tokens=config.max_prefill_tokens or 16384,
         page_size=config.page_size or 16,
         cuda_graph_max_bs=max_graph_rows(
-            config.cuda_graph_bs, config.cuda_graph_max_bs, max_running
-        )
-        if device == "cuda"
-        else config.cuda_graph_max_bs,
+            device, config.cuda_graph_bs, config.cuda_graph_max_bs, max_running
+        ),
         attention_backend=resolve_attention(device, config.attention_backend),
         random_seed=secrets.randbelow(2**31) if config.random_seed is None else config.random_seed,
     )
@@ -261,7 +267,8 @@ def notes(config: ServerConfig) -> list[str]:
     if config.device == "cpu" or (config.device == "auto" and not devices.num_cuda_devices()):
         graphs = ("cuda_graph_max_bs", "cuda_graph_bs", "disable_cuda_graph")
         reasons = dict.fromkeys(graphs, "a CPU has no CUDA graphs")
-    reasons["max_lora_chunk_size"] = "only the csgmv backend has chunks, and it needs a GPU"
+    if config.lora_backend != "csgmv":
+        reasons["max_lora_chunk_size"] = "only the csgmv backend has chunks"
     return [
         f"{OPTIONS[name].flag} has no effect: {reason}"
         for name, reason in reasons.items()

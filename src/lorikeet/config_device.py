@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lorikeet import devices
+from typing import Literal, cast
+
+from lorikeet import devices, envs
 from lorikeet.errors import ConfigError
 
 _ATTENTION_BACKENDS = {
@@ -29,21 +31,33 @@ def resolve_device(asked: str) -> str:
     return asked
 
 
-def check_device(device: str, lora_backend: str, tp_size: int) -> None:
-    """Refuse what this version does not run on a device.
+def check_ranks(tp_size: int) -> None:
+    """Refuse more ranks than this version has processes for.
 
     Raises:
         ConfigError: names the option and what is allowed.
     """
-    if lora_backend in ("triton", "csgmv"):
-        reason = "needs a GPU" if device == "cpu" else "this version does not have yet"
-        raise ConfigError(
-            f"--lora-backend is {lora_backend}, which {reason}; allowed on this device ({device}): auto, torch"
-        )
     if tp_size > 1:
         raise ConfigError(
             f"--tp-size is {tp_size}, more than the devices that this version uses: 1; allowed: 1"
         )
+
+
+def resolve_lora_backend(device: str, asked: str) -> Literal["torch", "triton", "csgmv"]:
+    """The kernels of ``--lora-backend``. ``auto`` is what measured fastest: docs/decisions/0011-lora-on-a-gpu.md.
+
+    Raises:
+        ConfigError: kernels for a GPU without one, and without Triton's interpreter.
+    """
+    on_gpu = device == "cuda"
+    if asked == "auto":
+        return "csgmv" if on_gpu else "torch"
+    if asked in ("triton", "csgmv") and not on_gpu and not envs.TRITON_INTERPRET.get():
+        raise ConfigError(
+            f"--lora-backend is {asked}, which needs a GPU (or Triton's interpreter, TRITON_INTERPRET=1); allowed on "
+            "this device (cpu): auto, torch"
+        )
+    return cast('Literal["torch", "triton", "csgmv"]', asked)
 
 
 def resolve_attention(device: str, asked: str | None) -> str:
@@ -60,8 +74,11 @@ def resolve_attention(device: str, asked: str | None) -> str:
     return known[asked or "auto"]
 
 
-def max_graph_rows(sizes: tuple[int, ...] | None, most: int | None, max_running: int) -> int:
-    """Rows of the largest batch with a CUDA graph. More than run at a time would never be used.
+def max_graph_rows(
+    device: str, sizes: tuple[int, ...] | None, most: int | None, max_running: int
+) -> int | None:
+    """Rows of the largest batch with a CUDA graph. More than run at a time would never be used. A CPU has no graphs, so
+    that ``most`` stays as it is.
 
     Args:
         sizes, most: ``--cuda-graph-bs`` and ``--cuda-graph-max-bs``.
@@ -69,6 +86,8 @@ def max_graph_rows(sizes: tuple[int, ...] | None, most: int | None, max_running:
     Raises:
         ConfigError: no size can be used.
     """
+    if device == "cpu":
+        return most
     limit = min(most or (_MAX_GRAPH_ROWS if sizes is None else max_running), max_running)
     if sizes is None:
         return limit

@@ -84,11 +84,19 @@ HF_ENDPOINT: EnvVar[str | None] = EnvVar(
     None,
 )
 
+TRITON_INTERPRET: EnvVar[bool] = EnvVar(
+    "TRITON_INTERPRET",
+    "Triton's own: its kernels run on the CPU, slowly. With it the LoRA backends `triton` and `csgmv` are allowed there.",
+    _boolean,
+    default=False,
+)
+
 ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (
     API_KEY,
     ADMIN_API_KEY,
     DEMO_ONCE,
     HF_ENDPOINT,
+    TRITON_INTERPRET,
 )
 
 

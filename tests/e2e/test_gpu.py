@@ -90,12 +90,14 @@ def test_float32_tokens_are_those_of_the_cpu_and_of_transformers(
             assert tokens_of(llm) == wanted, f"{options}, from the prefix cache"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [("bfloat16", 64), ("bfloat16", 80), ("bfloat16", 128), ("float16", 128)],
+)
 def test_narrow_tokens_do_not_depend_on_how_steps_are_run(
     tmp_path: Path, head_dim: int, dtype: str
 ) -> None:
-    path = make_tiny_model(tmp_path, "qwen3", head_dim=head_dim)
+    path = make_tiny_model(tmp_path, "qwen3", head_dim=head_dim, num_key_value_heads=1)
     wanted = None
     switches = SWITCHES if head_dim == 64 else {"on": {}, "off": SWITCHES["everything-off"]}
     for name, options in switches.items():
@@ -109,7 +111,7 @@ def test_narrow_tokens_do_not_depend_on_how_steps_are_run(
 
 
 def test_sliding_windows(tmp_path: Path) -> None:
-    path = make_tiny_model(tmp_path, "mistral", sliding_window=24)
+    path = make_tiny_model(tmp_path, "mistral", sliding_window=24, num_key_value_heads=1)
     wanted = of_transformers(path)
     for options in (SWITCHES["everything-on"], SWITCHES["everything-off"], SWITCHES["chunked"]):
         with engine(path, dtype="float32", **options) as llm:

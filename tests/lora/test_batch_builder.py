@@ -7,9 +7,13 @@ import random
 import pytest
 import torch
 
-from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.lora.batch_builder import (
+    LoRABatchBuilder,
+    TileBatchBuilder,
+    make_batch_builder,
+)
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.ops.lora.metadata import RowGroup
+from lorikeet.ops.lora.metadata import NO_ROW, RowGroup, Tiles
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +95,108 @@ def test_every_row_is_in_the_group_of_its_slot_and_base_rows_in_none(builder, se
         assert _rows(group) == sorted(_rows(group))
         assert group.start == _rows(group)[0]
         assert group.stop == _rows(group)[-1] + 1
+
+
+@pytest.fixture(scope="module", params=["triton", "csgmv"])
+def tile_builder(request, sites, layout) -> TileBatchBuilder:
+    pool = DevicePool(sites, layout, torch.float32, torch.device("cpu"))
+    builder = make_batch_builder(request.param, pool, torch.device("cpu"), max_chunk=32)
+    assert isinstance(builder, TileBatchBuilder)
+    return builder
+
+
+def _slots_by_tiled_row(tiles: Tiles) -> dict[int, int]:
+    found = {}
+    for slot, row_M in zip(tiles.slot_J.tolist(), tiles.rows_JM.tolist(), strict=True):
+        for row in row_M:
+            if row != NO_ROW:
+                assert row not in found, f"row {row} is in two tiles"
+                found[row] = slot
+    return found
+
+
+def test_a_plan_of_groups_has_nothing_to_copy(builder):
+    plan = builder.plan([1, 0], [2, 1], None)
+    assert plan.arrays == []
+    assert plan.batch([]) == builder.build([1, 0], [2, 1], [0, 1, 2])
+    assert builder.plan([0], [2], None) is None
+
+
+@pytest.mark.parametrize("slots", [[], [0], [0, 0, 0]])
+def test_base_only_batches_have_no_plan(tile_builder, slots):
+    assert tile_builder.plan(slots, [2] * len(slots), None) is None
+    assert tile_builder.plan_decode(slots, 4) is None
+
+
+@pytest.mark.parametrize("slots", [[1, -1], [10_000]])
+def test_tiles_of_slots_outside_of_the_pool_are_a_bug(tile_builder, slots):
+    with pytest.raises(AssertionError, match="not in the pool"):
+        tile_builder.plan(slots, [1] * len(slots), None)
+    with pytest.raises(AssertionError, match="not in the pool"):
+        tile_builder.plan_decode(slots, 8)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_row_is_in_a_tile_of_its_slot(tile_builder, seed):
+    rng = random.Random(seed)
+    slots = [1, *(rng.choice([0, 0, 1, 2, 3, 4]) for _ in range(rng.randint(1, 20)))]
+    lengths = [rng.choice([1, 1, 70]) for _ in slots]
+    slot_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+    rows = [rng.randrange(len(slot_T)) for _ in range(rng.randint(0, 20))]
+    batch = tile_builder.build(slots, lengths, rows)
+    assert not batch.is_beside
+    assert (batch.tokens.num_rows, batch.logits.num_rows) == (len(slot_T), len(rows))
+    assert _slots_by_tiled_row(batch.tokens) == dict(enumerate(slot_T))
+    assert _slots_by_tiled_row(batch.logits) == {n: slot_T[row] for n, row in enumerate(rows)}
+    for tiles in (batch.tokens, batch.logits):
+        assert (tiles.slot_J[: tiles.num_used] > 0).all()
+        assert not tiles.slot_J[tiles.num_used :].any()
+
+
+def test_long_chunks_get_large_tiles_up_to_the_limit(sites, layout):
+    pool = DevicePool(sites, layout, torch.float32, torch.device("cpu"))
+    for backend, block in (("csgmv", 32), ("triton", 64)):
+        builder = make_batch_builder(backend, pool, torch.device("cpu"), max_chunk=32)
+        assert builder.build([1, 2], [500, 40], [499]).tokens.rows_JM.shape[1] == block
+        assert builder.build([1, 2, 3], [50, 40, 1], [0]).tokens.rows_JM.shape[1] == 16
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1, 2]])
+def test_rows_whose_logits_are_all_wanted_share_the_tiles(tile_builder, rows):
+    plan = tile_builder.plan([1, 0, 2], [1, 1, 1], rows)
+    assert len(plan.arrays) == 1
+    batch = plan.upload(torch.device("cpu"))
+    assert batch.logits is batch.tokens
+
+
+@pytest.mark.parametrize("bucket", [1, 2, 4, 8, 24, 64, 256])
+def test_captured_steps_have_all_rows_and_a_number_of_tiles_that_was_captured(tile_builder, bucket):
+    counts = tile_builder.tile_counts(bucket)
+    assert list(counts) == sorted(set(counts))
+    rng = random.Random(bucket)
+    for num_rows in {1, (bucket + 1) // 2, bucket}:
+        slots = [1, *(rng.randint(0, 4) for _ in range(num_rows - 1))]
+        plan = tile_builder.plan_decode(slots, bucket)
+        (array,) = plan.arrays
+        assert plan.num_tiles in counts
+        assert len(array) == plan.num_tiles * 17 <= tile_builder.decode_size(bucket)
+        batch = tile_builder.decode_batch(torch.from_numpy(array), bucket, plan.num_tiles)
+        assert batch.is_beside
+        assert batch.tokens.num_used == plan.num_tiles
+        assert batch.logits is batch.tokens
+        padding = [0] * (bucket - num_rows)
+        assert _slots_by_tiled_row(batch.tokens) == dict(enumerate([*slots, *padding]))
+        uploaded = plan.upload(torch.device("cpu"))
+        assert uploaded.is_beside
+        assert torch.equal(uploaded.tokens.rows_JM, batch.tokens.rows_JM)
+        assert torch.equal(uploaded.tokens.slot_J, batch.tokens.slot_J)
+
+
+def test_few_adapters_need_few_tiles(sites, layout):
+    pool = DevicePool(sites, layout, torch.float32, torch.device("cpu"))
+    builder = TileBatchBuilder(pool, "csgmv")
+    assert builder.tile_counts(64) == (8,)  # 4 adapters and the base, at most
+    segments = TileBatchBuilder(pool, "triton")
+    few, many = segments.tile_counts(64)
+    assert segments.plan_decode([1, *[0] * 40], 64).num_tiles == few
+    assert segments.plan_decode([1] * 40, 64).num_tiles == many

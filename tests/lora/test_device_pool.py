@@ -7,9 +7,11 @@ import torch
 
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import EngineFault
+from lorikeet.lora import page_upload
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
+from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.ops.lora.reference import read_factors
 from tests.support.lora_runner import AdapterPool
 from tests.support.peft_adapters import make_adapter, peft_model
@@ -65,7 +67,7 @@ def test_a_cleared_slot_is_rank_zero_and_its_neighbours_are_not(resident, adapte
     for index in range(len(sites)):
         for table in resident.pool.table(index).slices:
             assert int(table.ranks_S[wide]) == 0
-            assert table.factors[wide] == ()
+            assert table.factors_of(wide) == ()
     assert sum(int(t.ranks_S[narrow]) for t in resident.pool.table(1).slices) == 3
     resident.pool.check_integrity()
 
@@ -128,3 +130,26 @@ def test_a_copy_that_fails_half_way_is_undone_by_clearing_the_slot(resident, ada
     resident.pool.clear_slot(1)
     resident.pool.copy_in(adapter, _copy(adapter, 1, pages))
     assert int(resident.pool.table(1).slices[0].ranks_S[1]) == 40
+
+
+@pytest.mark.gpu
+def test_pages_reach_a_gpu_in_pieces(sites, layout, adapters, monkeypatch):
+    """Through a staging buffer that holds a few pages, behind what the current stream still does with the old ones."""
+    monkeypatch.setattr(page_upload, "_STAGING_BYTES", 4 * 5 * max(adapters["wide"].page_sizes))
+    pool = DevicePool(sites, layout, torch.float32, torch.device("cuda"))
+    allocator = RankPageAllocator(
+        layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
+    )
+    for _ in range(2):
+        pages = allocator.alloc(adapters["wide"].page_classes)
+        copy = PageCopy(version=1, slot=1, page_ids=pages)
+        pool.copy_in(adapters["wide"], copy)
+        for page, start in zip(adapters["wide"].pages, pages, strict=True):
+            assert torch.equal(pool._pool_E[start : start + len(page)].cpu(), page)
+        on_cpu = AdapterPool(sites, layout)
+        on_cpu.pool.copy_in(adapters["wide"], copy)
+        words_LW = on_cpu.pool.page_table.words_SLW[1]
+        assert torch.equal(pool.page_table.words_SLW[1].cpu(), words_LW)
+        pool.clear_slot(1)
+        assert not pool.page_table.ranks_SL[1].any()
+        allocator.free(pages)

@@ -26,13 +26,18 @@ EVERY = [*LINEAR, "embed_tokens", "lm_head"]
 
 
 @pytest.fixture(scope="module")
-def world(llama, tmp_path_factory):
-    """Two adapters on every module, ours and PEFT's."""
+def adapters_of_world(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("layers")
-    directories = {
+    return {
         "a": make_adapter(llama, path / "a", r=20, targets=EVERY, seed=1),
         "b": make_adapter(llama, path / "b", r=3, alpha=7, use_rslora=True, targets=EVERY, seed=2),
     }
+
+
+@pytest.fixture(scope="module")
+def world(llama, adapters_of_world):
+    """Two adapters on every module, ours and PEFT's."""
+    directories = adapters_of_world
     runner = LoRARunner(llama, directories)
     oracles = {
         name: dict(peft_model(llama, directory).named_modules())
@@ -47,6 +52,14 @@ def _batch(slots: list[int]) -> types.SimpleNamespace:
     return types.SimpleNamespace(lora=LoRABatch(groups, groups) if groups else None)
 
 
+def _call(layer, site, x_TD, batch) -> torch.Tensor:
+    """An embedding reads the batch's ids."""
+    if site.kind == "embedding":
+        ids = types.SimpleNamespace(input_ids_T=x_TD, sampled_L=None, token_ids=lambda: x_TD)
+        return layer(types.SimpleNamespace(**vars(ids), lora=batch.lora))
+    return layer(x_TD, batch)
+
+
 @torch.inference_mode()
 def test_every_module_equals_pefts(world, sites):
     runner, oracles = world
@@ -59,7 +72,7 @@ def test_every_module_equals_pefts(world, sites):
             x_TD = torch.tensor([0, 319, 5, 5, 7, 319])
         else:
             x_TD = torch.randn(len(rows), site.in_features)
-        y_TO = layer(x_TD, batch)
+        y_TO = _call(layer, site, x_TD, batch)
         for row, name in enumerate(rows):
             x_D = x_TD[row : row + 1]
             expected = []
@@ -79,8 +92,8 @@ def test_a_batch_without_adapters_is_the_base_layer_bit_for_bit(world, sites, ll
             torch.tensor([3, 9]) if site.kind == "embedding" else torch.randn(2, site.in_features)
         )
         batch = types.SimpleNamespace(lora=None)
-        ours = runner.model.get_submodule(site.path)(x_TD, batch)
-        assert torch.equal(ours, base.get_submodule(site.path)(x_TD, batch))
+        ours = _call(runner.model.get_submodule(site.path), site, x_TD, batch)
+        assert torch.equal(ours, _call(base.get_submodule(site.path), site, x_TD, batch))
 
 
 def test_a_batch_without_adapters_calls_no_backend(llama, sites, layout):
@@ -165,3 +178,65 @@ def test_ranks_together_equal_one_rank(family, size, tmp_path):
 
     for logits_TV in run_ranks(size, work):
         assert (logits_TV - expected_TV).abs().max() <= 1e-4
+
+
+ADAPTER_OF = {0: "a", 1: None, 2: "b", 3: "a"}
+
+
+@pytest.mark.parametrize("backend", ["triton", "csgmv"])
+def test_kernels_equal_matmuls_in_a_whole_model(llama, adapters_of_world, backend):
+    """A prompt step that adds deltas, then decode steps whose deltas travel beside the outputs."""
+    expected = LoRARunner(llama, adapters_of_world)
+    runner = LoRARunner(llama, adapters_of_world, backend=backend)
+    prompts = {0: [5, 6, 7, 300], 1: [1, 319], 2: [8, 9, 200], 3: [4, 2]}
+    rows = [3, 5, 8, 0]
+    logits = [each.step(prompts, ADAPTER_OF, rows) for each in (expected, runner)]
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=1e-4)
+    for tokens in ({0: [3], 1: [9], 2: [11], 3: [318]}, {0: [12], 1: [4], 2: [1], 3: [3]}):
+        wanted_NV = expected.step(tokens, ADAPTER_OF)
+        torch.testing.assert_close(
+            runner.step(tokens, ADAPTER_OF, beside=True), wanted_NV, atol=2e-5, rtol=1e-4
+        )
+    base_NV = expected.step({8: [7], 9: [8]}, {})
+    assert torch.equal(runner.step({8: [7], 9: [8]}, {}, beside=True), base_NV)
+
+
+@pytest.mark.parametrize("size", [2])
+def test_deltas_beside_are_added_before_the_one_sum_over_ranks(llama, adapters_of_world, size):
+    prompts, tokens = {seq: [seq + 5, 9] for seq in range(4)}, {seq: [seq + 1] for seq in range(4)}
+    expected = LoRARunner(llama, adapters_of_world)
+    expected.step(prompts, ADAPTER_OF)
+    expected_NV = expected.step(tokens, ADAPTER_OF)
+
+    def work(tp: ThreadRank) -> torch.Tensor:
+        # By matmuls: ranks are threads here, which Triton's interpreter does not know.
+        runner = LoRARunner(llama, adapters_of_world, tp=tp)
+        runner.step(prompts, ADAPTER_OF)
+        return runner.step(tokens, ADAPTER_OF, beside=True)
+
+    for logits_NV in run_ranks(size, work):
+        assert (logits_NV - expected_NV).abs().max() <= 1e-4
+
+
+@torch.inference_mode()
+def test_a_delta_travels_only_where_nothing_reduces_in_between(llama, adapters_of_world, sites):
+    runner = LoRARunner(llama, adapters_of_world, backend="csgmv")
+    slot = runner.adapters.slots["a"]
+    lora = runner.lora([slot, 0], [1, 1], [0, 1], beside=True)
+    batch: Any = types.SimpleNamespace(lora=lora)
+    for site in sites:
+        layer = runner.model.get_submodule(site.path)
+        if not isinstance(layer, LoRALinear):
+            continue
+        x_TD = torch.randn(2, site.in_features)
+        layer._backend.begin(lora)
+        y_TO, delta_TO = layer.forward_split(x_TD, batch)
+        if site.kind == "lm_head":
+            assert delta_TO is None
+            continue
+        assert torch.equal(y_TO, layer.base.local(x_TD))
+        assert delta_TO[0].abs().max() > 0
+        assert not delta_TO[1].any()
+        layer._backend.begin(lora)
+        torch.testing.assert_close(layer(x_TD, batch), y_TO + delta_TO)
+        assert layer.forward_split(x_TD, types.SimpleNamespace(lora=None))[1] is None

@@ -14,7 +14,7 @@ from lorikeet.core.sites import LoRASite
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.base_weights import checkpoint_weight
-from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
@@ -23,7 +23,7 @@ from lorikeet.lora.shard import shard_site, site_rules
 from lorikeet.models.build import build_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.ops.lora.metadata import LoRABatch
-from lorikeet.ops.lora.torch_ops import TorchBackend
+from lorikeet.ops.lora.select import BackendName, make_backend
 from lorikeet.parallel.group import SingleRank, TPGroup
 from tests.support.paged import PagedRunner
 
@@ -77,6 +77,7 @@ class LoRARunner:
     Args:
         adapters: name -> directory; all are resident from the start.
         tp: this runner's place in a tensor-parallel group.
+        backend: of LoRA.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class LoRARunner:
         max_loras_per_batch: int | None = None,
         dtype: torch.dtype = torch.float32,
         tp: TPGroup | None = None,
+        backend: BackendName = "torch",
     ) -> None:
         tp = tp or SingleRank()
         spec = read_model_spec(model_dir)
@@ -114,8 +116,14 @@ class LoRARunner:
             element_size=dtype.itemsize,
         )
         self.adapters = AdapterPool(local, layout, dtype, rank=tp.rank)
-        attach_lora(self.model, self._sites, self.adapters.pool, TorchBackend())
-        self._builder = LoRABatchBuilder(self.adapters.pool)
+        pool = self.adapters.pool
+        attach_lora(
+            self.model,
+            self._sites,
+            pool,
+            make_backend(backend, pool.page_table, page_ranks=layout.page_ranks),
+        )
+        self._builder = make_batch_builder(backend, pool, torch.device("cpu"))
         self._paged = PagedRunner(
             self.model, num_kv_heads=max(1, spec.num_kv_heads // tp.size), num_pages=256
         )
@@ -134,15 +142,30 @@ class LoRARunner:
         )
 
     def lora(
-        self, slots: Sequence[int], lengths: Sequence[int], rows: Sequence[int]
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        *,
+        beside: bool = False,
     ) -> LoRABatch | None:
-        return self._builder.build(slots, lengths, rows)
+        """Which rows use which adapter; ``beside`` as for a captured step of one token per row."""
+        if not beside:
+            return self._builder.build(slots, lengths, rows)
+        if not isinstance(self._builder, TileBatchBuilder):
+            batch = self._builder.build(slots, lengths, rows)
+            return batch and dataclasses.replace(batch, is_beside=True)
+        assert list(lengths) == [1] * len(slots)
+        plan = self._builder.plan_decode(slots, len(slots))
+        return None if plan is None else plan.upload(torch.device("cpu"))
 
     def step(
         self,
         parts: Mapping[int, Sequence[int]],
         adapter_of: Mapping[int, str | None],
         rows: Sequence[int] | None = None,
+        *,
+        beside: bool = False,
     ) -> torch.Tensor:
         """Append tokens to sequences in one batch; logits of all new tokens, or of ``rows``."""
         batch = self._paged.batch(parts, rows=rows)
@@ -150,6 +173,7 @@ class LoRARunner:
             [self.adapters.slots[adapter_of.get(seq)] for seq in parts],
             [len(tokens) for tokens in parts.values()],
             batch.logits_rows_N.tolist(),
+            beside=beside,
         )
         with torch.inference_mode():
             return self.model(dataclasses.replace(batch, lora=lora))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorikeet.ops.lora.metadata import RowGroup, SiteTable, SliceTable
+from lorikeet.ops.lora.metadata import PageTable, RowGroup, SiteTable, SliceTable
 
 PAGE_RANKS = 16
 
@@ -21,12 +21,26 @@ class RandomSite:
 
     Attributes:
         weights: (slot, slice) -> (A [R, K], B [O, R], scale), float32 values that the pool's type holds exactly.
+        pages: (slot, slice) -> where they are.
     """
 
     table: SiteTable
     weights: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, float]] = field(
         default_factory=dict
     )
+    pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+
+    @property
+    def page_table(self) -> PageTable:
+        return self.table.slices[0].table
+
+    def records(self, slot: int) -> dict[int, tuple[Sequence[int], int, float]]:
+        """What the page table says of a slot."""
+        return {
+            part: (self.pages[used, part], len(A_RK), scale)
+            for (used, part), (A_RK, _, scale) in self.weights.items()
+            if used == slot
+        }
 
     def dense_delta(self, x_TK: torch.Tensor, slot: int, part: int) -> torch.Tensor:
         """scale B A x in float64, [T, O]."""
@@ -43,11 +57,14 @@ def random_site(
     seed: int = 0,
     scattered: bool = True,
     in_start: int = 0,
+    offsets: Sequence[int] | None = None,
+    device: str = "cpu",
 ) -> RandomSite:
     """A site whose slot s has rank ``ranks[s][j]`` in slice j; 0 leaves the slice alone.
 
     Args:
         scattered: pages in a random order with gaps between them; else one after the other.
+        offsets: first output feature of each slice; by default one behind the other.
     """
     generator = torch.Generator().manual_seed(seed)
     num_pages = sum(-(-rank // PAGE_RANKS) for parts in ranks.values() for rank in parts)
@@ -56,9 +73,17 @@ def random_site(
     if scattered:
         places = places[torch.randperm(len(places), generator=generator)]
     free = (places * stride).tolist()
-    pool_E = torch.full((len(places) * stride,), float("nan"), dtype=dtype)
+    host_E = torch.full((len(places) * stride,), float("nan"), dtype=dtype)
+    pool_E = host_E if device == "cpu" else torch.empty_like(host_E, device=device)
     max_pages = max(-(-rank // PAGE_RANKS) for parts in ranks.values() for rank in (*parts, 1))
-    offsets = [sum(out_features[:part]) for part in range(len(out_features))]
+    if offsets is None:
+        offsets = [sum(out_features[:part]) for part in range(len(out_features))]
+    table = PageTable(
+        num_slots=max(ranks, default=0) + 2,
+        num_slices=len(out_features),
+        max_pages=max_pages,
+        device=pool_E.device,
+    )
     slices = tuple(
         SliceTable(
             pool_E,
@@ -66,43 +91,46 @@ def random_site(
             out_features=out,
             offset=offset,
             page_ranks=PAGE_RANKS,
-            num_slots=max(ranks, default=0) + 2,
-            max_pages=max_pages,
+            table=table,
+            index=index,
         )
-        for out, offset in zip(out_features, offsets, strict=True)
+        for index, (out, offset) in enumerate(zip(out_features, offsets, strict=True))
     )
     site = RandomSite(SiteTable(slices, in_start))
     for slot, parts in ranks.items():
         for part, rank in enumerate(parts):
             if rank:
-                _write(site, slices[part], slot, part, rank, free, generator)
+                pages = [free.pop(0) for _ in range(-(-rank // PAGE_RANKS))]
+                _write(site, host_E, slices[part], (slot, part), rank, pages, generator)
+        table.put(slot, site.records(slot))
+    if pool_E is not host_E:
+        pool_E.copy_(host_E)
     return site
 
 
 def _write(
     site: RandomSite,
+    host_E: torch.Tensor,
     table: SliceTable,
-    slot: int,
-    part: int,
+    key: tuple[int, int],
     rank: int,
-    free: list[int],
+    pages: list[int],
     generator: torch.Generator,
 ) -> None:
-    dtype, num_inputs, num_outputs = table.pool_E.dtype, table.in_features, table.out_features
+    dtype, num_inputs, num_outputs = host_E.dtype, table.in_features, table.out_features
     A_RK = (torch.randn(rank, num_inputs, generator=generator) / num_inputs**0.5).to(dtype)
     B_OR = torch.randn(num_outputs, rank, generator=generator).to(dtype)
     scale = float(torch.rand((), generator=generator)) + 0.5
     row = num_inputs + num_outputs
-    pages: list[int] = []
-    for page in range(-(-rank // PAGE_RANKS)):
-        start = free.pop(0)
-        pages.append(start)
-        for inside in range(min(PAGE_RANKS, rank - page * PAGE_RANKS)):
-            at, line = start + inside * row, page * PAGE_RANKS + inside
-            table.pool_E[at : at + num_inputs] = A_RK[line]
-            table.pool_E[at + num_inputs : at + row] = B_OR[:, line]
-    table.set(slot, pages, rank, scale)
-    site.weights[slot, part] = (A_RK.float(), B_OR.float(), scale)
+    for page, start in enumerate(pages):
+        first = page * PAGE_RANKS
+        num_ranks = min(PAGE_RANKS, rank - first)
+        lines_RC = host_E[start : start + num_ranks * row].view(num_ranks, row)
+        lines_RC[:, :num_inputs] = A_RK[first : first + num_ranks]
+        lines_RC[:, num_inputs:] = B_OR.T[first : first + num_ranks]
+    table.remember(key[0], pages, rank, scale)
+    site.pages[key] = pages
+    site.weights[key] = (A_RK.float(), B_OR.float(), scale)
 
 
 def groups_of(slot_T: Sequence[int], *, gathered: bool) -> tuple[RowGroup, ...]:

@@ -107,18 +107,63 @@ def test_the_next_step_lies_at_the_same_place() -> None:
 
 def test_which_steps_have_a_graph() -> None:
     rig = Rig()
-    assert rig.runner().key(rig.prefill) is None
+    assert rig.runner().find(rig.prefill) is None
     layout = rig.decode(3)
-    assert rig.runner().key(layout) == GraphKey(4, 8)
-    assert rig.runner(3, 32).key(layout) == GraphKey(4, 8)
-    assert rig.runner(4, 32).key(layout) == GraphKey(4, 1)
-    assert rig.runner(3).key(layout) is None, "a sequence is too long"
+    assert rig.runner().find(layout) == (GraphKey(4, 8), None)
+    assert rig.runner(3, 32).find(layout) == (GraphKey(4, 8), None)
+    assert rig.runner(4, 32).find(layout) == (GraphKey(4, 1), None)
+    assert rig.runner(3).find(layout) is None, "a sequence is too long"
     one = Rig((0,))
-    assert one.runner().key(one.decode(3)) == GraphKey(1, 8)
+    assert one.runner().find(one.decode(3)) == (GraphKey(1, 8), None)
     many = Rig((0, 0, 0, 0))
-    assert many.runner(sizes=(1, 2)).key(many.decode(3)) is None, "too many rows"
+    assert many.runner(sizes=(1, 2)).find(many.decode(3)) is None, "too many rows"
     adapted = Rig((0, 3))
-    assert adapted.runner().key(adapted.decode(3)) is None, "an adapter"
+    assert adapted.runner().find(adapted.decode(3)) is None, "a backend without graphs"
+    assert rig.runner(4, 32).keys() == {GraphKey(n, pages) for n in (1, 4) for pages in (1, 8)}
+
+
+class Tiles:
+    """A builder whose tiles are the slots of the rows, one each."""
+
+    def tile_counts(self, bucket: int) -> tuple[int, ...]:
+        return (2, bucket) if bucket > 2 else (bucket,)
+
+    def decode_size(self, bucket: int) -> int:
+        return bucket
+
+    def plan_decode(self, slots: list[int], bucket: int) -> Any:
+        class Plan:
+            num_tiles = next(n for n in Tiles().tile_counts(bucket) if n >= len(slots))
+            arrays = (np.asarray(slots + [0] * (num_tiles - len(slots)), dtype=np.int32),)
+
+        plan: Any = Plan()
+        plan.arrays = list(plan.arrays)
+        return plan if any(slots) else None
+
+    def decode_batch(self, data: torch.Tensor, bucket: int, num_tiles: int) -> Any:
+        return data[:num_tiles]
+
+
+def test_steps_with_adapters_have_graphs_of_their_own() -> None:
+    """Beside those without; the tiles lie at one place, whatever travels behind them."""
+    rig = Rig((0, 3))
+    tiles: Any = Tiles()
+    rig.buffers = DecodeBuffers(4, 8, rig.kv, rig.inputs, tiles)
+    runner = rig.runner()
+    assert {key.tiles for key in runner.keys()} == {0, 1, 2, 4}  # noqa: SIM118  no mapping
+    found = runner.find(rig.decode(3))
+    assert found is not None
+    key, plan = found
+    assert key == GraphKey(4, 8, 2)
+    captured: Any = rig.buffers.batch(key, [1] * 4)
+    extra = np.asarray([0.5, 2.0], dtype=np.float32)
+    batch, (got,) = rig.buffers.fill(key, rig.decode(4, (9,)), [extra], plan)
+    assert captured.lora.tolist() == [0, 3]
+    assert captured.lora.data_ptr() == batch.lora.data_ptr()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    assert got.tolist() == [0.5, 2.0]
+    base = Rig()
+    base.buffers = DecodeBuffers(4, 8, base.kv, base.inputs, tiles)
+    assert base.runner().find(base.decode(3)) == (GraphKey(4, 8), None), "nobody uses an adapter"
 
 
 def test_the_rows_of_a_mixed_step() -> None:

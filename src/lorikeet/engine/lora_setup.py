@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import torch
 from torch import nn
 
 from lorikeet.config import LoRAPath, ServerConfig
@@ -29,7 +31,8 @@ from lorikeet.lora.residency import Residency
 from lorikeet.lora.resolver import Resolver
 from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.lora.targets import resolve_targets
-from lorikeet.ops.lora.torch_ops import TorchBackend
+from lorikeet.ops.lora.select import BackendName, make_backend
+from lorikeet.worker.memory import size_text
 
 ALL_TARGETS = "all"
 
@@ -44,9 +47,14 @@ class LoRALimits:
 
 @dataclass(frozen=True, slots=True)
 class LoRAParts:
-    """The parts of an engine that exist only with LoRA."""
+    """The parts of an engine that exist only with LoRA.
+
+    Attributes:
+        backend: ``--lora-backend``, ``auto`` resolved.
+    """
 
     limits: LoRALimits
+    backend: BackendName
     pool: DevicePool
     host: HostCache
     residency: Residency
@@ -122,8 +130,16 @@ def build_lora(
         max_loras_per_batch=config.max_loras_per_batch,
         element_size=dtype.itemsize,
     )
+    _check_pool(config, layout, limits, device)
     pool = DevicePool(sites, layout, dtype, device)
-    attach_lora(model, sites, pool, TorchBackend())
+    name = cast(BackendName, config.lora_backend)  # resolved: not auto
+    backend = make_backend(
+        name,
+        pool.page_table,
+        page_ranks=layout.page_ranks,
+        deterministic=config.lora_deterministic,
+    )
+    attach_lora(model, sites, pool, backend)
     host = HostCache()
     residency = Residency(
         allocator=RankPageAllocator(
@@ -140,7 +156,26 @@ def build_lora(
         host=host,
         reader=_reader(config, model_dir, sites, pool),
     )
-    return LoRAParts(limits, pool, host, residency, store)
+    return LoRAParts(limits, name, pool, host, residency, store)
+
+
+def _check_pool(
+    config: ServerConfig, layout: PoolLayout, limits: LoRALimits, device: torch.device
+) -> None:
+    """Refuse a pool that a GPU has no room for.
+
+    Raises:
+        ConfigError: with both numbers and the flags to lower.
+    """
+    if device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(device)[0]
+    if layout.nbytes > free:
+        raise ConfigError(
+            f"not enough device memory for adapters: {config.max_loras_per_batch} of rank {limits.max_rank} need "
+            f"{size_text(layout.nbytes)}, {size_text(free)} is free beside the weights. Lower --max-loras-per-batch or "
+            "--max-lora-rank, or name fewer --lora-target-modules"
+        )
 
 
 def _reader(
@@ -152,7 +187,13 @@ def _reader(
     def load(name: str, path: str, *, trusted: bool) -> HostAdapter:
         with open_source(path, sources.trusted() if trusted else sources) as directory:
             return load_adapter(
-                name, directory, sites, pool.layout, pool.dtype, base_weight=base_weight
+                name,
+                directory,
+                sites,
+                pool.layout,
+                pool.dtype,
+                base_weight=base_weight,
+                pin_memory=pool.device.type == "cuda",
             )
 
     resolver = None

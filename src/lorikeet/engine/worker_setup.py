@@ -14,9 +14,10 @@ from lorikeet.config import ServerConfig
 from lorikeet.engine.lora_setup import LoRAParts
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
-from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
 from lorikeet.models.decoder import Decoder
 from lorikeet.models.spec import ModelSpec
+from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS
 from lorikeet.ops.select import select_ops
 from lorikeet.worker.copier import Copier
 from lorikeet.worker.grammar import GrammarCompiler
@@ -33,8 +34,10 @@ from lorikeet.worker.memory import (
 )
 from lorikeet.worker.profile import (
     FIXED_RESERVE_BYTES,
+    GRAPH_BYTES,
     SAMPLING_BYTES_PER_LOGIT,
     measure_step,
+    warm_up,
 )
 from lorikeet.worker.sampler import Sampler
 from lorikeet.worker.worker import Worker
@@ -153,7 +156,7 @@ def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit
     weights_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     pool_bytes = lora.pool.nbytes if lora else 0
     on_gpu = target.device.type == "cuda"
-    reserve = _step_bytes(target, model) if on_gpu else 0
+    reserve = _step_bytes(target, model, lora) if on_gpu else 0
     if on_gpu:
         torch.cuda.empty_cache()
         available = torch.cuda.mem_get_info(target.device)[0] + weights_bytes + pool_bytes
@@ -178,7 +181,7 @@ def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit
     )
 
 
-def _step_bytes(target: Target, model: Decoder) -> int:
+def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
     config = target.config
     assert config.chunked_prefill_size is not None
     assert config.max_prefill_tokens is not None
@@ -195,7 +198,16 @@ def _step_bytes(target: Target, model: Decoder) -> int:
         context_length=target.context_length,
     )
     sampling = num_rows * target.spec.vocab_size * SAMPLING_BYTES_PER_LOGIT
-    return activations + sampling + FIXED_RESERVE_BYTES
+    return activations + sampling + _graph_bytes(config, lora) + FIXED_RESERVE_BYTES
+
+
+def _graph_bytes(config: ServerConfig, lora: LoRAParts | None) -> int:
+    """About what the graphs will take: some sizes have several lengths, and with adapters two numbers of tiles beside
+    the graph without."""
+    if config.disable_cuda_graph:
+        return 0
+    with_adapters = lora is not None and lora.backend != "torch"
+    return len(_graph_sizes(config)) * (3 if with_adapters else 1) * GRAPH_BYTES * 5 // 4
 
 
 def make_worker(
@@ -211,12 +223,22 @@ def make_worker(
     device = target.device
     max_pages = -(-target.context_length // target.page_size)
     lanes = Lanes(target.max_running, max_pages, device)
-    builder = LoRABatchBuilder(lora.pool, device) if lora else None
+    builder = None
+    if lora is not None:
+        chunk = target.config.max_lora_chunk_size or PREFILL_BLOCK_ROWS
+        builder = make_batch_builder(lora.backend, lora.pool, device, max_chunk=chunk)
     inputs = InputBuilder(storage, target.page_size, device, builder, lanes)
+    tiles = builder if isinstance(builder, TileBatchBuilder) else None
+    if device.type == "cuda" and tiles is not None:
+        # A prompt of this many tokens is cut into tiles of that many rows, which is a kernel of its own.
+        lengths = {
+            min(rows, target.context_length) for rows in (PREFILL_BLOCK_ROWS, DECODE_BLOCK_ROWS)
+        }
+        warm_up(model, target.attention, inputs, tuple(lengths), slot=1)
     graphs = None
     if device.type == "cuda" and not target.config.disable_cuda_graph:
         sizes = _graph_sizes(target.config)
-        buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs)
+        buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs, tiles)
         graphs = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
         graphs.capture(progress=progress)
     return Worker(

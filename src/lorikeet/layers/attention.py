@@ -75,9 +75,10 @@ class Attention(nn.Module):
 
     def forward(
         self, x_TD: torch.Tensor, cos_sin_TH: torch.Tensor, batch: ForwardBatch
-    ) -> torch.Tensor:
-        """[T, D] -> [T, D]; stores the tokens' keys and values in ``batch.kv``."""
-        qkv_TO = self.qkv_proj(x_TD, batch)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, D] -> [T, D], and a delta that is still to be added to it; stores the tokens' keys and values in
+        ``batch.kv``."""
+        qkv_TO, delta_TO = self.qkv_proj.forward_split(x_TD, batch)
         # The storage may be wider than a head (see AttentionBackend.storage_head_dim).
         size = self._heads.head_dim
         q_TQH, k_TKH, v_TKH = self._ops.rope_store(
@@ -88,8 +89,9 @@ class Attention(nn.Module):
             batch.attn.slot_mapping_T,
             self._heads,
             self._qk_norm,
+            delta_TO,
         )
         o_TQH = self._backend.forward(
             q_TQH, k_TKH, v_TKH, batch.kv, self._layer, batch.attn, self._window
         )
-        return self.o_proj(o_TQH.flatten(1), batch)
+        return self.o_proj.forward_split(o_TQH.flatten(1), batch)

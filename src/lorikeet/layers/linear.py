@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from lorikeet.layers.batch import ForwardBatch
+from lorikeet.ops.activation import SiluMulOp
 from lorikeet.parallel.group import TPGroup
 
 
@@ -138,6 +139,16 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         return self.finish(self.local(x))
+
+    def forward_split(self, x: torch.Tensor, batch: ForwardBatch) -> tuple[torch.Tensor, None]:
+        """:meth:`forward`, and the delta that whoever reads the output has to add: none here (see ``lora/layers.py``)."""
+        return self.forward(x, batch), None
+
+    def forward_gated(
+        self, x: torch.Tensor, batch: ForwardBatch, silu_mul: SiluMulOp
+    ) -> torch.Tensor:
+        """``silu_mul`` of :meth:`forward`, for packed gate and up projections."""
+        return silu_mul(self.forward(x, batch))
 
     @torch.no_grad()
     def load_part(self, name: str, part: int, whole: torch.Tensor) -> None:

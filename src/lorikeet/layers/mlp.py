@@ -35,7 +35,9 @@ class GatedMLP(nn.Module):
         )
         self._silu_mul = ops.silu_mul
 
-    def forward(self, x_TD: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        """[T, D] -> [T, D]."""
-        gate_up_T2I = self.gate_up_proj(x_TD, batch)
-        return self.down_proj(self._silu_mul(gate_up_T2I), batch)
+    def forward(
+        self, x_TD: torch.Tensor, batch: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[T, D] -> [T, D], and a delta that is still to be added to it."""
+        hidden_TI = self.gate_up_proj.forward_gated(x_TD, batch, self._silu_mul)
+        return self.down_proj.forward_split(hidden_TI, batch)

@@ -22,10 +22,13 @@ class RMSNorm(nn.Module):
         self._op = op
 
     def forward(
-        self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None = None,
+        delta_TD: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised x + residual, x + residual)."""
-        return self._op(x_TD, self.weight, self.eps, residual_TD)
+        """(normalised sum, sum) of x, residual and delta."""
+        return self._op(x_TD, self.weight, self.eps, residual_TD, delta_TD)
 
     @torch.no_grad()
     def load_part(self, name: str, part: int, whole: torch.Tensor) -> None:

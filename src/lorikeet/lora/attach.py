@@ -8,15 +8,19 @@ from typing import Any, cast
 from torch import nn
 
 from lorikeet.core.sites import LoRASite
+from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.lora.layers import LoRAEmbedding, LoRALinear, SplitLayer
+from lorikeet.lora.layers import LoRAEmbedding, LoRALinear, LoRAStreams, SplitLayer
 from lorikeet.ops.lora.api import LoRABackend
 
 
 def attach_lora(
-    model: nn.Module, sites: Sequence[LoRASite], pool: DevicePool, backend: LoRABackend[Any]
+    model: nn.Module, sites: Sequence[LoRASite], pool: DevicePool, backend: LoRABackend[Any, Any]
 ) -> list[str]:
-    """Replace the module of every site that adapters may change.
+    """Replace the module of every site that adapters may change, and let the model begin the backend's steps.
+
+    Args:
+        model: called with a :class:`ForwardBatch`.
 
     Returns:
         The paths of the replaced modules, in the order of the sites.
@@ -25,6 +29,7 @@ def attach_lora(
         AttributeError: the model has no module at a site's path, so it is not the model that declared the sites.
     """
     replaced: list[str] = []
+    streams = LoRAStreams(pool.device) if pool.device.type == "cuda" else None
     for index, site in enumerate(sites):
         table = pool.table(index)
         if table is None:
@@ -35,7 +40,15 @@ def attach_lora(
         if site.kind == "embedding":
             layer = LoRAEmbedding(base, table, backend)
         else:
-            layer = LoRALinear(base, table, backend, reads_logits_rows=site.kind == "lm_head")
+            is_head = site.kind == "lm_head"
+            layer = LoRALinear(base, table, backend, reads_logits_rows=is_head, streams=streams)
         setattr(parent, name, layer)
         replaced.append(site.path)
+
+    def begin(_: nn.Module, args: tuple[ForwardBatch, ...]) -> None:
+        # A hook, because it belongs to a forward pass wherever that is called, and into its CUDA graph.
+        if args[0].lora is not None:
+            backend.begin(args[0].lora)
+
+    model.register_forward_pre_hook(begin)
     return replaced

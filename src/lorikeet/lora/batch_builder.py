@@ -1,52 +1,99 @@
-"""From the rows of a step to the groups of rows that share an adapter.
+"""From the rows of a step to what a LoRA backend is told: groups of rows for matmuls, tiles for kernels.
 
-Shape legend: T tokens of the step, N rows (chunks and decode rows) of the step.
+A plan is made on the host; its arrays travel to the device with the step's other inputs, in one copy.
+
+Shape legend: T tokens of the step, N rows (chunks and decode rows) of the step, J tiles, M rows of a tile.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.ops.lora.metadata import LoRABatch, RowGroup
+from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
+from lorikeet.ops.lora.cutting import CutTiles, Pieces, padded
+from lorikeet.ops.lora.metadata import LoRABatch, RowGroup, Tiles
+from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, prefill_block
+from lorikeet.ops.lora.triton.segments import cut_segments, most_segments
 
 # An adapter whose rows lie in more pieces than this is gathered; below, one matmul per piece is cheaper than the copy.
 _MAX_PIECES = 2
+# Tiles of a captured step that is not captured for the most it may need: one for each 16 rows, and a few that are not full.
+_FEW_MORE_TILES = 7
+
+
+class LoRAPlan(Protocol):
+    """A step's LoRA inputs on the host.
+
+    Attributes:
+        arrays: what has to be copied to the device, int32; may be none.
+    """
+
+    @property
+    def arrays(self) -> list[np.ndarray]: ...
+
+    def batch(self, tensors: Sequence[torch.Tensor]) -> LoRABatch:
+        """The inputs, from ``arrays`` on the device. Uses the tensors' memory."""
+        ...
+
+
+class BatchBuilder(Protocol):
+    """Makes the plan of each step."""
+
+    def plan(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        logits_rows: Sequence[int] | None,
+    ) -> LoRAPlan | None:
+        """Which rows use which adapter.
+
+        Args:
+            slots: adapter slot of each of the N rows, in batch order; 0 is the base model.
+            lengths: tokens of each row.
+            logits_rows: token numbers in [0, T) whose logits are wanted, in the order of the logits; None for all.
+
+        Returns:
+            None if every slot is 0: such a batch has no LoRA work at all.
+        """
+        ...
 
 
 class LoRABatchBuilder:
-    """Builds the :class:`LoRABatch` of each step."""
+    """Groups for matmuls: what the ``torch`` backend takes."""
 
     def __init__(self, pool: DevicePool, device: torch.device | None = None) -> None:
         self._num_slots = pool.num_slots
         self._device = device or torch.device("cpu")
 
+    def plan(
+        self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
+    ) -> GroupPlan | None:
+        """See :class:`BatchBuilder`."""
+        batch = self.build(slots, lengths, logits_rows)
+        return None if batch is None else GroupPlan(batch)
+
     def build(
-        self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int]
+        self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
     ) -> LoRABatch | None:
-        """Group the rows of a step by adapter.
-
-        Args:
-            slots: adapter slot of each of the N rows, in batch order; 0 is the base model.
-            lengths: tokens of each row.
-            logits_rows: token numbers in [0, T) whose logits are wanted, in the order of the logits.
-
-        Returns:
-            None if every slot is 0: such a batch has no LoRA work at all.
-        """
+        """The batch of a plan, at once."""
         if not any(slots):
             return None
-        outside = [slot for slot in slots if not 0 <= slot < self._num_slots]
-        assert not outside, f"slots {outside} are not in the pool"
+        _check_slots(slots, self._num_slots)
         ends = list(accumulate(lengths))
         pieces = zip(slots, [0, *ends[:-1]], ends, strict=True)
+        tokens = self._group(pieces)
+        if logits_rows is None:
+            return LoRABatch(tokens=tokens, logits=tokens)
         logits_slots = (slots[bisect_right(ends, token)] for token in logits_rows)
         logits_pieces = ((slot, row, row + 1) for row, slot in enumerate(logits_slots))
-        return LoRABatch(tokens=self._group(pieces), logits=self._group(logits_pieces))
+        return LoRABatch(tokens=tokens, logits=self._group(logits_pieces))
 
     def _group(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[RowGroup, ...]:
         """Pieces (slot, start, stop) in ascending order -> groups, by first appearance."""
@@ -68,3 +115,191 @@ class LoRABatchBuilder:
                 index_T = torch.tensor(rows, dtype=torch.int64, device=self._device)
                 groups.append(RowGroup(slot, rows[0], rows[-1] + 1, index_T))
         return tuple(groups)
+
+
+class GroupPlan:
+    """A plan whose groups are complete: nothing has to be copied."""
+
+    def __init__(self, batch: LoRABatch) -> None:
+        self._batch = batch
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        return []
+
+    def batch(self, tensors: Sequence[torch.Tensor]) -> LoRABatch:
+        assert not tensors
+        return self._batch
+
+
+class TileBatchBuilder:
+    """Tiles for kernels: what ``triton`` and ``csgmv`` take.
+
+    Args:
+        backend: ``triton`` gives every sequence tiles of its own, ``csgmv`` every adapter.
+        max_block: most rows of a tile; at least 16.
+    """
+
+    def __init__(
+        self,
+        pool: DevicePool,
+        backend: Literal["triton", "csgmv"],
+        *,
+        max_block: int = PREFILL_BLOCK_ROWS,
+    ) -> None:
+        self._num_slots = pool.num_slots
+        self._max_adapters = pool.layout.max_loras_per_batch
+        self._max_block = max_block
+        by_adapter = backend == "csgmv"
+        self._cut: Callable[..., CutTiles] = cut_chunks if by_adapter else cut_segments
+        self._most = most_chunks if by_adapter else most_segments
+
+    def plan(
+        self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
+    ) -> TilePlan | None:
+        """See :class:`BatchBuilder`: for a step that runs eagerly. Deltas are added to the base layers' outputs."""
+        if not any(slots):
+            return None
+        pieces = self._pieces(slots, lengths)
+        has_adapter_N = pieces.slots_N > 0
+        num_rows = int(pieces.lengths_N[has_adapter_N].sum())
+        num_adapters = len(np.unique(pieces.slots_N[has_adapter_N]))
+        block = prefill_block(num_rows, num_adapters, self._max_block)
+        tokens = self._cut(pieces, block)
+        num_tokens = int(pieces.lengths_N.sum())
+        if logits_rows is None or np.array_equal(logits_rows, np.arange(num_tokens)):
+            return TilePlan(tokens, num_tokens)
+        ends_N = np.cumsum(pieces.lengths_N)
+        of_row = np.searchsorted(ends_N, np.asarray(logits_rows, dtype=np.int64), side="right")
+        row_slots = pieces.slots_N[of_row]
+        rows = Pieces(row_slots, np.ones_like(row_slots))
+        logits = self._cut(rows, DECODE_BLOCK_ROWS)
+        return TilePlan(tokens, num_tokens, logits, len(row_slots))
+
+    def plan_decode(self, slots: Sequence[int], bucket: int) -> TilePlan | None:
+        """A step of one token for each row, padded to ``bucket`` rows, whose logits are all wanted: for a CUDA graph.
+
+        The plan has of the numbers in :meth:`tile_counts` the least that fits: that number belongs to the graph. Deltas are computed beside the base layers.
+
+        Returns:
+            None if every slot is 0.
+        """
+        if not any(slots):
+            return None
+        padding = bucket - len(slots)
+        pieces = self._pieces([*slots, 0], [1] * len(slots) + [padding])
+        tiles = self._cut(pieces, DECODE_BLOCK_ROWS)
+        num_tiles = next(n for n in self.tile_counts(bucket) if n >= len(tiles.slot_J))
+        return TilePlan(padded(tiles, num_tiles), bucket, is_beside=True)
+
+    def tile_counts(self, bucket: int) -> tuple[int, ...]:
+        """Numbers of tiles that steps of ``bucket`` rows are captured for, ascending; the last one always suffices."""
+        most = self._most(bucket, self._max_adapters, DECODE_BLOCK_ROWS)
+        few = -(-bucket // DECODE_BLOCK_ROWS) + _FEW_MORE_TILES
+        return (most,) if few >= most else (few, most)
+
+    def decode_size(self, bucket: int) -> int:
+        """Most int32 numbers that a plan for ``bucket`` rows has in its one array."""
+        return self.tile_counts(bucket)[-1] * (DECODE_BLOCK_ROWS + 1)
+
+    def decode_batch(self, data: torch.Tensor, bucket: int, num_tiles: int) -> LoRABatch:
+        """The batch of a :meth:`plan_decode`, from its array on the device.
+
+        Args:
+            data: int32, at least ``num_tiles`` x 17 of them; what is in it does not matter to a capture as long as the
+                first ``num_tiles * 16`` are row numbers or -1 and the others slots (zeros will do).
+        """
+        tiles = tiles_at(data, (num_tiles, DECODE_BLOCK_ROWS), bucket, num_tiles)
+        return LoRABatch(tokens=tiles, logits=tiles, is_beside=True)
+
+    def build(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        logits_rows: Sequence[int] | None,
+        device: torch.device | None = None,
+    ) -> LoRABatch | None:
+        """The batch of a plan, at once."""
+        plan = self.plan(slots, lengths, logits_rows)
+        return None if plan is None else plan.upload(device or torch.device("cpu"))
+
+    def _pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> Pieces:
+        _check_slots(slots, self._num_slots)
+        return Pieces(np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
+
+
+class TilePlan:
+    """Tiles on the host: of the tokens, and of the rows whose logits are wanted if those are others."""
+
+    def __init__(
+        self,
+        tokens: CutTiles,
+        num_tokens: int,
+        logits: CutTiles | None = None,
+        num_logits: int = 0,
+        *,
+        is_beside: bool = False,
+    ) -> None:
+        self._parts = [(tokens, num_tokens)]
+        if logits is not None:
+            self._parts.append((logits, num_logits))
+        self._is_beside = is_beside
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the tokens."""
+        return len(self._parts[0][0].slot_J)
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """One int32 array per set of tiles: rows [J, M], then slots [J]. Rows first: kernels like them aligned."""
+        return [np.concatenate((cut.rows_JM.reshape(-1), cut.slot_J)) for cut, _ in self._parts]
+
+    def batch(self, tensors: Sequence[torch.Tensor]) -> LoRABatch:
+        """See :class:`LoRAPlan`."""
+        tiles = [
+            # A graph is replayed with other tiles, of which all may have an adapter.
+            tiles_at(
+                data,
+                cut.rows_JM.shape,
+                num_rows,
+                len(cut.slot_J) if self._is_beside else cut.num_used,
+            )
+            for data, (cut, num_rows) in zip(tensors, self._parts, strict=True)
+        ]
+        return LoRABatch(tokens=tiles[0], logits=tiles[-1], is_beside=self._is_beside)
+
+    def upload(self, device: torch.device) -> LoRABatch:
+        """The batch, copied by itself."""
+        return self.batch([torch.from_numpy(array).to(device) for array in self.arrays])
+
+
+def tiles_at(data: torch.Tensor, shape: tuple[int, ...], num_rows: int, num_used: int) -> Tiles:
+    """Tiles from one array of a :class:`TilePlan`; ``shape`` is (J, M)."""
+    num_tiles, block = shape
+    end = num_tiles * block
+    return Tiles(data[end : end + num_tiles], data[:end].view(shape), num_rows, num_used)
+
+
+def make_batch_builder(
+    backend: Literal["torch", "triton", "csgmv"],
+    pool: DevicePool,
+    device: torch.device,
+    *,
+    max_chunk: int = PREFILL_BLOCK_ROWS,
+) -> LoRABatchBuilder | TileBatchBuilder:
+    """The builder that goes with a backend.
+
+    Args:
+        max_chunk: most rows of a tile of ``csgmv`` (``--max-lora-chunk-size``).
+    """
+    if backend == "torch":
+        return LoRABatchBuilder(pool, device)
+    if backend == "triton":
+        return TileBatchBuilder(pool, "triton")
+    return TileBatchBuilder(pool, "csgmv", max_block=max_chunk)
+
+
+def _check_slots(slots: Sequence[int], num_slots: int) -> None:
+    assert min(slots) >= 0, f"slots {slots} are not in the pool"
+    assert max(slots) < num_slots, f"slots {slots} are not in the pool of {num_slots}"

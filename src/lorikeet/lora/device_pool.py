@@ -14,10 +14,11 @@ import torch
 from lorikeet.core.plan import PageCopy
 from lorikeet.core.sites import LoRASite
 from lorikeet.errors import EngineFault
-from lorikeet.lora.adapter import HostAdapter, PackedModule
+from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.layout import PoolLayout
+from lorikeet.lora.page_upload import PageUpload
 from lorikeet.lora.targets import ModuleKey
-from lorikeet.ops.lora.metadata import SiteTable, SliceTable
+from lorikeet.ops.lora.metadata import PageTable, SiteTable, SliceTable
 
 
 class DevicePool:
@@ -41,6 +42,13 @@ class DevicePool:
     ) -> None:
         self.layout = layout
         self._pool_E = torch.empty(layout.num_elems, dtype=dtype, device=device)
+        self.page_table = PageTable(
+            num_slots=layout.num_slots,
+            num_slices=len(layout.classes),
+            max_pages=layout.max_pages_per_slice,
+            device=device,
+        )
+        self._upload = PageUpload(self._pool_E) if device.type == "cuda" else None
         self._slices: dict[ModuleKey, SliceTable] = {}
         self._tables: dict[int, SiteTable] = {}
         for index, site in enumerate(sites):
@@ -54,6 +62,10 @@ class DevicePool:
     @property
     def dtype(self) -> torch.dtype:
         return self._pool_E.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._pool_E.device
 
     @property
     def nbytes(self) -> int:
@@ -88,21 +100,31 @@ class DevicePool:
 
     def write(self, adapter: HostAdapter, copy: PageCopy) -> None:
         """Fill reserved pages. Touches nothing else, so that it may run on another thread than everything else here."""
+        if self._upload is not None:
+            self._upload.write(adapter, copy.page_ids)
+            return
         for page, start, size in zip(adapter.pages, copy.page_ids, adapter.page_sizes, strict=True):
             self._pool_E[start : start + size].copy_(page)
 
     def describe(self, adapter: HostAdapter, copy: PageCopy) -> None:
         """Let a slot mean the adapter whose pages are written."""
+        records: dict[int, tuple[Sequence[int], int, float]] = {}
         for module in adapter.modules:
-            self._describe(module, copy)
+            table = self._slices[module.site, module.part]
+            pages = copy.page_ids[module.first_page : module.first_page + module.num_pages]
+            table.remember(copy.slot, pages, module.rank, module.scale)
+            records[table.index] = (pages, module.rank, module.scale)
+        self.page_table.put(copy.slot, records)
 
     def clear_slot(self, slot: int) -> None:
-        """Make a slot rank 0 everywhere; its pages may be overwritten from now on."""
+        """Make a slot rank 0 everywhere; its pages may be overwritten from now on, once queued steps are done."""
         if self._pages.pop(slot, None) is None:
             return
         for table in self._slices.values():
-            if table.factors[slot]:
-                table.clear(slot)
+            table.forget(slot)
+        self.page_table.clear(slot)
+        if self._upload is not None:
+            self._upload.freed()
 
     def check_integrity(self) -> None:
         """Assert that no two slots share memory."""
@@ -119,16 +141,12 @@ class DevicePool:
                     out_features=part.out_features,
                     offset=part.offset,
                     page_ranks=self.layout.page_ranks,
-                    num_slots=self.layout.num_slots,
-                    max_pages=self.layout.max_pages_per_slice,
+                    table=self.page_table,
+                    index=len(self._slices),
                 )
                 self._slices[index, part_index] = table
                 tables.append(table)
         return tuple(tables)
-
-    def _describe(self, module: PackedModule, copy: PageCopy) -> None:
-        pages = copy.page_ids[module.first_page : module.first_page + module.num_pages]
-        self._slices[module.site, module.part].set(copy.slot, pages, module.rank, module.scale)
 
     def _check_copy(self, adapter: HostAdapter, copy: PageCopy) -> None:
         """The one place that asserts that pages in use are never overwritten."""

@@ -62,6 +62,7 @@ def load_adapter(
     *,
     base_weight: BaseWeight | None = None,
     rules: Sequence[ShardRule] | None = None,
+    pin_memory: bool = False,
 ) -> HostAdapter:
     """Read, check and pack an adapter.
 
@@ -72,6 +73,7 @@ def load_adapter(
         base_weight: the base model's weights by name, to recognise copies of its embedding in the file. Without it an
             adapter that carries such a copy is refused.
         rules: of the sites, which part of each this rank holds; None is a single rank, which holds all.
+        pin_memory: keep the adapter in memory that a GPU copies from by itself.
 
     Raises:
         AdapterError: the adapter cannot be served exactly; names the field, tensor, module or file.
@@ -94,7 +96,7 @@ def load_adapter(
         for module in wanted:
             A_RK, B_OR = (file.read(tensor) for tensor in module.tensors)
             packer.add(module, A_RK, B_OR)
-    return packer.finish(name, str(directory), spec)
+    return packer.finish(name, str(directory), spec, pin_memory=pin_memory)
 
 
 def _check_limits(
@@ -205,7 +207,7 @@ class _Packer:
         )
         self._pack(module, A_RK, B_OR)
 
-    def finish(self, name: str, path: str, spec: LoRASpec) -> HostAdapter:
+    def finish(self, name: str, path: str, spec: LoRASpec, *, pin_memory: bool) -> HostAdapter:
         """The packed adapter.
 
         Raises:
@@ -215,12 +217,15 @@ class _Packer:
             raise AdapterError(
                 "the adapter would change nothing: A, B or the scale is zero in every module"
             )
+        num_elems = sum(block.numel() for block in self._blocks)
+        data = torch.empty(num_elems, dtype=self._dtype, pin_memory=pin_memory)
+        torch.cat(self._blocks, out=data)
         return HostAdapter(
             name=name,
             path=path,
             digest=self._digest.hexdigest(),
             spec=spec,
-            data=torch.cat(self._blocks),
+            data=data,
             page_sizes=tuple(self._page_sizes),
             page_classes=tuple(self._page_classes),
             modules=tuple(self._modules),

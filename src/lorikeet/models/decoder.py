@@ -52,14 +52,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_TD: torch.Tensor,
+        delta_TD: torch.Tensor | None,
         residual_TD: torch.Tensor | None,
         cos_sin_TH: torch.Tensor,
         batch: ForwardBatch,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output not yet added to the residual stream, residual stream)."""
-        x_TD, sum_TD = self.input_norm(x_TD, residual_TD)
-        x_TD, sum_TD = self.mlp_norm(self.attention(x_TD, cos_sin_TH, batch), sum_TD)
-        return self.mlp(x_TD, batch), sum_TD
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(output, a delta of it, residual stream), which the next norm adds up, as this one does."""
+        x_TD, sum_TD = self.input_norm(x_TD, residual_TD, delta_TD)
+        x_TD, delta_TD = self.attention(x_TD, cos_sin_TH, batch)
+        x_TD, sum_TD = self.mlp_norm(x_TD, sum_TD, delta_TD)
+        x_TD, delta_TD = self.mlp(x_TD, batch)
+        return x_TD, delta_TD, sum_TD
 
 
 class Decoder(nn.Module):
@@ -94,11 +97,13 @@ class Decoder(nn.Module):
         ``batch.kv``."""
         cos_sin_TH = self._rotary.cos_sin(batch)
         x_TD: torch.Tensor = self.embed_tokens(batch)
+        delta_TD: torch.Tensor | None = None
         residual_TD: torch.Tensor | None = None
         for layer in self.layers:
-            x_TD, residual_TD = layer(x_TD, residual_TD, cos_sin_TH, batch)
+            x_TD, delta_TD, residual_TD = layer(x_TD, delta_TD, residual_TD, cos_sin_TH, batch)
         assert residual_TD is not None
         if (rows_N := batch.logits_rows_N) is not None:
             x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
-        x_ND, _ = self.norm(x_TD, residual_TD)
+            delta_TD = None if delta_TD is None else delta_TD.index_select(0, rows_N)
+        x_ND, _ = self.norm(x_TD, residual_TD, delta_TD)
         return self.lm_head(x_ND, batch)

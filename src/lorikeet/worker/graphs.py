@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step, by batch size and, where attention asks for it, by length.
+"""CUDA graphs of the decode step: by batch size, by length where attention asks for it, without adapters and with.
 
 A graph is a recording of kernel launches with their addresses. So everything that a captured step reads lies in
 :class:`DecodeBuffers`, at a fixed place; a batch is padded to the next size that was captured. Graphs of all sizes share
@@ -13,7 +13,7 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from tqdm import tqdm
 from lorikeet.attention.base import AttentionBackend, AttentionInputs
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
+from lorikeet.lora.batch_builder import LoRAPlan, TileBatchBuilder, TilePlan
+from lorikeet.ops.lora.metadata import LoRABatch
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.staging import Upload, offsets_of, upload, view_at
 
@@ -42,10 +44,11 @@ def default_sizes(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphKey:
-    """Which graph: rows of the batch, and pages of its longest sequence at most."""
+    """Which graph: rows of the batch, pages of its longest sequence at most, and tiles of adapters (0: none)."""
 
     rows: int
     pages: int
+    tiles: int = 0
 
 
 class DecodeBuffers:
@@ -54,15 +57,26 @@ class DecodeBuffers:
     Args:
         max_rows: rows of the largest captured batch (B).
         max_pages: pages of the longest sequence (P).
+        lora: makes the adapters' inputs; None if no graph has adapters.
     """
 
-    def __init__(self, max_rows: int, max_pages: int, kv: KVStorage, inputs: InputBuilder) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        max_pages: int,
+        kv: KVStorage,
+        inputs: InputBuilder,
+        lora: TileBatchBuilder | None = None,
+    ) -> None:
         device = kv.k[0].device
         self._kv, self._inputs, self._max_rows = kv, inputs, max_rows
         self._device = device
-        # Room for the fields, a dozen arrays of 8 bytes for the sampler, and the page tables as they travel.
+        self.lora = lora
+        lora_bytes = 4 * lora.decode_size(max_rows) if lora else 0
+        # Room for the fields, the adapters' tiles, a dozen arrays of 8 bytes for the sampler, and the page tables as they
+        # travel.
         self._data = torch.zeros(
-            256 * 16 + max_rows * (4 * _NUM_FIELDS + 8 * 12 + 4 * max_pages),
+            256 * 16 + lora_bytes + max_rows * (4 * _NUM_FIELDS + 8 * 12 + 4 * max_pages),
             dtype=torch.uint8,
             device=device,
         )
@@ -70,7 +84,9 @@ class DecodeBuffers:
         self._tables: dict[int, torch.Tensor] = {}
         self._starts_B1 = upload(np.arange(max_rows + 1, dtype=np.int32), device)
         fields = [np.empty(max_rows, dtype=np.int32)] * _NUM_FIELDS
-        offsets, _ = offsets_of(fields)
+        # The tiles follow the fields; what comes behind them has no fixed place and is not read by graphs.
+        offsets, end = offsets_of(fields)
+        self._tiles = self._data[end : end + lora_bytes].view(torch.int32)
         self._fields = [
             view_at(self._data, offset, (max_rows,), np.dtype(np.int32)) for offset in offsets
         ]
@@ -100,12 +116,21 @@ class DecodeBuffers:
             kv=self._kv,
             logits_rows_N=None,
             sampled_L=self._inputs.lanes.sampled_L,
+            lora=self._lora_batch(key),
         )
 
     def fill(
-        self, key: GraphKey, layout: StepLayout, more: list[np.ndarray]
+        self,
+        key: GraphKey,
+        layout: StepLayout,
+        more: list[np.ndarray],
+        lora: LoRAPlan | None = None,
     ) -> tuple[ForwardBatch, list[torch.Tensor]]:
-        """Bring a decode step to the device: its batch, and ``more`` arrays of N rows."""
+        """Bring a decode step to the device: its batch, and ``more`` arrays of N rows.
+
+        Args:
+            lora: the plan with ``key.tiles`` tiles.
+        """
         num_rows, size = len(layout.lanes_N), self._max_rows
         places = self._inputs.places(layout.lanes_N, layout.positions_T)
         fields = [
@@ -114,12 +139,18 @@ class DecodeBuffers:
             _padded(places, size, -1),
             _padded(layout.kv_lens_N, size, 1),
         ]
+        fields += [] if lora is None else lora.arrays
         table = self._inputs.page_table(layout)
         sent = Upload([*fields, *more, table], self._device, into=self._data)
         *_, table_NP = tensors = sent.tensors()
         self._table(key.pages)[:num_rows, : table.shape[1]].copy_(table_NP)
         kv_lens = layout.kv_lens_N.tolist() + [1] * (key.rows - num_rows)
-        return self.batch(key, kv_lens), tensors[_NUM_FIELDS:-1]
+        return self.batch(key, kv_lens), tensors[len(fields) : -1]
+
+    def _lora_batch(self, key: GraphKey) -> LoRABatch | None:
+        if self.lora is None or not key.tiles:
+            return None
+        return self.lora.decode_batch(self._tiles, key.rows, key.tiles)
 
     def _table(self, pages: int) -> torch.Tensor:
         table = self._tables.get(pages)
@@ -130,12 +161,13 @@ class DecodeBuffers:
         return table
 
     def clear(self) -> None:
-        """What is captured: rows that pad."""
+        """What is captured: rows that pad, and tiles of the base model."""
         ids, positions, places, lens = self._fields
         ids.zero_()
         positions.zero_()
         places.fill_(-1)
         lens.fill_(1)
+        self._tiles.zero_()
 
 
 def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
@@ -173,8 +205,7 @@ class GraphRunner:
         begin, before = time.monotonic(), torch.cuda.mem_get_info()[0]
         pool = torch.cuda.graph_pool_handle()
         self.buffers.clear()
-        keys = [self._key(size, length) for size in self._sizes for length in self._lengths[size]]
-        keys = sorted(set(keys), reverse=True)
+        keys = sorted(self.keys(), reverse=True)
         for key in tqdm(keys, desc="Capturing CUDA graphs", disable=not progress, unit="graph"):
             self._graphs[key] = self._capture(key, pool)
         torch.cuda.synchronize()
@@ -186,16 +217,36 @@ class GraphRunner:
             (before - torch.cuda.mem_get_info()[0]) / 1e9,
         )
 
-    def key(self, layout: StepLayout) -> GraphKey | None:
-        """The graph for a step; None if it has to run eagerly: prompts, adapters, a batch or a sequence that is too
-        long."""
+    def keys(self) -> set[GraphKey]:
+        """Every graph that there is to capture."""
+        lora = self.buffers.lora
+        return {
+            GraphKey(size, self._pages(length), tiles)
+            for size in self._sizes
+            for length in self._lengths[size]
+            for tiles in (0, *(lora.tile_counts(size) if lora else ()))
+        }
+
+    def find(self, layout: StepLayout) -> tuple[GraphKey, TilePlan | None] | None:
+        """The graph for a step, and what it is told of adapters.
+
+        None if it has to run eagerly: prompts, a batch or a sequence that is too long, adapters of a backend that does
+        not run in graphs.
+        """
         num_rows = len(layout.lanes_N)
-        if not layout.is_decode or num_rows > self._sizes[-1] or any(layout.slots):
+        if not layout.is_decode or num_rows > self._sizes[-1]:
             return None
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         lengths = self._lengths[size]
         index = bisect_left(lengths, int(layout.kv_lens_N.max()))
-        return self._key(size, lengths[index]) if index < len(lengths) else None
+        if index == len(lengths):
+            return None
+        key = GraphKey(size, self._pages(lengths[index]))
+        if not any(layout.slots):
+            return key, None
+        lora = self.buffers.lora
+        plan = None if lora is None else lora.plan_decode(layout.slots, size)
+        return None if plan is None else (replace(key, tiles=plan.num_tiles), plan)
 
     def replay(self, key: GraphKey, batch: ForwardBatch) -> torch.Tensor:
         """Logits [rows of the graph, V] of a batch of :meth:`DecodeBuffers.fill`; valid until the next replay."""
@@ -204,8 +255,8 @@ class GraphRunner:
         graph.replay()
         return logits
 
-    def _key(self, size: int, length: int) -> GraphKey:
-        return GraphKey(size, -(-length // self.buffers.page_size))
+    def _pages(self, length: int) -> int:
+        return -(-length // self.buffers.page_size)
 
     def _capture(self, key: GraphKey, pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         batch = self.buffers.batch(key, [1] * key.rows)

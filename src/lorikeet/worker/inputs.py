@@ -16,7 +16,7 @@ from lorikeet.core.plan import DecodeRow, PrefillChunk, SequenceStart, StepPlan
 from lorikeet.errors import EngineFault
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
-from lorikeet.lora.batch_builder import LoRABatchBuilder
+from lorikeet.lora.batch_builder import BatchBuilder, LoRAPlan
 from lorikeet.worker.lanes import Lanes
 from lorikeet.worker.staging import Upload, int_type
 
@@ -91,11 +91,11 @@ class InputBuilder:
         kv: KVStorage,
         page_size: int,
         device: torch.device,
-        lora: LoRABatchBuilder | None,
+        lora: BatchBuilder | None,
         lanes: Lanes,
     ) -> None:
         self._kv = kv
-        self._page_size = page_size
+        self.page_size = page_size
         self._device = device
         self._lora = lora
         self._int = int_type(device)
@@ -129,12 +129,12 @@ class InputBuilder:
 
     def places(self, lanes: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where in the cache the K/V of each position of each lane go."""
-        size = self._page_size
+        size = self.page_size
         return self.lanes.pages_LP[lanes, positions // size] * size + positions % size
 
     def page_table(self, layout: StepLayout) -> np.ndarray:
         """Page tables [N, P], as wide as the longest sequence needs."""
-        width = -(-int(layout.kv_lens_N.max()) // self._page_size)
+        width = -(-int(layout.kv_lens_N.max()) // self.page_size)
         return self.lanes.pages_LP[layout.lanes_N, :width]
 
     def stage(
@@ -153,9 +153,12 @@ class InputBuilder:
             layout.kv_lens_N,
             np.asarray(layout.logits_rows, dtype=self._int),
         ]
+        plan = self._lora_plan(layout)
+        lora_arrays = [] if plan is None else plan.arrays
         ids, positions, places, table, starts, kv_lens, rows, *rest = Upload(
-            [*arrays, *more], self._device
+            [*arrays, *more, *lora_arrays], self._device
         ).tensors()
+        lora = None if plan is None else plan.batch(rest[len(more) :])
         batch = ForwardBatch(
             input_ids_T=ids,
             positions_T=positions,
@@ -164,23 +167,24 @@ class InputBuilder:
                 kv_lens=layout.kv_lens_N.tolist(),
                 page_table_NP=table,
                 slot_mapping_T=places,
-                page_size=self._page_size,
+                page_size=self.page_size,
                 num_chunks=layout.num_chunks,
                 query_starts_N1=starts,
                 kv_lens_N=kv_lens,
             ),
             kv=self._kv,
-            lora=self._lora_batch(layout),
+            lora=lora,
             logits_rows_N=None if layout.is_decode else rows,
             sampled_L=self.lanes.sampled_L,
         )
-        return batch, rest
+        return batch, rest[: len(more)]
 
-    def _lora_batch(self, layout: StepLayout):
+    def _lora_plan(self, layout: StepLayout) -> LoRAPlan | None:
         if self._lora is None:
             return None
         # Rows for prompt log-probabilities come first in the logits, so each sequence may own two runs of rows.
-        return self._lora.build(layout.slots, layout.lengths_N.tolist(), layout.logits_rows)
+        rows = None if layout.is_decode else layout.logits_rows
+        return self._lora.plan(layout.slots, layout.lengths_N.tolist(), rows)
 
     def _open(self, start: SequenceStart) -> SequenceState:
         return SequenceState(

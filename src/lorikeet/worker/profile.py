@@ -1,4 +1,5 @@
-"""How much device memory the steps themselves need, found by running the largest one."""
+"""Steps that are run before there is a request: the largest one, to see how much device memory steps need, and one for
+each set of kernels, so that no request waits for a compiler."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from lorikeet.worker.lanes import Lanes
 # Bytes per logit while penalties, sorting and noise are applied: copies in float32, sorted values with int64 indices,
 # and the 64-bit hashes behind the noise.
 SAMPLING_BYTES_PER_LOGIT = 36
-# CUDA graphs, kernels that are loaded when first used, fragments between allocations.
-FIXED_RESERVE_BYTES = 1_500_000_000
+# Kernels that are loaded when first used, fragments between allocations.
+FIXED_RESERVE_BYTES = 500_000_000
+# What the driver keeps for one graph of some 400 launches.
+GRAPH_BYTES = 40_000_000
 
 
 def measure_step(
@@ -47,9 +50,7 @@ def measure_step(
     plan = StepPlan(step=0)
     for seq in range(count):
         pages = list(range(seq * pages_each, (seq + 1) * pages_each))
-        size = min(length, num_tokens - seq * length)
-        plan.starts.append(_start(seq, size, pages))
-        plan.chunks.append(PrefillChunk(seq=seq, start=0, end=size, new_page_ids=[], sample=True))
+        _add_prompt(plan, seq, min(length, num_tokens - seq * length), pages)
     inputs.apply(plan)
     with torch.inference_mode():
         batch, _ = inputs.stage(inputs.lay_out(plan), [])
@@ -64,14 +65,37 @@ def measure_step(
     return torch.cuda.max_memory_allocated() - before
 
 
-def _start(seq: int, size: int, pages: list[int]) -> SequenceStart:
-    return SequenceStart(
+def warm_up(
+    forward: Callable[[ForwardBatch], torch.Tensor],
+    attention: AttentionBackend,
+    inputs: InputBuilder,
+    lengths: tuple[int, ...],
+    slot: int,
+) -> None:
+    """Run a prompt of each length with an adapter slot that holds nothing yet; K/V goes to the first pages."""
+    for length in lengths:
+        plan = StepPlan(step=0)
+        num_pages = -(-length // inputs.page_size)
+        _add_prompt(plan, -1, length, list(range(num_pages)), slot)
+        inputs.apply(plan)
+        with torch.inference_mode():
+            batch, _ = inputs.stage(inputs.lay_out(plan), [])
+            attention.prepare(batch.attn)
+            forward(batch)
+        inputs.close(-1)
+    torch.cuda.synchronize()
+
+
+def _add_prompt(plan: StepPlan, seq: int, size: int, pages: list[int], slot: int = 0) -> None:
+    start = SequenceStart(
         seq=seq,
         token_ids=[0] * size,
         num_prompt=size,
         num_cached=0,
         page_ids=pages,
-        slot=0,
+        slot=slot,
         sampling=SamplingParams(),
         seed=0,
     )
+    plan.starts.append(start)
+    plan.chunks.append(PrefillChunk(seq=seq, start=0, end=size, new_page_ids=[], sample=True))

@@ -189,9 +189,10 @@ class Worker:
     def _run_network(self, layout: StepLayout, arrays: list) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
         graphs = self._graphs
-        key = None if graphs is None else graphs.key(layout)
-        if graphs is not None and key is not None:
-            batch, drawing = graphs.buffers.fill(key, layout, arrays)
+        found = None if graphs is None else graphs.find(layout)
+        if graphs is not None and found is not None:
+            key, lora = found
+            batch, drawing = graphs.buffers.fill(key, layout, arrays, lora)
             return graphs.replay(key, batch), drawing
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)

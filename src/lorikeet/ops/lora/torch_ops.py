@@ -12,21 +12,25 @@ from collections.abc import Sequence
 
 import torch
 
-from lorikeet.ops.lora.metadata import Factors, RowGroup, SiteTable, SliceTable
+from lorikeet.ops.activation import silu_mul_torch
+from lorikeet.ops.lora.metadata import Factors, LoRABatch, RowGroup, SiteTable, SliceTable
 
 # One float32 [G, R] tensor per group, slice and pair of factors, in that order of nesting.
 GroupedShrunk = list[torch.Tensor]
 
 
 class TorchBackend:
-    """See :class:`lorikeet.ops.lora.api.LoRABackend`."""
+    """See :class:`lorikeet.ops.lora.api.LoRABackend`; its rows are groups."""
+
+    def begin(self, batch: LoRABatch) -> None:
+        """Nothing is prepared: factors are views that exist already."""
 
     def shrink(
         self, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]
     ) -> GroupedShrunk:
         h: GroupedShrunk = []
         for group in groups:
-            factors = [pair for table in site.slices for pair in table.factors[group.slot]]
+            factors = [pair for table in site.slices for pair in table.factors_of(group.slot)]
             if factors:
                 x_GK = _rows(x_TK, group).float()
                 h.extend(x_GK @ pair.A_KR.float() for pair in factors)
@@ -39,7 +43,7 @@ class TorchBackend:
         for group in groups:
             ids_G = _rows(ids_T, group) - site.in_start
             for table in site.slices:
-                h.extend(_columns(pair, ids_G) for pair in table.factors[group.slot])
+                h.extend(_columns(pair, ids_G) for pair in table.factors_of(group.slot))
         return h
 
     def expand_(
@@ -48,10 +52,21 @@ class TorchBackend:
         parts = iter(h)
         for group in groups:
             for table in site.slices:
-                pairs = table.factors[group.slot]
+                pairs = table.factors_of(group.slot)
                 if pairs:
                     shrunk = [(next(parts), pair) for pair in pairs]
                     _add_(y_TO, shrunk, table, group)
+
+    def expand_into(
+        self, out_TO: torch.Tensor, h: GroupedShrunk, site: SiteTable, groups: Sequence[RowGroup]
+    ) -> None:
+        self.expand_(out_TO.zero_(), h, site, groups)
+
+    def silu_mul(
+        self, y_T2I: torch.Tensor, h: GroupedShrunk, site: SiteTable, groups: Sequence[RowGroup]
+    ) -> torch.Tensor:
+        self.expand_(y_T2I, h, site, groups)
+        return silu_mul_torch(y_T2I)
 
     def delta_(
         self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]

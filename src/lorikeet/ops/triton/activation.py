@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.operands import check_rows, kernel
+from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.operands import check_rows
 
 # A small batch wants many programs, to spread over the device; a large one few, each with more loads on their way.
 _FEW_TOKENS = 64
@@ -44,7 +45,7 @@ def silu_mul_triton(
     return y_TI
 
 
-@kernel
+@kernel()
 def _silu_mul(
     gate_up_ptr,
     delta_ptr,

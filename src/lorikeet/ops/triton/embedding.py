@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.operands import check_rows, kernel
+from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.operands import check_rows
 
 _MAX_BLOCK = 2048
 _NUM_WARPS = 4
@@ -41,7 +42,7 @@ def embed_triton(
     return x_TD
 
 
-@kernel
+@kernel()
 def _embed(
     ids_ptr,
     tokens_ptr,

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.operands import check_rows, kernel
+from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.operands import check_rows
 
 # 16 elements per thread: two loads of 16 bytes in a 16-bit type, and D = 4096 makes 8 warps.
 _ELEMENTS_PER_WARP = 512
@@ -56,7 +57,7 @@ def rms_norm_triton(
     return y_TD, x_TD if total_TD is None else total_TD
 
 
-@kernel
+@kernel()
 def _rms_norm(
     x_ptr,
     delta_ptr,

@@ -1,20 +1,11 @@
-"""What all kernels share: how they are declared, and what they take for granted about their operands.
+"""What all kernels take for granted about their operands.
 
 A kernel gets pointers and strides of rows; an operand of another shape would be read beyond its end without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import triton
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` for a type checker: a launch takes options (``num_warps``) beside the function's parameters."""
-    return triton.jit(function)
 
 
 def check_rows(shape: torch.Size | None, *operands: torch.Tensor | None) -> None:

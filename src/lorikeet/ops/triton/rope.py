@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from lorikeet.ops.rope import HeadShape, QKNorm
-from lorikeet.ops.triton.operands import check_rows, kernel
+from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.operands import check_rows
 
 _HEADS_PER_PROGRAM = 8
 # Elements of one half of the heads that a warp holds: 16 bytes per thread in a 16-bit type.
@@ -75,7 +76,7 @@ def rope_store_triton(
     return q_TQH, kv_TXH[:, : shape.num_kv_heads], kv_TXH[:, shape.num_kv_heads :]
 
 
-@kernel
+@triton.jit
 def _load_halves(ptr, mask, H: tl.constexpr):
     """Both halves of each head, float32."""
     a_GF = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
@@ -83,18 +84,18 @@ def _load_halves(ptr, mask, H: tl.constexpr):
     return a_GF, b_GF
 
 
-@kernel
+@triton.jit
 def _store_halves(ptr, a_GF, b_GF, mask, H: tl.constexpr):
     tl.store(ptr, a_GF, mask=mask)
     tl.store(ptr + H // 2, b_GF, mask=mask)
 
 
-@kernel
+@triton.jit
 def _round(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
-@kernel
+@triton.jit
 def _normalise(
     a_GF,
     b_GF,
@@ -116,7 +117,7 @@ def _normalise(
     return _round(a_GF, dtype), _round(b_GF, dtype)
 
 
-@kernel
+@kernel()
 def _rope_store(
     qkv_ptr,
     delta_ptr,

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.operands import check_rows, kernel
+from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.operands import check_rows
 
 # A row is read by one multiprocessor, which is fast when many loads are on their way: large blocks, some at a time.
 _MAX_BLOCK = 8192
@@ -65,7 +66,7 @@ def draw_tokens_triton(
     return chosen_N, scores_N2
 
 
-@kernel
+@triton.jit
 def _mix64(x):
     """SplitMix64's finaliser on uint64."""
     x = (x ^ (x >> 30)) * _MIX_1
@@ -73,7 +74,7 @@ def _mix64(x):
     return x ^ (x >> 31)
 
 
-@kernel
+@triton.jit
 def _gumbel(hashed_B):
     """Standard Gumbel noise, float32, from uint64 hashes."""
     u_B = ((hashed_B >> _DROPPED_BITS).to(tl.float32) + 0.5) * _UNIFORM_STEP
@@ -84,7 +85,7 @@ def _gumbel(hashed_B):
     return -tl.log((u_B - (1.0 - w_B)) - tl.log(w_B))
 
 
-@kernel
+@kernel()
 def _draw_tokens(
     logits_ptr,
     temperature_ptr,

@@ -1,0 +1,82 @@
+"""Launching a compiled kernel without asking each time what to compile.
+
+Triton binds arguments, works out what it specialises on and looks the kernel up at every launch: 50 to 150 microseconds
+of Python for kernels of 10 to 30 parameters, more than most of ours take on the device. A step that runs eagerly has
+hundreds of launches. Here the same question is answered by one look-up in a table of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+# Triton compiles anew for an integer that is 1, that 16 divides, or that needs 64 bits, and for a pointer that is not
+# a multiple of 16. A key that tells these apart never launches a kernel that was compiled for something else.
+_ALIGNMENT = 16
+_LARGEST_INT32 = 2**31 - 1
+
+
+class Launcher:
+    """A kernel: ``launcher[grid](*operands, **constants)``, like a function of ``triton.jit``.
+
+    Operands are given by position and in order, everything else by name: the kernel's ``constexpr`` parameters, none left
+    out, and Triton's own options such as ``num_warps``.
+
+    Args:
+        function: what ``triton.jit`` made.
+        varying: names of integers that Triton was told not to specialise on.
+    """
+
+    def __init__(self, function: Any, varying: tuple[str, ...] = ()) -> None:
+        self._function = function
+        self._is_compiled = isinstance(function, JITFunction)  # else Triton's interpreter
+        self._names: list[str] = list(function.arg_names)
+        self._varying = frozenset(self._names.index(name) for name in varying)
+        self._kernels: dict[tuple[object, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        if not self._is_compiled:
+            return self._function[grid]
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+        key = self._key(operands, constants)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            self._kernels[key] = self._function[grid](*operands, **constants)
+            return
+        rest = [constants[name] for name in self._names[len(operands) :]]
+        kernel[(*grid, 1, 1)[:3]](*operands, *rest)
+
+    def _key(self, operands: tuple[Any, ...], constants: dict[str, object]) -> tuple[object, ...]:
+        parts: list[object] = [operands[0].device]
+        for index, operand in enumerate(operands):
+            if isinstance(operand, torch.Tensor):
+                parts.append(operand.dtype)
+                parts.append(operand.data_ptr() % _ALIGNMENT == 0)
+            elif isinstance(operand, int):
+                parts.append(operand > _LARGEST_INT32)
+                if index not in self._varying:
+                    parts.append(operand == 1)
+                    parts.append(operand % _ALIGNMENT == 0)
+            else:
+                parts.append(type(operand))
+        return (*parts, *constants.values())
+
+
+def kernel(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """Declare a kernel that is launched from Python (one that other kernels call is a plain ``triton.jit``).
+
+    Args:
+        varying: integers that change from step to step: no compilation of their own for 1 or for a multiple of 16.
+    """
+
+    def declare(function: Callable[..., Any]) -> Launcher:
+        return Launcher(triton.jit(do_not_specialize=list(varying))(function), varying)
+
+    return declare
