@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import about, table, write_result
+from lorikeet.lora.layout import PAGE_RANKS
 from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
 from lorikeet.ops.lora.cutting import Pieces, padded
 from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, SliceTable, Tiles
@@ -42,7 +43,6 @@ SITES = {
 BATCHES = ((1, 1), (16, 8), (64, 32), (256, 32), (8192, 8))
 RANKS = (16, 64)
 LARGEST_DECODE = 512
-PAGE_RANKS = 16
 # More than the caches of any card.
 ROTATED_BYTES = 2**28
 MOST_LAYERS = 24

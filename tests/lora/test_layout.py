@@ -48,7 +48,7 @@ def _layout(sites, targets, max_rank, num_adapters, **fields) -> PoolLayout:
         max_rank=max_rank,
         max_loras_per_batch=num_adapters,
         element_size=2,
-        **fields,
+        **({"page_ranks": 16} | fields),
     )
 
 
@@ -182,3 +182,9 @@ def test_small_adapters_of_few_modules_use_the_room_of_the_others():
         8 * 4 * 2
     )  # adapters x pages per slice, and o_proj's pages fit q_proj, k_proj's fit v_proj
     assert count >= share
+
+
+def test_a_rank_8_adapter_pads_nothing_in_a_pool_for_rank_256():
+    """64 of them take about their own bytes, beside a budget that was made for far larger ones."""
+    layout = PoolLayout.make(TINY, LINEAR, max_rank=256, max_loras_per_batch=4, element_size=2)
+    assert (layout.page_ranks, layout.num_pages(8), layout.num_pages(256)) == (8, 1, 32)

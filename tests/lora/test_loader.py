@@ -66,14 +66,14 @@ def test_pages_hold_a_and_b_side_by_side(load, plain, sites):
         ("down_proj", "q_proj", "v_proj"),
     )
     assert len(adapter.modules) == 3 * 2
-    assert len(adapter.pages) == len(adapter.page_classes) == 2 * 3 * 2
+    assert len(adapter.pages) == len(adapter.page_classes) == 3 * 3 * 2
     for module in adapter.modules:
         site = sites[module.site]
         part = site.slices[module.part]
         A_RK = stored[f"{PREFIX}{part.hf_path}.lora_A.weight"]
         B_OR = stored[f"{PREFIX}{part.hf_path}.lora_B.weight"]
         pages = adapter.pages[module.first_page : module.first_page + module.num_pages]
-        rows_RC = torch.cat(pages).view(32, -1)
+        rows_RC = torch.cat(pages).view(24, -1)
         assert torch.equal(rows_RC[:20], torch.cat((A_RK, B_OR.T), dim=1))
         assert not rows_RC[20:].any()
         assert (module.rank, module.scale) == (20, 0.5)
@@ -93,7 +93,7 @@ def test_every_stored_type_is_packed_in_the_pools_type(llama, tmp_path, sites, l
     assert stored.dtype == dtype
     for pool_dtype in (torch.float32, torch.bfloat16, torch.float16):
         adapter = load_adapter("a", directory, sites, layout, pool_dtype)
-        page = adapter.pages[0].view(16, -1)
+        page = adapter.pages[0].view(8, -1)
         assert page.dtype == pool_dtype
         assert torch.equal(page[:4, :64], stored.to(pool_dtype))
 
@@ -531,7 +531,7 @@ def test_each_rank_packs_its_part(llama, tmp_path, sites):
                 A_RK = A_RK.chunk(2, dim=1)[rank]
             else:
                 B_OR = B_OR.chunk(2, dim=0)[rank]
-            rows_RC = adapter.pages[module.first_page].view(16, -1)
+            rows_RC = adapter.pages[module.first_page].view(8, -1)
             assert torch.equal(rows_RC[:4], torch.cat((A_RK, B_OR.T), dim=1))
 
 

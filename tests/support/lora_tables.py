@@ -12,7 +12,7 @@ import torch
 
 from lorikeet.ops.lora.metadata import PageTable, RowGroup, SiteTable, SliceTable
 
-PAGE_RANKS = 16
+PAGE_RANKS = 8
 
 
 @dataclass

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from lorikeet.core.sites import LoRASite
 from lorikeet.lora.targets import ModuleKey
 
-PAGE_RANKS = 16
+# The smallest rank that is common: a rank-8 adapter pads nothing, and kernels find the page of a rank as fast with 8.
+PAGE_RANKS = 8
 
 # Resident adapters beyond this gain nothing that the pages would not limit first; it bounds the page tables.
 _MAX_RESIDENT = 1024
