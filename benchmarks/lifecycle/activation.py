@@ -130,6 +130,7 @@ def main() -> None:
             "device": device,
             "max_loras_per_batch": ROOM,
             "max_total_tokens": 20_000,
+            "max_running_requests": 8,
             "disable_radix_cache": True,
         }
         values = engine_values(options, spec, adapters, 8)

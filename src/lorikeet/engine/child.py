@@ -5,6 +5,7 @@ The loop never blocks on anything but the next message, and on that only while t
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -74,6 +75,10 @@ def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
         logger.exception("the engine could not start")
         endpoint.send(Failed(f"{type(error).__name__}: {error}"))
         return 1
+    # Modules, weights and graphs live as long as the process: a full collection that walks over them takes as long as
+    # several steps.
+    gc.collect()
+    gc.freeze()
     endpoint.send(Ready(core.info))
     loop = EngineLoop(core, endpoint, parent)
     try:

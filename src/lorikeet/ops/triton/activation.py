@@ -6,10 +6,9 @@ Shape legend: T tokens, I intermediate features (HALF of the packed ones); B fea
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
 
 # A small batch wants many programs, to spread over the device; a large one few, each with more loads on their way.
@@ -32,7 +31,7 @@ def silu_mul_triton(
     half = features // 2
     y_TI = gate_up_T2I.new_empty((num_tokens, half))
     block = _BLOCK_FEW if num_tokens <= _FEW_TOKENS else _BLOCK_MANY
-    _silu_mul[(num_tokens, triton.cdiv(half, block))](
+    _silu_mul[(num_tokens, cdiv(half, block))](
         gate_up_T2I,
         delta_T2I,
         y_TI,

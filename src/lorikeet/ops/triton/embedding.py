@@ -7,10 +7,9 @@ program, a power of two.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
 _MAX_BLOCK = 2048
@@ -28,8 +27,8 @@ def embed_triton(
     (num_tokens,), features = ids_T.shape, table_VD.shape[1]
     check_rows(None, ids_T, table_VD, tokens_L)
     x_TD = table_VD.new_empty((num_tokens, features))
-    block = min(_MAX_BLOCK, triton.next_power_of_2(features))
-    _embed[(num_tokens, triton.cdiv(features, block))](
+    block = min(_MAX_BLOCK, next_power_of_2(features))
+    _embed[(num_tokens, cdiv(features, block))](
         ids_T,
         tokens_L,
         table_VD,

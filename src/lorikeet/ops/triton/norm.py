@@ -6,10 +6,9 @@ Shape legend: T tokens, D features; B the block that D is padded to, a power of 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
 # 16 elements per thread: two loads of 16 bytes in a 16-bit type, and D = 4096 makes 8 warps.
@@ -38,7 +37,7 @@ def rms_norm_triton(
     y_TD = x_TD.new_empty(x_TD.shape)
     is_sum = residual_TD is not None or delta_TD is not None
     total_TD = x_TD.new_empty(x_TD.shape) if is_sum else None
-    block = triton.next_power_of_2(features)
+    block = next_power_of_2(features)
     _rms_norm[(num_tokens,)](
         x_TD,
         delta_TD,

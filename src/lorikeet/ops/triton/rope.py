@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lorikeet.ops.rope import HeadShape, QKNorm
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
 _HEADS_PER_PROGRAM = 8
@@ -46,8 +46,8 @@ def rope_store_triton(
     check_rows(place, k_cache_CKH, v_cache_CKH)
     q_TQH = qkv_TO.new_empty((num_tokens, shape.num_heads, shape.head_dim))
     kv_TXH = qkv_TO.new_empty((num_tokens, 2 * shape.num_kv_heads, shape.head_dim))
-    block_half = triton.next_power_of_2(shape.head_dim // 2)
-    _rope_store[(num_tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM))](
+    block_half = next_power_of_2(shape.head_dim // 2)
+    _rope_store[(num_tokens, cdiv(heads, _HEADS_PER_PROGRAM))](
         qkv_TO,
         delta_TO,
         cos_sin_TH,

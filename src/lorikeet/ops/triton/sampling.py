@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
 # A row is read by one multiprocessor, which is fast when many loads are on their way: large blocks, some at a time.
@@ -48,7 +48,7 @@ def draw_tokens_triton(
     check_rows(torch.Size((num_rows,)), temperature_N, seeds_N, counters_N, lanes_N)
     chosen_N = torch.empty(num_rows, dtype=torch.int64, device=logits_NV.device)
     scores_N2 = torch.empty((num_rows, 2), dtype=torch.float32, device=logits_NV.device)
-    block = min(_MAX_BLOCK, triton.next_power_of_2(vocab_size))
+    block = min(_MAX_BLOCK, next_power_of_2(vocab_size))
     _draw_tokens[(num_rows,)](
         logits_NV,
         temperature_N,

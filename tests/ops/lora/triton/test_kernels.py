@@ -11,7 +11,7 @@ from lorikeet.ops.activation import silu_mul_torch
 from lorikeet.ops.lora import tiles as tile_table
 from lorikeet.ops.lora.tiles import ExpandTile, ShrinkTile
 from lorikeet.ops.lora.triton.resolve import resolve_tiles
-from lorikeet.ops.lora.triton.site import launch_of, regions_of
+from lorikeet.ops.lora.triton.site import SiteShape, regions_of
 from tests.support.lora_tables import assert_close, random_site
 from tests.support.lora_tiles import KernelCase, tiles_of
 
@@ -207,7 +207,7 @@ def test_operands_that_do_not_fit_are_refused():
         case.add(_draw(2, 55), _draw(2, K))
     four = random_site(K, (8, 8, 8, 8), {1: (1, 1, 1, 1)})
     with pytest.raises(ValueError, match="a site has 4 slices, kernels take 3"):
-        launch_of(four.table, torch.empty(0), tiles_of([1], 16), 16)
+        SiteShape(four.table)
     gaps = random_site(K, (8, 8), {1: (1, 1)}, offsets=(8, 24))
     with pytest.raises(ValueError, match="do not fit an output of 40 features"):
         regions_of(gaps.table, 40)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from lorikeet.ops.lora import tiles
 from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, Tiles
@@ -18,7 +17,8 @@ from lorikeet.ops.lora.triton.expand import expand_tiles
 from lorikeet.ops.lora.triton.gated import expand_silu_mul
 from lorikeet.ops.lora.triton.resolve import resolve_tiles
 from lorikeet.ops.lora.triton.shrink import gather_tiles, shrink_tiles
-from lorikeet.ops.lora.triton.site import SiteLaunch, launch_of, regions_of
+from lorikeet.ops.lora.triton.site import SiteLaunch, SiteShape
+from lorikeet.ops.triton.launcher import cdiv
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +70,7 @@ class TritonBackend:
         self._rank_block = tiles.rank_block(self._max_rank)
         self._deterministic = deterministic
         self._steps: list[_Step] = []
+        self._shapes: dict[int, SiteShape] = {}
 
     def begin(self, batch: LoRABatch) -> None:
         assert isinstance(batch.tokens, Tiles)
@@ -82,7 +83,7 @@ class TritonBackend:
         step = self._find(rows)
         launch = self._launch(step, site)
         tile = self._shrink_tile or tiles.shrink_tile(*self._size_of(rows))
-        num_parts = triton.cdiv(launch.in_features, tile.span)
+        num_parts = cdiv(launch.in_features, tile.span)
         h_HNTC = self._sums(step, launch) if num_parts > 1 else None
         if h_HNTC is None:
             h_HNTC = self._empty(x_TK, num_parts, launch)
@@ -109,7 +110,9 @@ class TritonBackend:
         self, y_T2I: torch.Tensor, h: ShrunkTiles, site: SiteTable, rows: Tiles
     ) -> torch.Tensor:
         tile = self._expand_tile or tiles.gated_tile(*self._size_of(rows))
-        return expand_silu_mul(y_T2I, h.h_HNTC, h.launch, regions_of(site, y_T2I.shape[1]), tile)
+        return expand_silu_mul(
+            y_T2I, h.h_HNTC, h.launch, self._shape(site).regions(y_T2I.shape[1]), tile
+        )
 
     def delta_(self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, rows: Tiles) -> None:
         self.expand_(y_TO, self.shrink(x_TK, site, rows), site, rows)
@@ -120,7 +123,7 @@ class TritonBackend:
         if add and not rows.num_used:
             return
         tile = self._expand_tile or tiles.expand_tile(*self._size_of(rows))
-        regions = regions_of(site, y_TO.shape[1])
+        regions = self._shape(site).regions(y_TO.shape[1])
         expand_tiles(y_TO, h.h_HNTC, h.launch, regions, tile, add=add)
 
     def _size_of(self, rows: Tiles) -> tuple[int, int, int]:
@@ -142,7 +145,14 @@ class TritonBackend:
         raise AssertionError("these rows are not those of the batch that was begun")
 
     def _launch(self, step: _Step, site: SiteTable) -> SiteLaunch:
-        return launch_of(site, step.words_LJW, step.rows, self._rank_block)
+        return self._shape(site).launch(step.words_LJW, step.rows, self._rank_block)
+
+    def _shape(self, site: SiteTable) -> SiteShape:
+        shape = self._shapes.get(id(site))
+        if shape is None:
+            # It holds the site, whose number is its own for that long.
+            shape = self._shapes[id(site)] = SiteShape(site)
+        return shape
 
     def _sums(self, step: _Step, launch: SiteLaunch) -> torch.Tensor | None:
         if step.zeros_LTC is None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 
 from lorikeet.ops.lora.tiles import ExpandTile
 from lorikeet.ops.lora.triton.launch import load_rank, load_scale, rank_rows
 from lorikeet.ops.lora.triton.site import MAX_REGIONS, WIDEST_LOAD, Region, SiteLaunch
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
 
 _NOTHING = Region(0, 0, -1)
@@ -41,7 +40,7 @@ def expand_tiles(
     check_rows(torch.Size((h_HNTC.shape[2], sum(region.size for region in regions))), y_TO)
     num_tiles, block = launch.rows_JM.shape
     wanted = [region for region in regions if region.part >= 0 or not add]
-    num_blocks = sum(triton.cdiv(region.size, tile.block_n) for region in wanted)
+    num_blocks = sum(cdiv(region.size, tile.block_n) for region in wanted)
     first, second, third = (wanted + [_NOTHING] * MAX_REGIONS)[:MAX_REGIONS]
     _expand[(num_blocks, launch.num_used if add else num_tiles)](
         y_TO,

@@ -14,7 +14,7 @@ import triton.language as tl
 from lorikeet.ops.lora.tiles import ExpandTile
 from lorikeet.ops.lora.triton.launch import load_rank, load_scale, rank_rows
 from lorikeet.ops.lora.triton.site import Region, SiteLaunch
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
 
 
@@ -39,7 +39,7 @@ def expand_silu_mul(
     check_rows(torch.Size((h_HNTC.shape[2], 2 * half)), y_T2I)
     num_tiles, block = launch.rows_JM.shape
     out_TI = y_T2I.new_empty((len(y_T2I), half))
-    _silu_mul[(triton.cdiv(half, tile.block_n), num_tiles)](
+    _silu_mul[(cdiv(half, tile.block_n), num_tiles)](
         y_T2I,
         out_TI,
         launch.pool_E,

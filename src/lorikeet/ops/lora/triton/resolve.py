@@ -7,10 +7,9 @@ Shape legend: S adapter slots, L slices of all sites, J tiles, W words of a reco
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel
 
 _BLOCK = 1024
 
@@ -21,7 +20,7 @@ def resolve_tiles(words_SLW: torch.Tensor, slot_J: torch.Tensor) -> torch.Tensor
     num_tiles = len(slot_J)
     out_LJW = words_SLW.new_empty((num_slices, num_tiles, num_words))
     if out_LJW.numel():
-        _resolve[(triton.cdiv(out_LJW.numel(), _BLOCK),)](
+        _resolve[(cdiv(out_LJW.numel(), _BLOCK),)](
             words_SLW, slot_J, out_LJW, num_tiles, L=num_slices, W=num_words, B=_BLOCK, num_warps=4
         )
     return out_LJW

@@ -7,13 +7,12 @@ whose sum is h, C ranks that a slot may have; in kernels also R ranks of one pas
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from lorikeet.ops.lora.tiles import ShrinkTile
 from lorikeet.ops.lora.triton.launch import load_rank, rank_rows
 from lorikeet.ops.lora.triton.site import SiteLaunch
-from lorikeet.ops.triton.launcher import kernel
+from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
 
 
@@ -34,8 +33,8 @@ def shrink_tiles(
     if x_TK.shape[1] != num_inputs:
         raise ValueError(f"x has {x_TK.shape[1]} features, the site {num_inputs}")
     num_tiles, block = launch.rows_JM.shape
-    span = min(tile.span, triton.cdiv(num_inputs, tile.block_k) * tile.block_k)
-    num_parts = triton.cdiv(num_inputs, span)
+    span = min(tile.span, cdiv(num_inputs, tile.block_k) * tile.block_k)
+    num_parts = cdiv(num_inputs, span)
     if len(h_HNTC) not in (1, num_parts):
         raise ValueError(f"h has {len(h_HNTC)} parts, {num_parts} programs share a row")
     _shrink[(launch.num_used, launch.num_slices, num_parts)](

@@ -57,32 +57,50 @@ class Region:
     part: int
 
 
-def launch_of(site: SiteTable, words_LJW: torch.Tensor, rows: Tiles, rank_block: int) -> SiteLaunch:
-    """What the kernels of ``site`` need.
+class SiteShape:
+    """What the kernels of a site need to know of it in every step.
 
     Raises:
         ValueError: more slices than the kernels have arguments for, or slices that are not neighbours in the page table.
     """
-    first = site.slices[0]
-    if len(site.slices) > MAX_REGIONS:
-        raise ValueError(f"a site has {len(site.slices)} slices, kernels take {MAX_REGIONS}")
-    if any(part.index != first.index + number for number, part in enumerate(site.slices)):
-        raise ValueError("slices of a site are not neighbours in the page table")
-    sizes = tuple(part.out_features for part in site.slices) + (0,) * MAX_REGIONS
-    widths = (first.in_features + part.out_features for part in site.slices)
-    return SiteLaunch(
-        pool_E=first.pool_E,
-        words_LJW=words_LJW,
-        rows_JM=rows.rows_JM,
-        num_used=rows.num_used,
-        first_slice=first.index,
-        num_slices=len(site.slices),
-        in_features=first.in_features,
-        sizes=(sizes[0], sizes[1], sizes[2]),
-        alignment=math.gcd(WIDEST_LOAD, *widths),
-        page_ranks=first.page_ranks,
-        rank_block=rank_block,
-    )
+
+    def __init__(self, site: SiteTable) -> None:
+        first = site.slices[0]
+        if len(site.slices) > MAX_REGIONS:
+            raise ValueError(f"a site has {len(site.slices)} slices, kernels take {MAX_REGIONS}")
+        if any(part.index != first.index + number for number, part in enumerate(site.slices)):
+            raise ValueError("slices of a site are not neighbours in the page table")
+        sizes = tuple(part.out_features for part in site.slices) + (0,) * MAX_REGIONS
+        widths = (first.in_features + part.out_features for part in site.slices)
+        self._site = site
+        self._first = first
+        self._sizes = (sizes[0], sizes[1], sizes[2])
+        self._alignment = math.gcd(WIDEST_LOAD, *widths)
+        self._regions: dict[int, tuple[Region, ...]] = {}
+
+    def launch(self, words_LJW: torch.Tensor, rows: Tiles, rank_block: int) -> SiteLaunch:
+        """The operands of a step."""
+        first = self._first
+        return SiteLaunch(
+            pool_E=first.pool_E,
+            words_LJW=words_LJW,
+            rows_JM=rows.rows_JM,
+            num_used=rows.num_used,
+            first_slice=first.index,
+            num_slices=len(self._site.slices),
+            in_features=first.in_features,
+            sizes=self._sizes,
+            alignment=self._alignment,
+            page_ranks=first.page_ranks,
+            rank_block=rank_block,
+        )
+
+    def regions(self, out_features: int) -> tuple[Region, ...]:
+        """:func:`regions_of`, worked out once."""
+        found = self._regions.get(out_features)
+        if found is None:
+            found = self._regions[out_features] = regions_of(self._site, out_features)
+        return found
 
 
 def regions_of(site: SiteTable, out_features: int) -> tuple[Region, ...]:
