@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ SITES = {
     "down": (14336, (4096,)),
 }
 # Tokens and adapters among them.
-BATCHES = ((1, 1), (16, 8), (64, 32), (256, 32), (8192, 8))
+BATCHES = ((256, 8), (64, 32), (256, 32), (8192, 8), (1, 1), (16, 8))
 RANKS = (16, 64)
 LARGEST_DECODE = 512
 # More than the caches of any card.
@@ -293,16 +294,18 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description="LoRA kernels against their floor")
     parser.add_argument("--write", action="store_true", help="also write a result file")
+    parser.add_argument("--json", type=Path, help="where to write it")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, bfloat16")
-    rows = measure()
+    rows = measure(ranks=tuple(arguments.ranks))
     header = ("op", "site", "rank", "tokens", "adapters", "us", "floor us", "of floor")
     print(table(header, [_cells(row) for row in rows]))
-    if arguments.write:
+    if arguments.write or arguments.json:
         content = about(
             "LoRA kernels against their floor", "benchmarks.ops.lora", ("torch", "triton")
         )
-        print(write_result({**content, "rows": rows}, "ops-lora"))
+        print(write_result({**content, "rows": rows}, "ops-lora", arguments.json))
 
 
 def _cells(row: Row) -> list[str]:

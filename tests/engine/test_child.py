@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import wait
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from lorikeet.core.messages import (
     Abort,
     Accepted,
     Command,
+    Failed,
     Outputs,
     Reply,
     Shutdown,
@@ -22,9 +24,12 @@ from lorikeet.core.messages import (
     decode_to_client,
     encode,
 )
+from lorikeet.core.plan import StepResult
+from lorikeet.engine import child
 from lorikeet.engine.child import EngineLoop
-from tests.engine.test_core import make_core, request
+from tests.engine.test_core import PAGE_SIZE, PAGES, make_core, request
 from tests.support.adapter_rig import AdapterRig
+from tests.support.fake_worker import FakeWorker
 
 
 class Script:
@@ -61,6 +66,31 @@ def serve(*turns: ToEngine | Callable[[], None] | None, parent: int | None = Non
     assert EngineLoop(core, script, os.getppid() if parent is None else parent).run() == 0
     core.check_integrity()
     return script
+
+
+class LostDevice(FakeWorker):
+    """A worker whose device is gone when the second step is read."""
+
+    def collect(self) -> StepResult:
+        result = super().collect()
+        if result.step == 1:
+            raise RuntimeError("CUDA error: device-side failure")
+        return result
+
+
+def test_a_lost_device_ends_every_request_and_the_process(monkeypatch) -> None:
+    worker = LostDevice(
+        page_size=PAGE_SIZE, num_pages=PAGES, num_slots=1, vocab_size=100, max_ahead=1
+    )
+    core = make_core(worker=worker)
+    monkeypatch.setattr(child, "build_engine", lambda config, report: core)
+    monkeypatch.setattr(child.gc, "freeze", lambda: None)
+    script = Script(Submit([request("a"), request("b")]))
+    config: Any = None
+    assert child._serve(config, script, os.getppid()) == 1  # pyright: ignore[reportArgumentType]
+    message = "the engine failed: RuntimeError: CUDA error: device-side failure"
+    assert script.finishes() == {"a": message, "b": message}
+    assert isinstance(script.sent[-1], Failed)
 
 
 def test_requests_are_accepted_answered_and_drained() -> None:
