@@ -70,6 +70,8 @@ class Session:
         pending: tuple[Future[Any], float] | None = None
         last, count = 0.0, 0
         while not self.core.is_idle or pending is not None:
+            # A loop that spins would keep the interpreter from the threads that read.
+            self.core.wait_for_threads()
             for output in self.core.step():
                 now = time.perf_counter()
                 if output.rid == rid and output.token_ids:

@@ -38,6 +38,7 @@ from lorikeet.worker.profile import (
     SAMPLING_BYTES_PER_LOGIT,
     measure_step,
     warm_up,
+    warm_up_draw,
 )
 from lorikeet.worker.sampler import Sampler
 from lorikeet.worker.worker import Worker
@@ -241,6 +242,9 @@ def make_worker(
         buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs, tiles)
         graphs = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
         graphs.capture(progress=progress)
+    draw = select_ops(device.type).draw
+    if device.type == "cuda":
+        warm_up_draw(draw, target.spec.vocab_size, target.dtype, lanes.sampled_L)
     return Worker(
         forward=model,
         attention=target.attention,
@@ -250,7 +254,7 @@ def make_worker(
             eos_token_ids=target.spec.eos_token_ids,
             device=device,
             grammars=grammars,
-            draw=select_ops(device.type).draw,
+            draw=draw,
         ),
         copier=Copier(lora.pool, lora.host.get) if lora else None,
         graphs=graphs,

@@ -142,7 +142,7 @@ class LoRALinear(nn.Module):
 
     def _delta(self, x_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
         h = self._backend.shrink(x_TD, self._table, rows)
-        delta_TO = x_TD.new_empty((len(x_TD), self._out_features))
+        delta_TO = x_TD.new_empty((x_TD.shape[0], self._out_features))
         self._backend.expand_into(delta_TO, h, self._table, rows)
         return delta_TO
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from lorikeet.attention.base import AttentionBackend
@@ -13,8 +14,10 @@ from lorikeet.core.plan import PrefillChunk, SequenceStart, StepPlan
 from lorikeet.core.request import SamplingParams
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
+from lorikeet.ops.draw import DrawOp
 from lorikeet.worker.inputs import InputBuilder
 from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.staging import int_type, upload
 
 # Bytes per logit while penalties, sorting and noise are applied: copies in float32, sorted values with int64 indices,
 # and the 64-bit hashes behind the noise.
@@ -84,6 +87,27 @@ def warm_up(
             forward(batch)
         inputs.close(-1)
     torch.cuda.synchronize()
+
+
+def warm_up_draw(
+    draw: DrawOp, vocab_size: int, dtype: torch.dtype, sampled_L: torch.Tensor
+) -> None:
+    """Draw a token that nobody keeps.
+
+    Args:
+        dtype: of the logits.
+        sampled_L: of the lanes; not written to.
+    """
+    device = sampled_L.device
+    nothing = np.zeros(1, dtype=np.int64)
+    draw(
+        torch.zeros((1, vocab_size), dtype=dtype, device=device),
+        torch.zeros(1, device=device),
+        upload(nothing, device),
+        upload(nothing, device),
+        upload(np.full(1, -1, dtype=int_type(device)), device),
+        sampled_L,
+    )
 
 
 def _add_prompt(plan: StepPlan, seq: int, size: int, pages: list[int], slot: int = 0) -> None:

@@ -127,14 +127,14 @@ class TritonBackend:
         expand_tiles(y_TO, h.h_HNTC, h.launch, regions, tile, add=add)
 
     def _size_of(self, rows: Tiles) -> tuple[int, int, int]:
-        return rows.rows_JM.shape[1], self._max_rank, len(rows.slot_J)
+        return rows.rows_JM.shape[1], self._max_rank, rows.slot_J.shape[0]
 
     def _step(self, rows: Tiles, *, may_add: bool) -> _Step:
         words_LJW = resolve_tiles(self._table.words_SLW, rows.slot_J)
         zeros_LTC = None
         if may_add and not self._deterministic:
             zeros_LTC = torch.zeros(
-                (len(words_LJW), rows.num_rows, self._max_rank), device=words_LJW.device
+                (words_LJW.shape[0], rows.num_rows, self._max_rank), device=words_LJW.device
             )
         return _Step(rows, words_LJW, zeros_LTC)
 
@@ -160,5 +160,5 @@ class TritonBackend:
         return step.zeros_LTC[None, launch.first_slice : launch.first_slice + launch.num_slices]
 
     def _empty(self, x: torch.Tensor, num_parts: int, launch: SiteLaunch) -> torch.Tensor:
-        shape = (num_parts, launch.num_slices, len(x), self._max_rank)
+        shape = (num_parts, launch.num_slices, x.shape[0], self._max_rank)
         return x.new_empty(shape, dtype=torch.float32)

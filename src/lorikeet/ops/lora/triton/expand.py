@@ -68,7 +68,7 @@ def expand_tiles(
         PAGE=launch.page_ranks,
         P=launch.words_LJW.shape[2] - 1,
         C=h_HNTC.shape[3],
-        H=len(h_HNTC),
+        H=h_HNTC.shape[0],
         M=block,
         R=launch.rank_block,
         B=tile.block_n,

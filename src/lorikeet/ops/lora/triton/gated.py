@@ -38,7 +38,7 @@ def expand_silu_mul(
         raise ValueError(f"{regions} are not a gate and an up")
     check_rows(torch.Size((h_HNTC.shape[2], 2 * half)), y_T2I)
     num_tiles, block = launch.rows_JM.shape
-    out_TI = y_T2I.new_empty((len(y_T2I), half))
+    out_TI = y_T2I.new_empty((y_T2I.shape[0], half))
     _silu_mul[(cdiv(half, tile.block_n), num_tiles)](
         y_T2I,
         out_TI,
@@ -58,7 +58,7 @@ def expand_silu_mul(
         PAGE=launch.page_ranks,
         P=launch.words_LJW.shape[2] - 1,
         C=h_HNTC.shape[3],
-        H=len(h_HNTC),
+        H=h_HNTC.shape[0],
         M=block,
         R=launch.rank_block,
         B=tile.block_n,

@@ -35,8 +35,8 @@ def shrink_tiles(
     num_tiles, block = launch.rows_JM.shape
     span = min(tile.span, cdiv(num_inputs, tile.block_k) * tile.block_k)
     num_parts = cdiv(num_inputs, span)
-    if len(h_HNTC) not in (1, num_parts):
-        raise ValueError(f"h has {len(h_HNTC)} parts, {num_parts} programs share a row")
+    if h_HNTC.shape[0] not in (1, num_parts):
+        raise ValueError(f"h has {h_HNTC.shape[0]} parts, {num_parts} programs share a row")
     _shrink[(launch.num_used, launch.num_slices, num_parts)](
         x_TK,
         launch.pool_E,
@@ -44,7 +44,7 @@ def shrink_tiles(
         launch.rows_JM,
         h_HNTC,
         x_TK.stride(0),
-        h_HNTC.stride(0) if len(h_HNTC) > 1 else 0,
+        h_HNTC.stride(0) if h_HNTC.shape[0] > 1 else 0,
         h_HNTC.stride(1),
         num_tiles,
         launch.first_slice,
@@ -60,7 +60,7 @@ def shrink_tiles(
         R=launch.rank_block,
         B=tile.block_k,
         SPAN=span,
-        ADD=num_parts > 1 and len(h_HNTC) == 1,
+        ADD=num_parts > 1 and h_HNTC.shape[0] == 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -1,0 +1,17 @@
+"""Steps that are run before there is a request; what they need is measured on a GPU (tests/e2e/test_gpu.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from lorikeet.ops.draw import draw_tokens_torch
+from lorikeet.ops.triton.sampling import draw_tokens_triton
+from lorikeet.worker.profile import warm_up_draw
+
+
+def test_a_draw_that_nobody_keeps() -> None:
+    """The forms are called with what a step calls them with, and no lane is written."""
+    for draw in (draw_tokens_torch, draw_tokens_triton):
+        sampled_L = torch.tensor([7, 8])
+        warm_up_draw(draw, 40, torch.float16, sampled_L)
+        assert sampled_L.tolist() == [7, 8]
