@@ -170,7 +170,7 @@ class ServerConfig:
         default=False, meaning="never use CUDA graphs; a CPU has none"
     )
     disable_overlap_schedule: bool = _option(
-        default=False, meaning="plan a step only when the one before it is done"
+        default=False, meaning="plan a step only when the one before it is done, as on a CPU"
     )
     attention_backend: str | None = _option(
         None,
@@ -205,15 +205,9 @@ OPTIONS: dict[str, Option] = _table()
 
 # PEFT's names of the modules of the supported families; the engine checks them against the model it has loaded.
 TARGET_MODULES = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "embed_tokens",
-    "lm_head",
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+    *("embed_tokens", "lm_head"),
 )
 # Names of packed projections that users of the field write for their parts.
 _PACKED_TARGETS = {
@@ -264,9 +258,10 @@ def resolve(config: ServerConfig) -> ServerConfig:
 def notes(config: ServerConfig) -> list[str]:
     """What was asked for and cannot matter here; the caller logs it."""
     reasons: dict[str, str] = {}
-    if config.device == "cpu" or (config.device == "auto" and not devices.num_cuda_devices()):
+    if config.device != "cuda" and not (config.device == "auto" and devices.num_cuda_devices()):
         graphs = ("cuda_graph_max_bs", "cuda_graph_bs", "disable_cuda_graph")
         reasons = dict.fromkeys(graphs, "a CPU has no CUDA graphs")
+        reasons["disable_overlap_schedule"] = "a CPU runs one step at a time"
     if config.lora_backend != "csgmv":
         reasons["max_lora_chunk_size"] = "only the csgmv backend has chunks"
     return [
@@ -313,10 +308,10 @@ def _check_names(config: ServerConfig) -> None:
 
 
 def _check_memory(config: ServerConfig) -> None:
-    page = config.page_size or 16
-    if config.max_total_tokens is not None and config.max_total_tokens < page:
+    page, tokens = config.page_size or 16, config.max_total_tokens
+    if tokens is not None and tokens < page:
         raise ConfigError(
-            f"--max-total-tokens is {config.max_total_tokens}; allowed: at least one page (--page-size {page})"
+            f"--max-total-tokens is {tokens}; allowed: at least one page (--page-size {page})"
         )
 
 

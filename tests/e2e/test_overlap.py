@@ -11,6 +11,7 @@ import torch
 
 from lorikeet import LLM
 from lorikeet.errors import EngineFault
+from lorikeet.worker.worker import Worker
 from tests.support.tiny_models import make_tiny_model
 
 SHARED = [7 + 3 * i % 200 for i in range(40)]
@@ -27,8 +28,17 @@ PARAMS: list[dict[str, Any]] = [
 COMMON = {"max_new_tokens": 11, "sampling_seed": 3}
 
 
-def engine(path: Path, **options: Any) -> LLM:
-    return LLM(str(path), device="cpu", max_total_tokens=2048, **options)
+def engine(path: Path, *, overlap: bool = True, **options: Any) -> LLM:
+    llm = LLM(str(path), **({"device": "cpu", "max_total_tokens": 2048} | options))
+    # A CPU gains nothing by it and does not do it by itself.
+    worker_of(llm).max_ahead = int(overlap)
+    return llm
+
+
+def worker_of(llm: LLM) -> Worker:
+    worker = llm._core._worker
+    assert isinstance(worker, Worker)
+    return worker
 
 
 def replies(llm: LLM) -> list[Any]:
@@ -68,11 +78,10 @@ def assert_same(got: list[Any], wanted: list[Any]) -> None:
 )
 def test_overlap_changes_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     path = make_tiny_model(tmp_path)
-    options = {"max_total_tokens": 2048} | options
-    with LLM(str(path), device="cpu", disable_overlap_schedule=True) as llm:
+    with engine(path, overlap=False) as llm:
         wanted = replies(llm)
-    for disabled in (False, True):
-        with LLM(str(path), device="cpu", disable_overlap_schedule=disabled, **options) as llm:
+    for overlap in (True, False):
+        with engine(path, overlap=overlap, **options) as llm:
             assert_same(replies(llm), wanted)
             llm._core.check_integrity()
 
@@ -83,7 +92,7 @@ def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) ->
     with engine(make_tiny_model(tmp_path)) as llm:
         wanted = replies(llm)
         llm.flush_cache()
-        worker = llm._core._worker
+        worker = worker_of(llm)
         forward, left = worker._forward, [failures]
 
         def failing(batch: Any) -> torch.Tensor:
@@ -106,7 +115,7 @@ def test_running_requests_outlive_a_prompt_without_memory(tmp_path: Path, monkey
     """The prompt is aborted; whoever decodes beside it goes on, with the same tokens."""
     path = make_tiny_model(tmp_path)
     with engine(path) as llm:
-        core, worker = llm._core, llm._core._worker
+        core, worker = llm._core, worker_of(llm)
         params = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
         wanted = llm.generate(input_ids=[9, 8, 7], sampling_params=params)["output_ids"]
         (first,) = llm._intake.make_requests(

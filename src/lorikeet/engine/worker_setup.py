@@ -258,7 +258,8 @@ def make_worker(
         ),
         copier=Copier(lora.pool, lora.host.get) if lora else None,
         graphs=graphs,
-        overlap=not target.config.disable_overlap_schedule,
+        # A CPU computes a step while it is submitted: another one ahead would only delay its tokens.
+        overlap=device.type == "cuda" and not target.config.disable_overlap_schedule,
     )
 
 
