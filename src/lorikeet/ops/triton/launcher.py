@@ -47,7 +47,8 @@ class Launcher:
         self._is_compiled = isinstance(function, JITFunction)  # else Triton's interpreter
         self._names: list[str] = list(function.arg_names)
         self._varying = frozenset(self._names.index(name) for name in varying)
-        self._kernels: dict[tuple[object, ...], Any] = {}
+        # Compiled kernels, each with the constants that its launcher takes behind the operands.
+        self._kernels: dict[tuple[object, ...], tuple[Any, list[object]]] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         if not self._is_compiled:
@@ -56,11 +57,12 @@ class Launcher:
 
     def _launch(self, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
         key = self._key(operands, constants)
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            self._kernels[key] = self._function[grid](*operands, **constants)
+        found = self._kernels.get(key)
+        if found is None:
+            rest = [constants[name] for name in self._names[len(operands) :]]
+            self._kernels[key] = self._function[grid](*operands, **constants), rest
             return
-        rest = [constants[name] for name in self._names[len(operands) :]]
+        kernel, rest = found
         kernel[(*grid, 1, 1)[:3]](*operands, *rest)
 
     def _key(self, operands: tuple[Any, ...], constants: dict[str, object]) -> tuple[object, ...]:
