@@ -10,12 +10,12 @@ token ids (Llama-3.1-8B).
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.ops.timing import graph_us
 from lorikeet.ops.rope import HeadShape
 from lorikeet.ops.select import select_ops
 
@@ -27,8 +27,6 @@ TOKENS = (1, 16, 64, 256, 8192)
 # Logits of a prefill are computed for each sequence's last token alone.
 MOST_ROWS = 256
 CALLS_PER_GRAPH = 20
-REPLAYS = 10
-ROUNDS = 5
 ROTATED_BYTES = 2**28
 D, HALF, V = 4096, 14336, 128256
 HEADS = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)
@@ -106,25 +104,8 @@ OPS: dict[str, Callable[[int], Case]] = {
 
 
 def microseconds(calls: list[Callable[[], object]]) -> float:
-    """Median over rounds of the time of one call, from a graph that makes them in turn."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(CALLS_PER_GRAPH):
-            calls[number % len(calls)]()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / (REPLAYS * CALLS_PER_GRAPH))
-    return statistics.median(times)
+    """Of one call, from a graph that makes them in turn."""
+    return graph_us([calls[n % len(calls)] for n in range(CALLS_PER_GRAPH)]) / CALLS_PER_GRAPH
 
 
 def measure(tokens: tuple[int, ...] = TOKENS) -> list[Row]:

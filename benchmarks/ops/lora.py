@@ -11,7 +11,6 @@ Shape legend: T tokens, K input features, O output features, R rank (Llama-3.1-8
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import about, table, write_result
+from benchmarks.ops.timing import graph_us
 from lorikeet.lora.layout import PAGE_RANKS
 from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
 from lorikeet.ops.lora.cutting import Pieces, padded
@@ -47,8 +47,6 @@ LARGEST_DECODE = 512
 # More than the caches of any card.
 ROTATED_BYTES = 2**28
 MOST_LAYERS = 24
-REPLAYS = 10
-ROUNDS = 5
 
 
 class Layers:
@@ -216,41 +214,20 @@ def _random(*shape: int) -> torch.Tensor:
 def microseconds(prepare: Callable[[], object], calls: Sequence[Callable[[], object]]) -> float:
     """Median over rounds of the time of one call, from a graph that makes all of them after ``prepare``, which is timed
     by itself and taken off."""
-    return (_graph_time([prepare, *calls]) - _graph_time([prepare])) / len(calls)
-
-
-def _graph_time(calls: Sequence[Callable[[], object]]) -> float:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / REPLAYS)
-    return statistics.median(times)
+    return (graph_us([prepare, *calls]) - graph_us([prepare])) / len(calls)
 
 
 def bandwidth() -> float:
     """Bytes per second that a plain copy reads and writes."""
     source, target = torch.empty(2, 2**29, dtype=torch.uint8, device="cuda")
-    us = _graph_time([lambda: target.copy_(source)] * 4) / 4
+    us = graph_us([lambda: target.copy_(source)] * 4) / 4
     return 2 * source.numel() / us * 1e6
 
 
 def matmul_rate() -> float:
     """Operations per second of a large product."""
     a, b = _random(8192, 8192), _random(8192, 8192)
-    us = _graph_time([lambda: a @ b] * 4) / 4
+    us = graph_us([lambda: a @ b] * 4) / 4
     return 2 * 8192**3 / us * 1e6
 
 
