@@ -131,6 +131,46 @@ SAMPLING = {
     "structural_tag": None,
 }
 
+NEUTRAL = [
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "store",
+    "metadata",
+    "service_tier",
+    "best_of",
+]
+
+OPENAI = [
+    *NEUTRAL,
+    "model",
+    "lora_path",
+    "stream",
+    "stream_options",
+    "n",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "logit_bias",
+    "presence_penalty",
+    "frequency_penalty",
+    "response_format",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "stop_regex",
+    "no_stop_trim",
+    "ignore_eos",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "regex",
+    "ebnf",
+]
+
 BODIES = {
     "GenerateBody": [
         "text",
@@ -150,6 +190,21 @@ BODIES = {
     "LoadTensorsBody": ["lora_name", "config_dict", "tensors", "pinned", "added_tokens_config"],
     "InplaceLoadBody": ["lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"],
     "NamedAdapterBody": ["lora_name"],
+    "NeutralFields": NEUTRAL,
+    "StreamOptions": ["include_usage", "include_obfuscation", "continuous_usage_stats"],
+    "OpenAIBody": OPENAI,
+    "CompletionBody": [*OPENAI, "prompt", "logprobs", "echo", "suffix"],
+    "ChatBody": [
+        *OPENAI,
+        "messages",
+        "max_completion_tokens",
+        "logprobs",
+        "top_logprobs",
+        "modalities",
+        "parallel_tool_calls",
+        "tools",
+        "tool_choice",
+    ],
 }
 
 VARIABLES = [

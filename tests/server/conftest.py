@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 from tests.support.live_server import LiveServer
 
+# The prompt is what the messages say and nothing else, so the double answers with it.
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
 
 @pytest.fixture
 def anyio_backend() -> str:
@@ -29,8 +33,11 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tokenizer and nothing else."""
-    return save_byte_tokenizer(tmp_path_factory.mktemp("model"))
+    """A directory with a tokenizer, whose chat template writes contents alone, and nothing else."""
+    directory = save_byte_tokenizer(tmp_path_factory.mktemp("model"))
+    settings = {"eos_token": "</s>", "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -19,15 +19,17 @@ from tests.support.live_server import LiveServer, wait_until
 MakeLive = Callable[..., LiveServer]
 
 
-def send(server: LiveServer, body: dict[str, Any], *, receive_buffer: int = 0) -> socket.socket:
-    """Post a /generate by hand and leave the answer in the socket."""
+def send(
+    server: LiveServer, body: dict[str, Any], *, receive_buffer: int = 0, path: str = "/generate"
+) -> socket.socket:
+    """Post a body by hand and leave the answer in the socket."""
     connection = socket.socket()
     connection.settimeout(60)
     if receive_buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.connect(("127.0.0.1", server.port))
     data = json.dumps(body).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n"
     connection.sendall(head.encode() + b"Connection: close\r\n\r\n" + data)
     return connection
 
@@ -40,6 +42,16 @@ def read_all(connection: socket.socket) -> str:
 
 
 LONG = {"max_new_tokens": 400}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_aborts_its_completions(make_live: MakeLive, stream: bool) -> None:
+    server = make_live(step_s=0.02)
+    body = {"model": "base", "prompt": ["a", "b"], "max_tokens": 400, "n": 2, "stream": stream}
+    with send(server, body, path="/v1/completions"):
+        wait_until(lambda: server.engine.num_running == 4)
+    wait_until(lambda: server.engine.num_running == 0)
+    assert len(server.engine.aborted) == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

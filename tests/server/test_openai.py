@@ -47,8 +47,3 @@ async def test_models_follow_the_engine(api: Api) -> None:
     api.knobs.adapters["late"] = "/a/late"
     names = [card["id"] for card in (await api.http.get("/v1/models")).json()["data"]]
     assert names == ["base", "json", "sql", "late"]
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_what_is_not_there_yet_does_not_exist(api: Api, path: str) -> None:
-    assert (await api.http.post(path, json={"model": "base"})).status_code == 404

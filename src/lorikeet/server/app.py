@@ -20,6 +20,7 @@ from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, EngineAddress
 from lorikeet.server import adapters, errors
 from lorikeet.server.adapters import AdapterRoutes
+from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.middleware import AccessLog, ApiKeys
@@ -53,6 +54,7 @@ def make_app(
     app = FastAPI(title="Lorikeet", version=__version__)
     app.include_router(NativeRoutes(client).router())
     app.include_router(AdapterRoutes(config, client).router())
+    app.include_router(CompletionRoutes(config, client).router())
     app.include_router(OpenAIRoutes(config, client).router())
     app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
     if config.enable_metrics:

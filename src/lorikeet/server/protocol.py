@@ -2,12 +2,12 @@
 
 A body is checked strictly (``"true"`` is not a boolean) and what is wrong with it is a RequestError, which names the
 field, the value and what is allowed. The description of a field is the text of what is allowed. Keys that a model does
-not have are ignored: clients of this API send many.
+not have are ignored: clients of the native API send many. (Those of ``openai_bodies.py`` are strict about that, too.)
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -124,7 +124,7 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise RequestError(f"the body must be a JSON object; got {_quote(value)}")
+        raise RequestError(f"the body must be a JSON object; got {quote(value)}")
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -135,7 +135,20 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
     """The ``openapi_extra`` of a route whose body :func:`parse_body` reads."""
     schema = model.model_json_schema()
+    schema = _inline(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A schema without references: inside an OpenAPI document they would point to nowhere."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in cast(list[Any], schema)]
+    if not isinstance(schema, dict):
+        return schema
+    parts = cast(dict[str, Any], schema)
+    if "$ref" in parts:
+        return _inline(definitions[parts["$ref"].rpartition("/")[2]], definitions)
+    return {name: _inline(item, definitions) for name, item in parts.items()}
 
 
 def _depth(error: ErrorDetails) -> int:
@@ -143,6 +156,9 @@ def _depth(error: ErrorDetails) -> int:
 
 
 def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
+    if error["type"] == "extra_forbidden":
+        path = ".".join(map(str, error["loc"]))
+        return RequestError(f"{path}: there is no such field here; remove it", path)
     name = str(error["loc"][0])
     field = model.model_fields.get(name)
     allowed = field.description if field else None
@@ -150,9 +166,13 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     where = name + "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
     if error["type"] == "missing":
         return RequestError(f"{where}: is required; it must be {allowed}", name)
-    return RequestError(f"{where}: must be {allowed}; got {_quote(error['input'])}", name)
+    return RequestError(f"{where}: must be {allowed}; got {quote(error['input'])}", name)
 
 
-def _quote(value: object) -> str:
-    text = orjson.dumps(value).decode()
+def quote(value: object) -> str:
+    """A value of a body as a message shows it: the beginning of its JSON."""
+    try:
+        text = orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:  # nested deeper than it writes, though not deeper than it reads
+        return "something deeply nested"
     return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "…"

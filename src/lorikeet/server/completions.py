@@ -1,0 +1,155 @@
+"""The OpenAI API: completions and chats, whole and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from lorikeet.config import ServerConfig
+from lorikeet.core.request import FinishReason
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.completion import Snapshot
+from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.errors import EngineFault, RequestError, UserError
+from lorikeet.server.adapters import served_adapters
+from lorikeet.server.errors import ModelNotFoundError, describe
+from lorikeet.server.native import LARGE_BODY
+from lorikeet.server.openai_bodies import ChatBody, CompletionBody
+from lorikeet.server.openai_calls import Call, CallReader
+from lorikeet.server.openai_replies import (
+    ChatChoice,
+    CompletionChoice,
+    Envelope,
+    MakeChoice,
+    Reply,
+)
+from lorikeet.server.protocol import body_schema
+from lorikeet.server.replies import JSONReply, until_disconnect
+from lorikeet.server.sse import DONE, EventStream, frame
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What tells one endpoint from the other."""
+
+    read: Callable[[bytes], Call]
+    make_choice: MakeChoice
+    kind: str
+    chunk_kind: str
+
+
+class CompletionRoutes:
+    """The routes of this module."""
+
+    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+        self._client = client
+        reader = CallReader(config.served_model_name or config.model_path, client)
+        self._completion = _Form(
+            reader.completion, CompletionChoice, "text_completion", "text_completion"
+        )
+        self._chat = _Form(reader.chat, ChatChoice, "chat.completion", "chat.completion.chunk")
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/v1", tags=["openai"])
+        router.add_api_route(
+            "/completions",
+            self.complete,
+            methods=["POST"],
+            openapi_extra=body_schema(CompletionBody),
+        )
+        router.add_api_route(
+            "/chat/completions", self.chat, methods=["POST"], openapi_extra=body_schema(ChatBody)
+        )
+        return router
+
+    async def complete(self, request: Request) -> Response:
+        """Continue prompts."""
+        return await self._answer(request, self._completion)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        return await self._answer(request, self._chat)
+
+    async def _answer(self, request: Request, form: _Form) -> Response:
+        data = await request.body()
+        is_large = len(data) > LARGE_BODY
+        call = await asyncio.to_thread(form.read, data) if is_large else form.read(data)
+        stream = await until_disconnect(request.receive, self._submit(call))
+        if call.body.stream:
+            return EventStream(self._events(stream, call, form), on_end=stream.close)
+        try:
+            whole = self._whole(stream, call, form)
+            return JSONReply(await until_disconnect(request.receive, whole))
+        finally:
+            stream.close()
+
+    async def _submit(self, call: Call) -> CompletionStream:
+        requests = call.batch.requests
+        try:
+            return await self._client.submit(requests, {item.rid: call.id for item in requests})
+        except RequestError as error:
+            # The engine says why, not which field: it may be the adapter, or a grammar.
+            if call.adapter is None or await self._is_served(call.adapter):
+                raise call.in_own_words(error) from error
+            if not call.named_by_model:
+                raise RequestError(f"lora_path: {error}", "lora_path") from error
+            raise ModelNotFoundError(
+                f"the model {call.body.model!r} does not exist: {error}", "model"
+            ) from error
+
+    async def _is_served(self, adapter: str) -> bool:
+        return adapter in [item["name"] for item in await served_adapters(self._client)]
+
+    async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
+        """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
+        finished: dict[int, Snapshot] = {}
+        async for index, completion in stream:
+            if completion.finish is not None:
+                _check_finish(completion.finish)
+                finished[index] = completion.snapshot()
+        snapshots = [finished[index] for index in range(len(call.batch.requests))]
+        choices = [
+            form.make_choice(index, call, self._client.tokenizer).whole(snapshot)
+            for index, snapshot in enumerate(snapshots)
+        ]
+        return _envelope(call, form).whole(choices, snapshots)
+
+    async def _events(
+        self, stream: CompletionStream, call: Call, form: _Form
+    ) -> AsyncGenerator[bytes, None]:
+        """Frames of chunks as the choices grow. One that fails ends the stream, and the others are aborted."""
+        envelope = _envelope(call, form)
+        num = len(call.batch.requests)
+        choices = [form.make_choice(index, call, self._client.tokenizer) for index in range(num)]
+        finished: dict[int, Snapshot] = {}
+        try:
+            async for index, completion in stream:
+                if completion.finish is not None:
+                    _check_finish(completion.finish)
+                snapshot = completion.snapshot()
+                for choice in choices[index].chunks(snapshot):
+                    yield frame(envelope.chunk(choice))
+                if snapshot.finish is not None:
+                    finished[index] = snapshot
+            if envelope.has_usage:
+                yield frame(envelope.usage_chunk([finished[index] for index in range(num)]))
+        except (UserError, EngineFault) as error:
+            yield frame(describe(error)[1])
+        yield DONE
+
+
+def _envelope(call: Call, form: _Form) -> Envelope:
+    return Envelope(call, kind=form.kind, chunk_kind=form.chunk_kind)
+
+
+def _check_finish(finish: FinishReason) -> None:
+    """Raise what a terminal output stands for; a completion that was cut off is none."""
+    error = finish_error(finish)
+    if error is None and finish.kind == "abort":
+        error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")
+    if error is not None:
+        raise error

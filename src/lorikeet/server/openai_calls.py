@@ -1,0 +1,340 @@
+"""Bodies of the OpenAI API -> requests, by way of the native API's fields, and refusals in the client's own words."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import orjson
+
+from lorikeet.engine.client import EngineClient
+from lorikeet.engine.intake import RequestBatch
+from lorikeet.errors import RequestError
+from lorikeet.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from lorikeet.server.protocol import parse_body, quote
+
+# OpenAI's default for completions; a chat goes on to the end of the context.
+COMPLETION_MAX_TOKENS = 16
+
+# The API's name -> the native API's. max_tokens has a default of its own in each endpoint.
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "n": "n",
+    "stop": "stop",
+    "seed": "sampling_seed",
+    "logit_bias": "logit_bias",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_tokens": "min_new_tokens",
+    "stop_token_ids": "stop_token_ids",
+    "stop_regex": "stop_regex",
+    "no_stop_trim": "no_stop_trim",
+    "ignore_eos": "ignore_eos",
+    "skip_special_tokens": "skip_special_tokens",
+    "spaces_between_special_tokens": "spaces_between_special_tokens",
+    "regex": "regex",
+    "ebnf": "ebnf",
+}
+
+# Native names that a client of this API does not know -> its own.
+_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "json_schema": "response_format",
+}
+_COMPLETION_NAMES = _NAMES | {
+    "text": "prompt",
+    "input_ids": "prompt",
+    "top_logprobs_num": "logprobs",
+}
+_CHAT_NAMES = _NAMES | {
+    "text": "messages",
+    "input_ids": "messages",
+    "top_logprobs_num": "top_logprobs",
+}
+
+_FIELD = re.compile(r"^(?P<prefix>prompt \d+: )?(?:sampling_params\.)?(?P<name>[a-z_]+)\b")
+
+_NATIVE_NAMES = {*_SAMPLING.values(), "lora_path"}
+_FOREIGN = re.compile("|".join(rf"\b{name}\b" for name in (*_NAMES, "top_logprobs_num")))
+
+_MESSAGE_FIELDS = ("role", "content", "name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call, checked.
+
+    Attributes:
+        id: of the reply; ``POST /abort_request`` takes it.
+        adapter: the adapter of every request; None is the base.
+        named_by_model: ``model`` names the adapter, not ``lora_path``.
+        names: native name of a field -> the client's.
+        echo: the text of each prompt, if the choices begin with it.
+    """
+
+    body: OpenAIBody
+    id: str
+    batch: RequestBatch
+    adapter: str | None
+    named_by_model: bool
+    names: Mapping[str, str]
+    echo: list[str] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Choices for each prompt."""
+        return self.body.n or 1
+
+    def in_own_words(self, error: RequestError) -> RequestError:
+        """A refusal of the native API's as one of this API's."""
+        return in_own_words(error, self.names)
+
+
+class CallReader:
+    """Reads bodies.
+
+    Args:
+        base: the base's name.
+        client: knows the tokenizer and the limits of the engine.
+    """
+
+    def __init__(self, base: str, client: EngineClient) -> None:
+        self._base = base
+        self._client = client
+
+    def completion(self, data: bytes) -> Call:
+        """Read the body of ``POST /v1/completions``.
+
+        Raises:
+            RequestError: names the field, its value and what is allowed.
+        """
+        body = parse_body(CompletionBody, data)
+        is_text = isinstance(body.prompt, str) or any(isinstance(it, str) for it in body.prompt)
+        native: dict[str, Any] = {"text" if is_text else "input_ids": body.prompt}
+        if body.logprobs is not None:
+            native |= {"return_logprob": True, "top_logprobs_num": body.logprobs}
+            native |= {"logprob_start_len": 0} if body.echo else {}
+        limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        call = self._call(body, "cmpl", native, limit, _COMPLETION_NAMES)
+        return self._with_echo(call, body) if body.echo else call
+
+    def chat(self, data: bytes) -> Call:
+        """Read the body of ``POST /v1/chat/completions``.
+
+        Raises:
+            RequestError: names the field, its value and what is allowed.
+        """
+        body = parse_body(ChatBody, data)
+        messages = [plain_message(item, index) for index, item in enumerate(body.messages)]
+        tokenizer = self._client.tokenizer
+        text = tokenizer.apply_chat_template(messages)
+        # The template has written BOS and the like itself.
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if not token_ids:
+            raise RequestError("messages: the chat template makes no token of them", "messages")
+        native: dict[str, Any] = {"input_ids": token_ids}
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs: is only allowed with logprobs: true", "top_logprobs")
+        if body.logprobs:
+            native |= {"return_logprob": True, "top_logprobs_num": body.top_logprobs}
+        limit, other = body.max_completion_tokens, body.max_tokens
+        if limit is not None and other is not None and limit != other:
+            raise RequestError(
+                f"max_tokens is {other} and max_completion_tokens {limit}; give one of them",
+                "max_tokens",
+            )
+        names = _CHAT_NAMES
+        if other is None:
+            names = names | {"max_new_tokens": "max_completion_tokens"}
+        return self._call(body, "chatcmpl", native, other if limit is None else limit, names)
+
+    def _call(
+        self,
+        body: OpenAIBody,
+        kind: str,
+        native: dict[str, Any],
+        max_tokens: int | None,
+        names: Mapping[str, str],
+    ) -> Call:
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
+        sampling = {
+            native_name: value
+            for name, native_name in _SAMPLING.items()
+            if (value := getattr(body, name)) is not None
+        }
+        sampling["max_new_tokens"] = max_tokens
+        sampling |= read_response_format(body.response_format)
+        by_model = self._adapter_of(body.model)
+        adapter = body.lora_path if by_model is None else by_model
+        call_id = f"{kind}-{uuid.uuid4().hex}"
+        fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
+        try:
+            batch = self._client.intake.make_requests(fields)
+        except RequestError as error:
+            raise in_own_words(error, names) from error
+        return Call(
+            body=body,
+            id=call_id,
+            batch=batch,
+            adapter=adapter,
+            named_by_model=by_model is not None,
+            names=names,
+        )
+
+    def _adapter_of(self, model: str) -> str | None:
+        """The adapter that ``model`` names; None if it is the base. Whether it exists is the engine's to say."""
+        if model == self._base:
+            return None
+        if model.startswith(f"{self._base}:"):
+            return model.removeprefix(f"{self._base}:") or None
+        if not model:
+            raise RequestError("model is empty; allowed: the name of a model", "model")
+        return model
+
+    def _with_echo(self, call: Call, body: CompletionBody) -> Call:
+        if isinstance(body.prompt, str):
+            texts = [body.prompt]
+        elif isinstance(body.prompt[0], str):
+            texts = cast(list[str], body.prompt)
+        else:
+            keep = body.skip_special_tokens is False
+            texts = [
+                self._client.tokenizer.decode(
+                    request.prompt_token_ids, skip_special_tokens=not keep
+                )
+                for request in call.batch.requests[:: call.num_samples]
+            ]
+        return replace(call, echo=texts)
+
+
+def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The same refusal with the fields called as the client called them, status included."""
+    message, param = str(error), error.param
+    found = _FIELD.match(message)
+    if found and (found["name"] in names or found["name"] in _NATIVE_NAMES):
+        name = found["name"]
+        message = (found["prefix"] or "") + names.get(name, name) + message[found.end() :]
+        # The engine's refusals come without it.
+        param = param or name
+    message = _FOREIGN.sub(lambda match: names[match[0]], message)
+    message = re.sub(r"sampling_params(\.|: )", "", message)
+    renamed = RequestError(message, None if param is None else names.get(param, param))
+    renamed.status_code = error.status_code
+    return renamed
+
+
+def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``response_format`` as sampling parameters of the native API.
+
+    Raises:
+        RequestError: it has none of the three forms.
+    """
+    if value is None:
+        return {}
+    kind = value.get("type")
+    wanted = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    if kind not in ("text", "json_object", "json_schema"):
+        raise RequestError(
+            f"response_format.type is {quote(kind)}; allowed: text, json_object, json_schema",
+            "response_format.type",
+        )
+    _check_keys(value, wanted, "response_format")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    form = value.get("json_schema")
+    if not isinstance(form, Mapping):
+        raise RequestError(
+            f"response_format.json_schema is {quote(form)}; allowed: an object with name and schema",
+            "response_format.json_schema",
+        )
+    form = cast(Mapping[str, Any], form)
+    # A name and a description are for the model's eyes elsewhere; strict or not, the schema is always obeyed.
+    _check_keys(form, {"name", "description", "schema", "strict"}, "response_format.json_schema")
+    schema = form.get("schema")
+    if not isinstance(schema, Mapping):
+        raise RequestError(
+            f"response_format.json_schema.schema is {quote(schema)}; allowed: a JSON schema",
+            "response_format.json_schema.schema",
+        )
+    try:
+        return {"json_schema": orjson.dumps(schema).decode()}
+    except orjson.JSONEncodeError as error:
+        raise RequestError(
+            f"response_format.json_schema.schema cannot be used: {error}",
+            "response_format.json_schema.schema",
+        ) from error
+
+
+def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A message as a chat template expects it: its content is one string.
+
+    Parts of a content are joined by line breaks.
+
+    Raises:
+        RequestError: a field or a part that is not supported.
+    """
+    where = f"messages[{index}]"
+    given = {name: value for name, value in message.items() if value is not None}
+    _check_keys(given, _MESSAGE_FIELDS, where)
+    for name in ("role", "content"):
+        if name not in given:
+            raise RequestError(f"{where}.{name}: is required", f"{where}.{name}")
+    for name in ("role", "name"):
+        if not isinstance(given.get(name, ""), str):
+            raise RequestError(
+                f"{where}.{name} is {quote(given[name])}; allowed: a string", f"{where}.{name}"
+            )
+    if given["role"] in ("tool", "function"):
+        raise RequestError(f"{where}.role: tools are not supported", f"{where}.role")
+    return given | {"content": _text_of(given["content"], f"{where}.content")}
+
+
+def _text_of(content: object, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(
+            f"{where} is {quote(content)}; allowed: a string or a list of text parts", where
+        )
+    texts: list[str] = []
+    for index, item in enumerate(cast(list[object], content)):
+        text = _text_part(item)
+        if text is None:
+            name = f"{where}[{index}]"
+            raise RequestError(
+                f'{name} is {quote(item)}; allowed: {{"type": "text", "text": a string}}', name
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _text_part(part: object) -> str | None:
+    """The text of a content's part; None if it is another kind of part."""
+    if not isinstance(part, Mapping):
+        return None
+    fields = cast(Mapping[str, object], part)
+    text = fields.get("text")
+    if set(fields) != {"type", "text"} or fields["type"] != "text" or not isinstance(text, str):
+        return None
+    return text
+
+
+def _check_keys(value: Mapping[str, Any], allowed: set[str] | tuple[str, ...], where: str) -> None:
+    for name, item in value.items():
+        if item is not None and name not in allowed:
+            raise RequestError(
+                f"{where}.{name}: is not supported; allowed: {', '.join(sorted(allowed))}",
+                f"{where}.{name}",
+            )
