@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorikeet import LLM
-from lorikeet.engine.core import EngineCore
 from lorikeet.errors import ConfigError, EngineFault
-from lorikeet.worker.worker import Worker
+from tests.support.failing_steps import fail_steps, first
 from tests.support.peft_adapters import make_adapter
 from tests.support.tiny_models import make_tiny_model
 
@@ -191,29 +191,14 @@ def test_too_little_memory_is_refused_at_start(tmp_path: Path) -> None:
         engine(path, max_total_tokens=10**12)
 
 
-def worker_of(llm: LLM) -> Worker:
-    core: EngineCore = llm._core
-    worker = core._worker
-    assert isinstance(worker, Worker)
-    return worker
-
-
 @pytest.mark.parametrize("failures", [1, 2])
 def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) -> None:
     """Once: the step is repeated. Twice: its prompts are aborted, and the engine goes on."""
     with engine(make_tiny_model(tmp_path)) as llm:
         wanted = tokens_of(llm)
         llm.flush_cache()
-        worker = worker_of(llm)
-        forward, left = worker._forward, [failures]
-
-        def failing(batch: Any) -> torch.Tensor:
-            if left[0]:
-                left[0] -= 1
-                torch.empty(2**60, device="cuda")
-            return forward(batch)
-
-        monkeypatch.setattr(worker, "_forward", failing)
+        too_much = partial(torch.empty, 2**60, device="cuda")
+        fail_steps(llm, monkeypatch, too_much, first(failures))
         if failures == 1:
             assert tokens_of(llm) == wanted
         else:

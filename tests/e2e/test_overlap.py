@@ -11,7 +11,7 @@ import torch
 
 from lorikeet import LLM
 from lorikeet.errors import EngineFault
-from lorikeet.worker.worker import Worker
+from tests.support.failing_steps import fail_steps, first, worker_of
 from tests.support.tiny_models import make_tiny_model
 
 SHARED = [7 + 3 * i % 200 for i in range(40)]
@@ -35,10 +35,8 @@ def engine(path: Path, *, overlap: bool = True, **options: Any) -> LLM:
     return llm
 
 
-def worker_of(llm: LLM) -> Worker:
-    worker = llm._core._worker
-    assert isinstance(worker, Worker)
-    return worker
+def no_memory() -> None:
+    raise torch.OutOfMemoryError("no memory, says the test")
 
 
 def replies(llm: LLM) -> list[Any]:
@@ -92,16 +90,7 @@ def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) ->
     with engine(make_tiny_model(tmp_path)) as llm:
         wanted = replies(llm)
         llm.flush_cache()
-        worker = worker_of(llm)
-        forward, left = worker._forward, [failures]
-
-        def failing(batch: Any) -> torch.Tensor:
-            if left[0]:
-                left[0] -= 1
-                raise torch.OutOfMemoryError("no memory, says the test")
-            return forward(batch)
-
-        monkeypatch.setattr(worker, "_forward", failing)
+        fail_steps(llm, monkeypatch, no_memory, first(failures))
         if failures == 1:
             assert_same(replies(llm), wanted)
         else:
@@ -115,26 +104,23 @@ def test_running_requests_outlive_a_prompt_without_memory(tmp_path: Path, monkey
     """The prompt is aborted; whoever decodes beside it goes on, with the same tokens."""
     path = make_tiny_model(tmp_path)
     with engine(path) as llm:
-        core, worker = llm._core, worker_of(llm)
+        core = llm._core
         params = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
         wanted = llm.generate(input_ids=[9, 8, 7], sampling_params=params)["output_ids"]
-        (first,) = llm._intake.make_requests(
+        (older,) = llm._intake.make_requests(
             {"input_ids": [9, 8, 7], "sampling_params": params, "rid": "first"}
         ).requests
-        (second,) = llm._intake.make_requests(
+        (newer,) = llm._intake.make_requests(
             {"input_ids": SHARED, "sampling_params": params, "rid": "second"}
         ).requests
-        forward = worker._forward
 
-        def failing(batch: Any) -> torch.Tensor:
-            if batch.attn.num_chunks and batch.attn.query_starts[-1] > len(SHARED):
-                raise torch.OutOfMemoryError("no memory, says the test")
-            return forward(batch)
+        def has_both(batch: Any) -> bool:
+            return bool(batch.attn.num_chunks and batch.attn.query_starts[-1] > len(SHARED))
 
-        monkeypatch.setattr(worker, "_forward", failing)
-        core.submit(first)
+        fail_steps(llm, monkeypatch, no_memory, has_both)
+        core.submit(older)
         outputs = [output for _ in range(5) for output in core.step()]
-        core.submit(second)
+        core.submit(newer)
         while not core.is_idle:
             outputs += core.step()
         tokens = [token for o in outputs if o.rid == "first" for token in o.token_ids]

@@ -1,0 +1,42 @@
+"""Steps of a whole engine that fail before the model is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorikeet import LLM
+from lorikeet.worker.worker import Worker
+
+
+def worker_of(llm: LLM) -> Worker:
+    worker = llm._core._worker
+    assert isinstance(worker, Worker)
+    return worker
+
+
+def fail_steps(
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[], object],
+    when: Callable[[Any], bool],
+) -> None:
+    """Call ``fail``, which raises, in place of the model for each batch of which ``when`` is true."""
+    worker = worker_of(llm)
+    forward = worker._forward
+
+    def failing(batch: Any) -> torch.Tensor:
+        if when(batch):
+            fail()
+        return forward(batch)
+
+    monkeypatch.setattr(worker, "_forward", failing)
+
+
+def first(count: int) -> Callable[[Any], bool]:
+    """True of as many batches."""
+    left = iter([True] * count)
+    return lambda batch: next(left, False)
