@@ -357,8 +357,10 @@ def test_what_a_gpu_changes(a_gpu):
     assert (resolved.device, resolved.attention_backend) == ("cuda", "auto")
     assert resolved.lora_backend == "csgmv"
     assert (resolved.chunked_prefill_size, resolved.cuda_graph_max_bs) == (8192, 256)
+    assert resolved.piecewise_cuda_graph_max_tokens == 1024
     assert resolve(resolved) == resolved
     on_cpu = resolve(ServerConfig(model_path="m", device="cpu"))
+    assert on_cpu.piecewise_cuda_graph_max_tokens is None
     assert (on_cpu.device, on_cpu.cuda_graph_max_bs, on_cpu.attention_backend) == (
         "cpu",
         None,
@@ -382,13 +384,26 @@ def test_the_largest_graph(a_gpu, options, largest):
 
 
 @pytest.mark.parametrize(
+    ("most", "chunk", "tokens"),
+    [(None, None, 1024), (None, 256, 256), (4096, None, 4096), (4096, 64, 64)],
+)
+def test_the_largest_step_in_pieces(a_gpu, most, chunk, tokens):
+    options = {"piecewise_cuda_graph_max_tokens": most, "chunked_prefill_size": chunk}
+    resolved = resolve(ServerConfig(model_path="m", **options))
+    assert resolved.piecewise_cuda_graph_max_tokens == tokens
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (
             {"cuda_graph_bs": (64,), "max_running_requests": 8},
             ["--cuda-graph-bs", "up to 8", "--disable-cuda-graph"],
         ),
-        ({"attention_backend": "fa3"}, ["--attention-backend is fa3", "cuda", "flashinfer, sdpa"]),
+        (
+            {"attention_backend": "fa4"},
+            ["--attention-backend is fa4", "cuda", "flashinfer, fa3, sdpa"],
+        ),
     ],
 )
 def test_what_a_gpu_refuses(a_gpu, options, words):

@@ -25,7 +25,7 @@ from lorikeet.engine.core import EngineCore
 # The first kind with a matching part decides: attention kernels of libraries may have "gemm" or "softmax" in their
 # names, and a norm's may have "add".
 KINDS: dict[str, str] = {
-    "lora": "lora shrink expand_kernel sgmv bgmv",
+    "lora": "lora shrink _expand expand_kernel _resolve sgmv bgmv",
     "attention": "attention attn batchdecode batchprefill pagedkv mergestate flash fmha "
     "persistentvariablelength kernel_mha",
     "norm": "rms_norm rmsnorm layer_norm layernorm norm_kernel _norm",

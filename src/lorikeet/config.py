@@ -15,10 +15,12 @@ from lorikeet import demo, devices
 from lorikeet.config_device import (
     check_ranks,
     max_graph_rows,
+    max_graph_tokens,
     resolve_attention,
     resolve_device,
     resolve_lora_backend,
 )
+from lorikeet.config_targets import check_targets, expand_targets
 from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
 from lorikeet.masking import mask
@@ -169,12 +171,22 @@ class ServerConfig:
     disable_cuda_graph: bool = _option(
         default=False, meaning="never use CUDA graphs; a CPU has none"
     )
+    piecewise_cuda_graph_max_tokens: int | None = _option(
+        None,
+        "most tokens of a step with prompts that runs in pieces of CUDA graphs; a CPU has none",
+        auto="1024, but at most --chunked-prefill-size",
+        least=1,
+    )
+    disable_piecewise_cuda_graph: bool = _option(
+        default=False, meaning="run steps with prompts without CUDA graphs; a CPU has none"
+    )
     disable_overlap_schedule: bool = _option(
         default=False, meaning="plan a step only when the one before it is done, as on a CPU"
     )
     attention_backend: str | None = _option(
         None,
-        "flashinfer (a GPU with 16-bit types) or sdpa (torch_native is its name elsewhere)",
+        "flashinfer or fa3 (a GPU with 16-bit types; fa3 only Hopper, faster for long prompts, and its first start compiles for "
+        "minutes), or sdpa (torch_native is its name elsewhere)",
         auto="sdpa on a CPU and for float32, else flashinfer",
     )
     load_format: Literal["auto", "safetensors", "dummy"] = _option(
@@ -203,17 +215,6 @@ def _table() -> dict[str, Option]:
 OPTIONS: dict[str, Option] = _table()
 """Every option by its field name, in the order of the help."""
 
-# PEFT's names of the modules of the supported families; the engine checks them against the model it has loaded.
-TARGET_MODULES = (
-    *("q_proj", "k_proj", "v_proj", "o_proj"),
-    *("gate_proj", "up_proj", "down_proj"),
-    *("embed_tokens", "lm_head"),
-)
-# Names of packed projections that users of the field write for their parts.
-_PACKED_TARGETS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 
@@ -231,6 +232,7 @@ def resolve(config: ServerConfig) -> ServerConfig:
     _check_lora(config)
     _check_memory(config)
     max_running = config.max_running_requests or 256
+    chunk = config.chunked_prefill_size or (2048 if device == "cpu" else 8192)
     return replace(
         config,
         tokenizer_path=config.tokenizer_path or config.model_path,
@@ -238,17 +240,20 @@ def resolve(config: ServerConfig) -> ServerConfig:
         device=device,
         enable_lora=_lora_is_on(config),
         lora_backend=resolve_lora_backend(device, config.lora_backend),
-        lora_target_modules=_expand_targets(config.lora_target_modules),
+        lora_target_modules=expand_targets(config.lora_target_modules),
         lora_root=tuple(_directory("lora_root", path) for path in config.lora_root),
         lora_resolver_dir=_directory("lora_resolver_dir", config.lora_resolver_dir)
         if config.lora_resolver_dir
         else None,
         max_running_requests=max_running,
-        chunked_prefill_size=config.chunked_prefill_size or (2048 if device == "cpu" else 8192),
+        chunked_prefill_size=chunk,
         max_prefill_tokens=config.max_prefill_tokens or 16384,
         page_size=config.page_size or 16,
         cuda_graph_max_bs=max_graph_rows(
             device, config.cuda_graph_bs, config.cuda_graph_max_bs, max_running
+        ),
+        piecewise_cuda_graph_max_tokens=max_graph_tokens(
+            device, config.piecewise_cuda_graph_max_tokens, chunk
         ),
         attention_backend=resolve_attention(device, config.attention_backend),
         random_seed=secrets.randbelow(2**31) if config.random_seed is None else config.random_seed,
@@ -259,7 +264,7 @@ def notes(config: ServerConfig) -> list[str]:
     """What was asked for and cannot matter here; the caller logs it."""
     reasons: dict[str, str] = {}
     if config.device != "cuda" and not (config.device == "auto" and devices.num_cuda_devices()):
-        graphs = ("cuda_graph_max_bs", "cuda_graph_bs", "disable_cuda_graph")
+        graphs = [name for name in OPTIONS if "cuda_graph" in name]
         reasons = dict.fromkeys(graphs, "a CPU has no CUDA graphs")
         reasons["disable_overlap_schedule"] = "a CPU runs one step at a time"
     if config.lora_backend != "csgmv":
@@ -349,7 +354,7 @@ def _check_lora(config: ServerConfig) -> None:
             "there is no adapter to take the value from"
         )
     _check_lora_counts(config)
-    _check_targets(config.lora_target_modules)
+    check_targets(config.lora_target_modules)
 
 
 def _check_lora_counts(config: ServerConfig) -> None:
@@ -372,24 +377,3 @@ def _check_lora_counts(config: ServerConfig) -> None:
             f"--lora-paths pins {len(pinned)} adapters ({', '.join(pinned)}); allowed: at most "
             f"--max-loras-per-batch - 1 ({per_batch - 1}), to prevent starvation of the others"
         )
-
-
-def _check_targets(targets: tuple[str, ...] | None) -> None:
-    if targets is None or targets == ("all",):
-        return
-    if not targets:
-        raise ConfigError("--lora-target-modules is empty; allowed: module names, or all")
-    if "all" in targets:
-        raise ConfigError("--lora-target-modules: all stands alone; leave the other names out")
-    known = (*TARGET_MODULES, *_PACKED_TARGETS)
-    if unknown := [name for name in targets if name not in known]:
-        raise ConfigError(
-            f"--lora-target-modules: unknown {', '.join(unknown)}; known: {', '.join(known)}, or all alone"
-        )
-
-
-def _expand_targets(targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if targets is None:
-        return None
-    parts = [part for name in targets for part in _PACKED_TARGETS.get(name, (name,))]
-    return tuple(dict.fromkeys(parts))

@@ -10,9 +10,17 @@ from lorikeet.errors import ConfigError
 _ATTENTION_BACKENDS = {
     "cpu": {"auto": "sdpa", "sdpa": "sdpa", "torch_native": "sdpa"},
     # Which one auto is depends on the type of the weights, which the engine reads from the model.
-    "cuda": {"auto": "auto", "flashinfer": "flashinfer", "sdpa": "sdpa", "torch_native": "sdpa"},
+    "cuda": {
+        "auto": "auto",
+        "flashinfer": "flashinfer",
+        "fa3": "fa3",
+        "sdpa": "sdpa",
+        "torch_native": "sdpa",
+    },
 }
 _MAX_GRAPH_ROWS = 256
+# Steps with more tokens keep the device busy for longer than their launches take.
+_MAX_GRAPH_TOKENS = 1024
 
 
 def resolve_device(asked: str) -> str:
@@ -98,3 +106,15 @@ def max_graph_rows(
             "least one, or --disable-cuda-graph"
         )
     return max(usable)
+
+
+def max_graph_tokens(device: str, most: int | None, chunk: int) -> int | None:
+    """Tokens of the largest step with prompts that runs in CUDA graphs. A CPU has none, so that ``most`` stays as it is.
+
+    Args:
+        most: ``--piecewise-cuda-graph-max-tokens``.
+        chunk: most tokens of a step with prompts.
+    """
+    if device == "cpu":
+        return most
+    return min(most or _MAX_GRAPH_TOKENS, chunk)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet import LLM
 from lorikeet.errors import ConfigError, EngineFault
-from tests.support.failing_steps import fail_steps, first
+from tests.support.failing_steps import fail_attention, fail_steps, first
 from tests.support.peft_adapters import make_adapter
 from tests.support.tiny_models import make_tiny_model
 
@@ -29,6 +29,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "everything-on": {},
     "no-overlap": {"disable_overlap_schedule": True},
     "no-graphs": {"disable_cuda_graph": True},
+    "no-graphs-of-prompts": {"disable_piecewise_cuda_graph": True},
     "no-radix": {"disable_radix_cache": True},
     "chunked": {"chunked_prefill_size": 16},
     "few-rows": {"max_running_requests": 3},
@@ -48,7 +49,12 @@ def clean_device() -> Iterator[None]:
 
 
 def engine(path: Path, **options: Any) -> LLM:
-    small = {"max_total_tokens": 4096, "max_running_requests": 8, "cuda_graph_bs": (1, 2, 4, 8)}
+    small = {
+        "max_total_tokens": 4096,
+        "max_running_requests": 8,
+        "cuda_graph_bs": (1, 2, 4, 8),
+        "piecewise_cuda_graph_max_tokens": 256,
+    }
     return LLM(str(path), **({"device": "cuda", "dtype": "float32"} | small | options))
 
 
@@ -191,14 +197,22 @@ def test_too_little_memory_is_refused_at_start(tmp_path: Path) -> None:
         engine(path, max_total_tokens=10**12)
 
 
+@pytest.mark.parametrize("is_captured", [False, True])
 @pytest.mark.parametrize("failures", [1, 2])
-def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) -> None:
-    """Once: the step is repeated. Twice: its prompts are aborted, and the engine goes on."""
-    with engine(make_tiny_model(tmp_path)) as llm:
+def test_an_allocation_that_fails(
+    tmp_path: Path, monkeypatch, failures: int, is_captured: bool
+) -> None:
+    """Once: the step is repeated. Twice: its prompts are aborted, and the engine goes on. In a captured step it is
+    attention that fails, between two graphs."""
+    path = make_tiny_model(tmp_path)
+    with engine(path, disable_piecewise_cuda_graph=not is_captured) as llm:
         wanted = tokens_of(llm)
         llm.flush_cache()
         too_much = partial(torch.empty, 2**60, device="cuda")
-        fail_steps(llm, monkeypatch, too_much, first(failures))
+        if is_captured:
+            fail_attention(llm, monkeypatch, too_much, first(failures))
+        else:
+            fail_steps(llm, monkeypatch, too_much, first(failures))
         if failures == 1:
             assert tokens_of(llm) == wanted
         else:

@@ -200,3 +200,38 @@ def test_few_adapters_need_few_tiles(sites, layout):
     few, many = segments.tile_counts(64)
     assert segments.plan_decode([1, *[0] * 40], 64).num_tiles == few
     assert segments.plan_decode([1] * 40, 64).num_tiles == many
+
+
+@pytest.mark.parametrize("num_tokens", [32, 64, 256, 512, 1024])
+def test_captured_prompts_have_all_rows_and_as_many_tiles_as_were_captured(
+    tile_builder, num_tokens
+):
+    num_wanted = min(num_tokens, 256)
+    shapes = tile_builder.prompt_shapes(num_tokens, num_wanted)
+    rng = random.Random(num_tokens)
+    for fill in (1, num_tokens // 2 + 1, num_tokens):
+        slots, lengths = [2], [min(fill, 9)]
+        while (left := fill - sum(lengths)) > 0:
+            slots.append(rng.choice([0, 1, 2, 4]))
+            lengths.append(min(left, rng.choice([1, 20, 200])))
+        slot_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+        rows = [rng.randrange(fill) for _ in range(rng.randint(0, min(num_wanted, 40)))]
+        arrays = tile_builder.plan_prompt(slots, lengths, rows, num_tokens, num_wanted)
+        assert [len(array) for array in arrays] == [tiles * (block + 1) for tiles, block in shapes]
+        batch = tile_builder.prompt_batch(
+            [torch.from_numpy(array) for array in arrays], num_tokens, num_wanted
+        )
+        assert batch.is_beside == (num_tokens <= 256)
+        padding = [0] * (num_tokens - fill)
+        assert _slots_by_tiled_row(batch.tokens) == dict(enumerate([*slot_T, *padding]))
+        wanted = [*(slot_T[row] for row in rows), *[0] * (num_wanted - len(rows))]
+        assert _slots_by_tiled_row(batch.logits) == dict(enumerate(wanted))
+        for tiles in (batch.tokens, batch.logits):
+            assert tiles.num_used == len(tiles.slot_J), "a replay may use all of them"
+
+
+def test_a_step_of_too_many_segments_is_not_captured(sites, layout):
+    pool = DevicePool(sites, layout, torch.float32, torch.device("cpu"))
+    many = ([1] * 200, [1] * 200, list(range(200)), 256, 256)
+    assert TileBatchBuilder(pool, "triton").plan_prompt(*many) is None
+    assert TileBatchBuilder(pool, "csgmv").plan_prompt(*many) is not None

@@ -36,6 +36,24 @@ def fail_steps(
     monkeypatch.setattr(worker, "_forward", failing)
 
 
+def fail_attention(
+    llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[], object],
+    when: Callable[[Any], bool],
+) -> None:
+    """Call ``fail``, which raises, in place of a layer's attention for each layer number of which ``when`` is true."""
+    attention: Any = worker_of(llm)._attention
+    forward = attention.backend.forward
+
+    def failing(q: Any, k: Any, v: Any, kv: Any, layer: int, *more: Any) -> torch.Tensor:
+        if when(layer):
+            fail()
+        return forward(q, k, v, kv, layer, *more)
+
+    monkeypatch.setattr(attention.backend, "forward", failing)
+
+
 def first(count: int) -> Callable[[Any], bool]:
     """True of as many batches."""
     left = iter([True] * count)

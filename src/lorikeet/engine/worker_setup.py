@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lorikeet.attention.base import AttentionBackend
+from lorikeet.attention.cut import CutAttention
 from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.config import ServerConfig
@@ -40,8 +41,9 @@ from lorikeet.worker.profile import (
     warm_up,
     warm_up_draw,
 )
+from lorikeet.worker.prompt_graphs import PromptBuffers, PromptGraphs, default_prompt_sizes
 from lorikeet.worker.sampler import Sampler
-from lorikeet.worker.worker import Worker
+from lorikeet.worker.worker import Graphs, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Target:
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
-    attention: AttentionBackend
+    attention: CutAttention
     context_length: int
 
     @property
@@ -108,12 +110,18 @@ def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
 
 def make_attention(
     config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> AttentionBackend:
+) -> CutAttention:
     """The attention backend of ``--attention-backend``.
 
     Raises:
         ConfigError: it does not serve this device or type.
     """
+    return CutAttention(_make_backend(config, spec, dtype, device))
+
+
+def _make_backend(
+    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> AttentionBackend:
     name = config.attention_backend
     if name == "auto":
         name = "sdpa" if dtype == torch.float32 else "flashinfer"
@@ -127,6 +135,7 @@ def make_attention(
         page_size=config.page_size,
         dtype=dtype,
         device=device,
+        prefill="fa3" if name == "fa3" else "fa2",
     )
 
 
@@ -208,7 +217,9 @@ def _graph_bytes(config: ServerConfig, lora: LoRAParts | None) -> int:
     if config.disable_cuda_graph:
         return 0
     with_adapters = lora is not None and lora.backend != "torch"
-    return len(_graph_sizes(config)) * (3 if with_adapters else 1) * GRAPH_BYTES * 5 // 4
+    decode = len(_graph_sizes(config)) * (3 if with_adapters else 1) * 5 // 4
+    prompts = len(_prompt_sizes(config)) * (2 if with_adapters else 1)
+    return (decode + prompts) * GRAPH_BYTES
 
 
 def make_worker(
@@ -236,12 +247,9 @@ def make_worker(
             min(rows, target.context_length) for rows in (PREFILL_BLOCK_ROWS, DECODE_BLOCK_ROWS)
         }
         warm_up(model, target.attention, inputs, tuple(lengths), slot=1)
-    graphs = None
+    graphs: list[Graphs] = []
     if device.type == "cuda" and not target.config.disable_cuda_graph:
-        sizes = _graph_sizes(target.config)
-        buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs, tiles)
-        graphs = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
-        graphs.capture(progress=progress)
+        graphs = _capture(target, model, storage, inputs, tiles, progress=progress)
     draw = select_ops(device.type).draw
     if device.type == "cuda":
         warm_up_draw(draw, target.spec.vocab_size, target.dtype, lanes.sampled_L)
@@ -261,6 +269,38 @@ def make_worker(
         # A CPU computes a step while it is submitted: another one ahead would only delay its tokens.
         overlap=device.type == "cuda" and not target.config.disable_overlap_schedule,
     )
+
+
+def _capture(
+    target: Target,
+    model: Decoder,
+    storage: KVStorage,
+    inputs: InputBuilder,
+    tiles: TileBatchBuilder | None,
+    *,
+    progress: bool,
+) -> list[Graphs]:
+    """All graphs; those of the most tokens first, in whose memory the others find room."""
+    pool = torch.cuda.graph_pool_handle()
+    prompts: list[Graphs] = []
+    if sizes := _prompt_sizes(target.config):
+        prompt_buffers = PromptBuffers(sizes, storage, inputs, tiles)
+        runner = PromptGraphs(model, target.attention, prompt_buffers, sizes, storage)
+        runner.capture(pool, progress=progress)
+        prompts.append(runner)
+    sizes = _graph_sizes(target.config)
+    max_pages = inputs.lanes.pages_LP.shape[1]
+    buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs, tiles)
+    decode = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
+    decode.capture(pool, progress=progress)
+    return [decode, *prompts]
+
+
+def _prompt_sizes(config: ServerConfig) -> tuple[int, ...]:
+    if config.disable_piecewise_cuda_graph:
+        return ()
+    assert config.piecewise_cuda_graph_max_tokens is not None
+    return default_prompt_sizes(config.piecewise_cuda_graph_max_tokens)
 
 
 def _graph_sizes(config: ServerConfig) -> tuple[int, ...]:

@@ -26,6 +26,11 @@ from lorikeet.ops.lora.triton.segments import cut_segments, most_segments
 _MAX_PIECES = 2
 # Tiles of a captured step that is not captured for the most it may need: one for each 16 rows, and a few that are not full.
 _FEW_MORE_TILES = 7
+# Captured steps with prompts of up to this many tokens compute deltas beside the base layers, in small tiles: their
+# matmuls leave the device as idle as a decode step's do.
+_BESIDE_TOKENS = 256
+# Tiles of such a step beside those that its tokens fill.
+_MORE_PROMPT_TILES = 64
 
 
 class LoRAPlan(Protocol):
@@ -169,12 +174,8 @@ class TileBatchBuilder:
         num_tokens = int(pieces.lengths_N.sum())
         if logits_rows is None or np.array_equal(logits_rows, np.arange(num_tokens)):
             return TilePlan(tokens, num_tokens)
-        ends_N = np.cumsum(pieces.lengths_N)
-        of_row = np.searchsorted(ends_N, np.asarray(logits_rows, dtype=np.int64), side="right")
-        row_slots = pieces.slots_N[of_row]
-        rows = Pieces(row_slots, np.ones_like(row_slots))
-        logits = self._cut(rows, DECODE_BLOCK_ROWS)
-        return TilePlan(tokens, num_tokens, logits, len(row_slots))
+        logits = self._cut_rows(pieces, logits_rows, DECODE_BLOCK_ROWS)
+        return TilePlan(tokens, num_tokens, logits, len(logits_rows))
 
     def plan_decode(self, slots: Sequence[int], bucket: int) -> TilePlan | None:
         """A step of one token for each row, padded to ``bucket`` rows, whose logits are all wanted: for a CUDA graph.
@@ -212,6 +213,62 @@ class TileBatchBuilder:
         tiles = tiles_at(data, (num_tiles, DECODE_BLOCK_ROWS), bucket, num_tiles)
         return LoRABatch(tokens=tiles, logits=tiles, is_beside=True)
 
+    def plan_prompt(
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        logits_rows: Sequence[int],
+        num_tokens: int,
+        num_wanted: int,
+    ) -> list[np.ndarray] | None:
+        """The arrays of a step with prompts, padded to ``num_tokens`` rows of which ``num_wanted`` have logits: for
+        CUDA graphs.
+
+        Returns:
+            One array for each of :meth:`prompt_shapes`; None if the step needs more tiles than that.
+        """
+        pieces = self._pieces([*slots, 0], [*lengths, num_tokens - sum(lengths)])
+        padding = num_wanted - len(logits_rows)
+        (num_tiles, block), (num_logits_tiles, logits_block) = self.prompt_shapes(
+            num_tokens, num_wanted
+        )
+        tokens = self._cut(pieces, block)
+        logits = self._cut_rows(pieces, logits_rows, logits_block, padding)
+        if len(tokens.slot_J) > num_tiles or len(logits.slot_J) > num_logits_tiles:
+            return None
+        return TilePlan(
+            padded(tokens, num_tiles), num_tokens, padded(logits, num_logits_tiles), num_wanted
+        ).arrays
+
+    def prompt_shapes(
+        self, num_tokens: int, num_wanted: int
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(J, M) of the tokens' tiles, and of those of the rows whose logits are wanted, in captured steps."""
+        small = num_tokens <= _BESIDE_TOKENS
+        block = DECODE_BLOCK_ROWS if small else min(PREFILL_BLOCK_ROWS, self._max_block)
+        return self._prompt_shape(num_tokens, block), self._prompt_shape(
+            num_wanted, DECODE_BLOCK_ROWS
+        )
+
+    def prompt_batch(
+        self, tensors: Sequence[torch.Tensor], num_tokens: int, num_wanted: int
+    ) -> LoRABatch:
+        """The batch of a :meth:`plan_prompt`, from its arrays on the device."""
+        tokens, logits = (
+            tiles_at(data, shape, num_rows, shape[0])
+            for data, shape, num_rows in zip(
+                tensors,
+                self.prompt_shapes(num_tokens, num_wanted),
+                (num_tokens, num_wanted),
+                strict=True,
+            )
+        )
+        return LoRABatch(tokens=tokens, logits=logits, is_beside=num_tokens <= _BESIDE_TOKENS)
+
+    def _prompt_shape(self, num_rows: int, block: int) -> tuple[int, int]:
+        most = self._most(num_rows, self._max_adapters, block)
+        return min(most, -(-num_rows // block) + _MORE_PROMPT_TILES), block
+
     def build(
         self,
         slots: Sequence[int],
@@ -222,6 +279,15 @@ class TileBatchBuilder:
         """The batch of a plan, at once."""
         plan = self.plan(slots, lengths, logits_rows)
         return None if plan is None else plan.upload(device or torch.device("cpu"))
+
+    def _cut_rows(
+        self, pieces: Pieces, rows: Sequence[int], block: int, padding: int = 0
+    ) -> CutTiles:
+        """Tiles of some rows, in the order in which they are wanted, and of more rows of the base model behind them."""
+        ends_N = np.cumsum(pieces.lengths_N)
+        of_row = np.searchsorted(ends_N, np.asarray(rows, dtype=np.int64), side="right")
+        slots = np.concatenate((pieces.slots_N[of_row], np.zeros(padding, dtype=np.int64)))
+        return self._cut(Pieces(slots, np.ones_like(slots)), block)
 
     def _pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> Pieces:
         _check_slots(slots, self._num_slots)

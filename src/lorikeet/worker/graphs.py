@@ -26,7 +26,8 @@ from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.batch_builder import LoRAPlan, TileBatchBuilder, TilePlan
 from lorikeet.ops.lora.metadata import LoRABatch
 from lorikeet.worker.inputs import InputBuilder, StepLayout
-from lorikeet.worker.staging import Upload, offsets_of, upload, view_at
+from lorikeet.worker.pieces import unowned
+from lorikeet.worker.staging import Upload, offsets_of, padded, upload, view_at
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +135,13 @@ class DecodeBuffers:
         num_rows, size = len(layout.lanes_N), self._max_rows
         places = self._inputs.places(layout.lanes_N, layout.positions_T)
         fields = [
-            _padded(layout.ids_T, size, 0),
-            _padded(layout.positions_T, size, 0),
-            _padded(places, size, -1),
-            _padded(layout.kv_lens_N, size, 1),
+            padded(array, size, value, np.int32)
+            for array, value in (
+                (layout.ids_T, 0),
+                (layout.positions_T, 0),
+                (places, -1),
+                (layout.kv_lens_N, 1),
+            )
         ]
         fields += [] if lora is None else lora.arrays
         table = self._inputs.page_table(layout)
@@ -170,12 +174,6 @@ class DecodeBuffers:
         self._tiles.zero_()
 
 
-def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
-    padded = np.full(size, value, dtype=np.int32)
-    padded[: len(array)] = array
-    return padded
-
-
 class GraphRunner:
     """Captured decode steps.
 
@@ -200,10 +198,13 @@ class GraphRunner:
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @torch.inference_mode()
-    def capture(self, *, progress: bool) -> None:
-        """Capture every graph, the largest batch first so that smaller ones fit into its memory."""
+    def capture(self, pool: Any, *, progress: bool) -> None:
+        """Capture every graph, the largest batch first so that smaller ones fit into its memory.
+
+        Args:
+            pool: of the memory that graphs share.
+        """
         begin, before = time.monotonic(), torch.cuda.mem_get_info()[0]
-        pool = torch.cuda.graph_pool_handle()
         self.buffers.clear()
         keys = sorted(self.keys(), reverse=True)
         for key in tqdm(keys, desc="Capturing CUDA graphs", disable=not progress, unit="graph"):
@@ -248,12 +249,20 @@ class GraphRunner:
         plan = None if lora is None else lora.plan_decode(layout.slots, size)
         return None if plan is None else (replace(key, tiles=plan.num_tiles), plan)
 
-    def replay(self, key: GraphKey, batch: ForwardBatch) -> torch.Tensor:
-        """Logits [rows of the graph, V] of a batch of :meth:`DecodeBuffers.fill`; valid until the next replay."""
+    def run(
+        self, layout: StepLayout, more: list[np.ndarray]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """Run a step: its logits (and those of more rows, at the end), valid until the next one; and ``more`` arrays on
+        the device. None if it has to run eagerly."""
+        found = self.find(layout)
+        if found is None:
+            return None
+        key, lora = found
+        batch, tensors = self.buffers.fill(key, layout, more, lora)
         self._attention.prepare(batch.attn)
         graph, logits = self._graphs[key]
         graph.replay()
-        return logits
+        return logits, tensors
 
     def _pages(self, length: int) -> int:
         return -(-length // self.buffers.page_size)
@@ -267,4 +276,4 @@ class GraphRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._forward(batch)
-        return graph, logits
+        return graph, unowned(logits)

@@ -141,43 +141,57 @@ class InputBuilder:
         self, layout: StepLayout, more: list[np.ndarray]
     ) -> tuple[ForwardBatch, list[torch.Tensor]]:
         """The batch of a step, and ``more`` arrays, on the device."""
-        starts_N1 = np.zeros(len(layout.lengths_N) + 1, dtype=self._int)
-        np.cumsum(layout.lengths_N, out=starts_N1[1:])
         lanes_T = np.repeat(layout.lanes_N, layout.lengths_N)
         arrays = [
             layout.ids_T,
             layout.positions_T,
             self.places(lanes_T, layout.positions_T),
-            self.page_table(layout),
-            starts_N1,
-            layout.kv_lens_N,
             np.asarray(layout.logits_rows, dtype=self._int),
+            *self.attention_arrays(layout),
         ]
         plan = self._lora_plan(layout)
         lora_arrays = [] if plan is None else plan.arrays
-        ids, positions, places, table, starts, kv_lens, rows, *rest = Upload(
+        ids, positions, places, rows, table, starts, kv_lens, *rest = Upload(
             [*arrays, *more, *lora_arrays], self._device
         ).tensors()
         lora = None if plan is None else plan.batch(rest[len(more) :])
         batch = ForwardBatch(
             input_ids_T=ids,
             positions_T=positions,
-            attn=AttentionInputs(
-                query_starts=starts_N1.tolist(),
-                kv_lens=layout.kv_lens_N.tolist(),
-                page_table_NP=table,
-                slot_mapping_T=places,
-                page_size=self.page_size,
-                num_chunks=layout.num_chunks,
-                query_starts_N1=starts,
-                kv_lens_N=kv_lens,
-            ),
+            attn=self.attention_inputs(layout, places, [table, starts, kv_lens]),
             kv=self._kv,
             lora=lora,
             logits_rows_N=None if layout.is_decode else rows,
             sampled_L=self.lanes.sampled_L,
         )
         return batch, rest[: len(more)]
+
+    def attention_arrays(self, layout: StepLayout) -> list[np.ndarray]:
+        """What attention needs on the device beside the places: page tables, query starts, lengths."""
+        starts_N1 = np.zeros(len(layout.lengths_N) + 1, dtype=self._int)
+        np.cumsum(layout.lengths_N, out=starts_N1[1:])
+        return [self.page_table(layout), starts_N1, layout.kv_lens_N]
+
+    def attention_inputs(
+        self, layout: StepLayout, places_T: torch.Tensor, tensors: list[torch.Tensor]
+    ) -> AttentionInputs:
+        """What attention is told of a step that runs eagerly.
+
+        Args:
+            places_T: where the K/V go, on the device.
+            tensors: :meth:`attention_arrays` on the device.
+        """
+        table_NP, starts_N1, kv_lens_N = tensors
+        return AttentionInputs(
+            query_starts=[0, *np.cumsum(layout.lengths_N).tolist()],
+            kv_lens=layout.kv_lens_N.tolist(),
+            page_table_NP=table_NP,
+            slot_mapping_T=places_T,
+            page_size=self.page_size,
+            num_chunks=layout.num_chunks,
+            query_starts_N1=starts_N1,
+            kv_lens_N=kv_lens_N,
+        )
 
     def _lora_plan(self, layout: StepLayout) -> LoRAPlan | None:
         if self._lora is None:

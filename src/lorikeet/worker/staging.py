@@ -32,6 +32,9 @@ class Upload:
         arrays: int32, int64 or float32, any shape.
         device: where to; on a CPU nothing is copied twice.
         into: uint8 tensor on the device that receives them; None allocates one.
+
+    Attributes:
+        data: uint8 on the device, the arrays where :func:`offsets_of` says.
     """
 
     def __init__(
@@ -47,15 +50,15 @@ class Upload:
         for array, offset in zip(arrays, self.offsets, strict=True):
             raw[offset : offset + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
         if into is None:
-            self._data = host.to(device, non_blocking=True)
+            self.data = host.to(device, non_blocking=True)
         else:
             into[:total].copy_(host, non_blocking=True)
-            self._data = into
+            self.data = into
 
     def tensors(self) -> list[torch.Tensor]:
         """The arrays on the device: views of one tensor."""
         return [
-            view_at(self._data, offset, array.shape, array.dtype)
+            view_at(self.data, offset, array.shape, array.dtype)
             for array, offset in zip(self._arrays, self.offsets, strict=True)
         ]
 
@@ -76,6 +79,13 @@ def view_at(
     """The array that begins at a byte of ``data``."""
     size = int(np.prod(shape)) * dtype.itemsize
     return data[offset : offset + size].view(_TORCH_TYPES[dtype]).view(shape)
+
+
+def padded(array: np.ndarray, size: int, value: int, dtype: type[np.integer]) -> np.ndarray:
+    """A row of numbers, made ``size`` long."""
+    longer = np.full(size, value, dtype=dtype)
+    longer[: len(array)] = array
+    return longer
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -9,9 +9,11 @@ per sequence.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from lorikeet.attention.base import AttentionBackend
@@ -19,7 +21,6 @@ from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.errors import EngineFault, OutOfMemoryError
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.worker.copier import Copier
-from lorikeet.worker.graphs import GraphRunner
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.logprobs import PendingPrompt
 from lorikeet.worker.pending_sample import PendingSample
@@ -38,6 +39,21 @@ class _Flight:
     prompts: dict[int, PendingPrompt] = field(default_factory=dict)
 
 
+class Graphs(Protocol):
+    """Captured steps of some kind."""
+
+    def run(
+        self, layout: StepLayout, more: list[np.ndarray], /
+    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
+        """Run a step; None if it is none of this kind, and nothing was done.
+
+        Returns:
+            Logits of the rows that are wanted, behind which may be others, valid until the next step; and ``more``
+            arrays on the device.
+        """
+        ...
+
+
 class Worker:
     """Executes step plans for one rank.
 
@@ -46,7 +62,7 @@ class Worker:
         inputs: builder of batches, with the states of running sequences.
         sampler: logits to tokens.
         copier: brings adapters to the device; None when LoRA is off.
-        graphs: captured decode steps; None runs every step eagerly.
+        graphs: captured steps, asked in this order; what none of them runs runs eagerly.
         overlap: a step may be submitted before the one before it is collected.
     """
 
@@ -58,7 +74,7 @@ class Worker:
         inputs: InputBuilder,
         sampler: Sampler,
         copier: Copier | None,
-        graphs: GraphRunner | None = None,
+        graphs: Sequence[Graphs] = (),
         overlap: bool = False,
     ) -> None:
         self.max_ahead = 1 if overlap else 0
@@ -188,12 +204,10 @@ class Worker:
 
     def _run_network(self, layout: StepLayout, arrays: list) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
-        graphs = self._graphs
-        found = None if graphs is None else graphs.find(layout)
-        if graphs is not None and found is not None:
-            key, lora = found
-            batch, drawing = graphs.buffers.fill(key, layout, arrays, lora)
-            return graphs.replay(key, batch), drawing
+        for graphs in self._graphs:
+            found = graphs.run(layout, arrays)
+            if found is not None:
+                return found
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)
         return self._forward(batch), drawing
