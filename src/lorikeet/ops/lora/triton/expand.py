@@ -113,6 +113,9 @@ def _expand(
 ):
     block = tl.program_id(0)
     tile = tl.program_id(1)
+    if not ADD:  # noqa: SIM102  (known to the compiler, the other is not)
+        if tl.load(rows_ptr + tile * M) < 0:  # a tile that pads: rows begin on the left
+            return
     row_M = tl.load(rows_ptr + tile * M + tl.arange(0, M)).to(tl.int64)
 
     # Which region the block lies in, and what that is.
