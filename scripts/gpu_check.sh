@@ -3,6 +3,7 @@
 #
 #   scripts/gpu_check.sh                           # both parts
 #   scripts/gpu_check.sh --tests                   # one of them
+#   scripts/gpu_check.sh --tests --slow            # with the tests whose kernels compile for minutes
 #   scripts/gpu_check.sh --bench --out DIR -- --concurrency 1,64 --option disable_cuda_graph=true
 #
 # Results go to --out, else $OUT, else gpu-check in the directory for temporary files. What follows -- is for the
@@ -11,17 +12,19 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-  sed -n '2,9s/^# \{0,1\}//p' "$0"
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit "$1"
 }
 
 out=${OUT:-${TMPDIR:-/tmp}/gpu-check}
 tests=0
 bench=0
+marks="gpu and not multi_gpu and not network and not slow"
 while [ $# -gt 0 ]; do
   case $1 in
     --tests) tests=1 ;;
     --bench) bench=1 ;;
+    --slow) marks="gpu and not multi_gpu and not network" ;;
     --out)
       [ $# -ge 2 ] || usage 2
       out=$2
@@ -95,7 +98,7 @@ gpu_tests() {
   # Warnings are errors where the versions are pinned, which they are not here. tests/conftest.py leaves the kernels to
   # Triton's interpreter unless it is told of the GPU.
   LORIKEET_TEST_GPU=1 "$python" -m pytest "${jobs[@]}" -o addopts= -o filterwarnings=default -q -ra \
-    -m "gpu and not multi_gpu and not network" --strict-markers --continue-on-collection-errors \
+    -m "$marks" --strict-markers --continue-on-collection-errors \
     --junitxml "$out/tests.xml" "${files[@]}"
 }
 

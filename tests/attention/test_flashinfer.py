@@ -172,6 +172,12 @@ def test_refuses_float32() -> None:
 
 
 @pytest.mark.usefixtures("fake")
+def test_refuses_fa3_without_hopper() -> None:
+    with pytest.raises(ConfigError, match=r"fa3 needs .* Hopper .* allowed .* flashinfer, sdpa"):
+        make_backend(prefill="fa3")
+
+
+@pytest.mark.usefixtures("fake")
 def test_refuses_large_heads() -> None:
     with pytest.raises(ConfigError, match="at most 256, the model's have 512"):
         make_backend(Heads(4, 2, 512, 512))
@@ -277,6 +283,14 @@ class TestOnGPU:
         for window, got_TQH in got.items():
             wanted = step.wanted(window)
             check(got_TQH[: len(wanted)], wanted)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", GPU_STEPS)
+    def test_prompts_by_fa3(self, name: str) -> None:
+        step = make_step(GPU_STEPS[name], LLAMA, device="cuda")
+        backend = make_backend(LLAMA, device="cuda", prefill="fa3")
+        assert backend.name == "fa3"
+        check(step.run(backend, None), step.wanted(None))
 
     def test_steps_follow_each_other_without_waiting(self) -> None:
         """Plans of later steps must not change those of earlier ones that the device has not reached."""

@@ -78,10 +78,11 @@ class FlashInferBackend:
         prefill: one of ``PREFILL_PATHS``; ``fa3`` is for Hopper, and takes minutes to compile.
 
     Raises:
-        ConfigError: FlashInfer is not installed, or does not serve such a type, head size or page size.
-    """
+        ConfigError: FlashInfer is not installed, or does not serve such a type, head size or page size on this device.
 
-    name = "flashinfer"
+    Attributes:
+        name: ``flashinfer``, or ``fa3`` if that is what prompts go through.
+    """
 
     def __init__(
         self,
@@ -95,15 +96,21 @@ class FlashInferBackend:
         decode: str | None = None,
         prefill: str = "fa2",
     ) -> None:
+        self.name = "fa3" if prefill == "fa3" else "flashinfer"
         if dtype not in (torch.float16, torch.bfloat16):
             raise ConfigError(
-                f"--attention-backend flashinfer serves float16 and bfloat16, not "
+                f"--attention-backend {self.name} serves float16 and bfloat16, not "
                 f"{str(dtype).removeprefix('torch.')}; --attention-backend sdpa serves it"
             )
         stored_dim = self.storage_head_dim(head_dim)
         self._shape = Shape(num_heads, num_kv_heads, head_dim, stored_dim, page_size, dtype, device)
         library = _load_library()
         is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        if prefill == "fa3" and not is_hopper:
+            raise ConfigError(
+                "--attention-backend fa3 needs a GPU of the Hopper generation (compute capability 9.0); allowed on this "
+                "one: flashinfer, sdpa"
+            )
         few, many = _decode_paths(decode, self._shape, is_hopper=is_hopper)
         workspace = torch.empty(_FA2_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._prefill = _Prefill(library, self._shape, workspace, prefill)
