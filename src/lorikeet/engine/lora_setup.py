@@ -193,7 +193,6 @@ def _reader(
                 pool.layout,
                 pool.dtype,
                 base_weight=base_weight,
-                pin_memory=pool.device.type == "cuda",
             )
 
     resolver = None

@@ -48,7 +48,9 @@ class DevicePool:
             max_pages=layout.max_pages_per_slice,
             device=device,
         )
-        self._upload = PageUpload(self._pool_E) if device.type == "cuda" else None
+        self._upload: PageUpload | None = None
+        if device.type == "cuda":
+            self._upload = PageUpload(self._pool_E, max(layout.class_elems))
         self._slices: dict[ModuleKey, SliceTable] = {}
         self._tables: dict[int, SiteTable] = {}
         for index, site in enumerate(sites):

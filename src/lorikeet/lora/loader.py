@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lorikeet.core.sites import LoRASite, SiteSlice
@@ -31,6 +32,9 @@ from lorikeet.lora.targets import ModuleKey, ModuleLoRA, resolve_targets
 from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, open_tensors
 
 _PREFIX = "base_model.model."
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+# Bits of an infinity without its sign.
+_INFINITY = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,6 @@ def load_adapter(
     *,
     base_weight: BaseWeight | None = None,
     rules: Sequence[ShardRule] | None = None,
-    pin_memory: bool = False,
 ) -> HostAdapter:
     """Read, check and pack an adapter.
 
@@ -73,7 +76,6 @@ def load_adapter(
         base_weight: the base model's weights by name, to recognise copies of its embedding in the file. Without it an
             adapter that carries such a copy is refused.
         rules: of the sites, which part of each this rank holds; None is a single rank, which holds all.
-        pin_memory: keep the adapter in memory that a GPU copies from by itself.
 
     Raises:
         AdapterError: the adapter cannot be served exactly; names the field, tensor, module or file.
@@ -93,10 +95,13 @@ def load_adapter(
         _check_header(file, wanted, sites, path)
         _check_copies(file, sites, base_weight, path)
         packer = _Packer(layout, dtype, rules)
-        for module in wanted:
-            A_RK, B_OR = (file.read(tensor) for tensor in module.tensors)
-            packer.add(module, A_RK, B_OR)
-    return packer.finish(name, str(directory), spec, pin_memory=pin_memory)
+        try:
+            for module in wanted:
+                A_RK, B_OR = (file.read(tensor) for tensor in module.tensors)
+                packer.add(module, A_RK, B_OR)
+            return packer.finish(name, str(directory), spec)
+        finally:
+            packer.close()
 
 
 def _check_limits(
@@ -179,7 +184,10 @@ def _check_copies(
 
 
 class _Packer:
-    """Collects modules into rank pages and the digest."""
+    """Collects modules, their digest, and at the end their rank pages.
+
+    The digest takes about as long as everything else, so it has a thread of its own; both let the engine's loop run.
+    """
 
     def __init__(
         self, layout: PoolLayout, dtype: torch.dtype, rules: Sequence[ShardRule] | None
@@ -188,26 +196,24 @@ class _Packer:
         self._dtype = dtype
         self._rules = rules
         self._digest = hashlib.sha256()
-        self._blocks: list[torch.Tensor] = []
-        self._page_sizes: list[int] = []
-        self._page_classes: list[int] = []
-        self._modules: list[PackedModule] = []
-        self._targets: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-digest")
+        self._pairs: list[tuple[_Wanted, torch.Tensor, torch.Tensor]] = []
         self._changes = False
 
     def add(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
-        """Check the values of one module's pair and pack this rank's part of it."""
-        for name, tensor in zip(module.tensors, (A_RK, B_OR), strict=True):
-            if not _is_finite(tensor):
-                raise AdapterError(f"tensor {name} holds NaN or infinite values")
-            self._hash(name, tensor)
-        self._digest.update(json.dumps([module.lora.rank, module.lora.scale]).encode())
-        self._changes = self._changes or (
-            module.lora.scale != 0 and bool(A_RK.any()) and bool(B_OR.any())
-        )
-        self._pack(module, A_RK, B_OR)
+        """Check the values of one module's pair and take this rank's part of it."""
+        self._thread.submit(self._hash, module, A_RK, B_OR)
+        is_zero = [
+            _is_zero(tensor, name)
+            for name, tensor in zip(module.tensors, (A_RK, B_OR), strict=True)
+        ]
+        self._changes = self._changes or (module.lora.scale != 0 and not any(is_zero))
+        site, part = module.key
+        if self._rules is not None:
+            A_RK, B_OR = shard_pair(A_RK, B_OR, self._rules[site], part)
+        self._pairs.append((module, A_RK, B_OR))
 
-    def finish(self, name: str, path: str, spec: LoRASpec, *, pin_memory: bool) -> HostAdapter:
+    def finish(self, name: str, path: str, spec: LoRASpec) -> HostAdapter:
         """The packed adapter.
 
         Raises:
@@ -217,53 +223,96 @@ class _Packer:
             raise AdapterError(
                 "the adapter would change nothing: A, B or the scale is zero in every module"
             )
-        num_elems = sum(block.numel() for block in self._blocks)
-        data = torch.empty(num_elems, dtype=self._dtype, pin_memory=pin_memory)
-        torch.cat(self._blocks, out=data)
+        page_sizes: list[int] = []
+        page_classes: list[int] = []
+        modules: list[PackedModule] = []
+        page_ranks = self._layout.page_ranks
+        for wanted, A_RK, B_OR in self._pairs:
+            (site, part), rank = wanted.key, wanted.lora.rank
+            num_pages = self._layout.num_pages(rank)
+            modules.append(
+                PackedModule(site, part, rank, wanted.lora.scale, len(page_sizes), num_pages)
+            )
+            page_sizes += [page_ranks * (A_RK.shape[1] + B_OR.shape[0])] * num_pages
+            page_classes += [self._layout.page_class(site, part)] * num_pages
+        data = torch.empty(sum(page_sizes), dtype=self._dtype)
+        begin = 0
+        for (wanted, A_RK, B_OR), module in zip(self._pairs, modules, strict=True):
+            end = begin + page_sizes[module.first_page] * module.num_pages
+            self._pack(wanted, A_RK, B_OR, data[begin:end])
+            begin = end
+        self._thread.shutdown()
         return HostAdapter(
             name=name,
             path=path,
             digest=self._digest.hexdigest(),
             spec=spec,
             data=data,
-            page_sizes=tuple(self._page_sizes),
-            page_classes=tuple(self._page_classes),
-            modules=tuple(self._modules),
-            rank=max(module.rank for module in self._modules),
-            targets=tuple(sorted(self._targets)),
+            page_sizes=tuple(page_sizes),
+            page_classes=tuple(page_classes),
+            modules=tuple(modules),
+            rank=max(module.rank for module in modules),
+            targets=tuple(sorted({wanted.part.name for wanted, _, _ in self._pairs})),
         )
 
-    def _hash(self, name: str, tensor: torch.Tensor) -> None:
-        self._digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        self._digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    def close(self) -> None:
+        """Hash nothing more; for a load that failed, too."""
+        self._thread.shutdown(cancel_futures=True)
 
-    def _pack(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
-        site, part = module.key
-        if self._rules is not None:
-            A_RK, B_OR = shard_pair(A_RK, B_OR, self._rules[site], part)
-        B_RO = B_OR.T
+    def _hash(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
+        for name, tensor in zip(module.tensors, (A_RK, B_OR), strict=True):
+            self._digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            self._digest.update(tensor.view(torch.uint8).numpy().data)
+        self._digest.update(json.dumps([module.lora.rank, module.lora.scale]).encode())
+
+    def _pack(
+        self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor, data: torch.Tensor
+    ) -> None:
+        """Write one module's pages: rows of A, then of B transposed, and zeros up to the last page's end."""
         rank, num_inputs = A_RK.shape
-        num_pages, page_ranks = self._layout.num_pages(rank), self._layout.page_ranks
-        block_RC = torch.zeros(
-            num_pages * page_ranks, num_inputs + B_RO.shape[1], dtype=self._dtype
-        )
-        block_RC[:rank, :num_inputs] = A_RK
-        block_RC[:rank, num_inputs:] = B_RO
-        if not _is_finite(block_RC):
+        block_RC = data.view(-1, num_inputs + B_OR.shape[0])
+        _copy(block_RC[:rank, :num_inputs], A_RK)
+        _copy(block_RC[:rank, num_inputs:], B_OR.T)
+        block_RC[rank:].zero_()
+        if A_RK.dtype != self._dtype and not _is_finite(data):
             raise AdapterError(
                 f"weights of {module.part.hf_path} do not fit the pool's type {self._dtype}"
             )
-        self._modules.append(
-            PackedModule(site, part, rank, module.lora.scale, len(self._page_sizes), num_pages)
-        )
-        self._blocks.append(block_RC.flatten())
-        self._page_sizes += [page_ranks * block_RC.shape[1]] * num_pages
-        self._page_classes += [self._layout.page_class(site, part)] * num_pages
-        self._targets.add(module.part.name)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """As ``target.copy_(source)``. Transposing is several times faster in numpy, which takes one thread for it."""
+    if target.dtype != source.dtype:
+        target.copy_(source)
+    else:
+        np.copyto(_bits(target), _bits(source))
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The values' bits, as integers without a sign."""
+    as_int = tensor.view(_INTEGERS[tensor.element_size()])
+    return as_int.numpy().view(f"u{tensor.element_size()}")
+
+
+def _largest(tensor: torch.Tensor) -> int:
+    """Bits of the largest magnitude: ordered as the magnitudes are, infinities and NaN above all others, zero 0."""
+    if not tensor.numel():
+        return 0
+    bits = _bits(tensor)
+    return int(np.bitwise_and(bits, np.iinfo(bits.dtype).max >> 1).max())
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """True if it holds neither NaN nor an infinity: either would be in the sum, which is several times faster."""
-    total = tensor.sum(dtype=torch.float32).item()
-    # The sum of finite values may be too large all the same.
-    return math.isfinite(total) or bool(tensor.isfinite().all())
+    return _largest(tensor) < _INFINITY[tensor.dtype]
+
+
+def _is_zero(tensor: torch.Tensor, name: str) -> bool:
+    """True if all values are zero.
+
+    Raises:
+        AdapterError: some are not finite.
+    """
+    largest = _largest(tensor)
+    if largest >= _INFINITY[tensor.dtype]:
+        raise AdapterError(f"tensor {name} holds NaN or infinite values")
+    return not largest

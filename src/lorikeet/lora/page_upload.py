@@ -1,18 +1,35 @@
 """An adapter's way to the device: a few large copies on a stream of their own, then every page to its place.
 
-Shape legend: E elements of the pool, B elements of the staging buffer.
+Only two small buffers on the way are pinned. To pin an adapter's own memory takes tens of milliseconds, in which no other
+thread can launch a kernel; to copy it into pinned memory takes less, and disturbs nobody (docs/log.md has the figures).
+
+Shape legend: E elements of the pool, B elements of a buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lorikeet.lora.adapter import HostAdapter
 
-# Large enough for the bus, small beside any pool.
-_STAGING_BYTES = 2**25
+# Large enough for the bus and for several threads to fill, small beside any pool.
+_BUFFER_BYTES = 2**24
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A piece on its way: in pinned memory, then on the device.
+
+    Attributes:
+        sent: the pinned half may be written again.
+    """
+
+    host_B: torch.Tensor
+    device_B: torch.Tensor
+    sent: torch.cuda.Event
 
 
 class PageUpload:
@@ -23,14 +40,17 @@ class PageUpload:
 
     Args:
         pool_E: the pool.
+        largest_page: elements of the largest page.
     """
 
-    def __init__(self, pool_E: torch.Tensor) -> None:
+    def __init__(self, pool_E: torch.Tensor, largest_page: int) -> None:
         self._pool_E = pool_E
         self._stream = torch.cuda.Stream(pool_E.device)
         self._freed = torch.cuda.Event()
         self._done = torch.cuda.Event()
-        self._staging_B: torch.Tensor | None = None
+        self._capacity = max(largest_page, _BUFFER_BYTES // pool_E.element_size())
+        # Two: one is filled while the other is sent.
+        self._buffers = [self._make_buffer() for _ in range(2)]
 
     def freed(self) -> None:
         """Pages may be written again once everything is done that is queued on the current stream now."""
@@ -42,33 +62,37 @@ class PageUpload:
         with torch.cuda.device(self._pool_E.device), torch.cuda.stream(self._stream):
             self._stream.wait_event(self._freed)
             for first, last, data in self._pieces(adapter):
-                staged = self._staging(data.numel())
-                staged.copy_(data, non_blocking=True)
+                self._buffers.reverse()
+                staged = self._send(self._buffers[0], data)
                 sizes = adapter.page_sizes[first:last]
                 places = [
                     self._pool_E[start : start + size]
                     for start, size in zip(page_ids[first:last], sizes, strict=True)
                 ]
-                # One launch for many pages; the next piece waits for it, since it has the same staging buffer.
+                # One launch for many pages.
                 torch._foreach_copy_(places, list(staged.split(sizes)))  # pyright: ignore[reportPrivateImportUsage]
             self._done.record()
         self._done.synchronize()
 
+    def _send(self, buffer: _Buffer, data: torch.Tensor) -> torch.Tensor:
+        """Begin to bring a piece to the device; its device half is free, since the stream runs in order."""
+        size = data.numel()
+        buffer.sent.synchronize()
+        buffer.host_B[:size].copy_(data)
+        staged = buffer.device_B[:size].copy_(buffer.host_B[:size], non_blocking=True)
+        buffer.sent.record()
+        return staged
+
     def _pieces(self, adapter: HostAdapter) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Runs of pages that fit the staging buffer: first page, end, and their data."""
-        most = self._capacity(max(adapter.page_sizes))
+        """Runs of pages that fit a buffer: first page, end, and their data."""
         first = begin = end = 0
         for page, size in enumerate(adapter.page_sizes):
-            if end - begin + size > most:
+            if end - begin + size > self._capacity:
                 yield first, page, adapter.data[begin:end]
                 first, begin = page, end
             end += size
         yield first, len(adapter.page_sizes), adapter.data[begin:end]
 
-    def _capacity(self, largest_page: int) -> int:
-        return max(largest_page, _STAGING_BYTES // self._pool_E.element_size())
-
-    def _staging(self, size: int) -> torch.Tensor:
-        if self._staging_B is None or len(self._staging_B) < size:
-            self._staging_B = self._pool_E.new_empty(self._capacity(size))
-        return self._staging_B[:size]
+    def _make_buffer(self) -> _Buffer:
+        host_B = torch.empty(self._capacity, dtype=self._pool_E.dtype, pin_memory=True)
+        return _Buffer(host_B, self._pool_E.new_empty(self._capacity), torch.cuda.Event())

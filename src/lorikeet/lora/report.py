@@ -17,6 +17,9 @@ from lorikeet.core.sites import LoRASite
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.base_weights import BaseWeight
 
+# Below this squares of float32 lose digits.
+_SMALLEST_SQUARE = 1e-30
+
 
 @dataclass(frozen=True, slots=True)
 class _Change:
@@ -67,15 +70,16 @@ def adapter_report(
 def _changes(
     adapter: HostAdapter, sites: Sequence[LoRASite], base_weight: BaseWeight | None
 ) -> list[_Change]:
-    pages = adapter.pages
     changes: list[_Change] = []
+    begin = 0
     for module in adapter.modules:
         site = sites[module.site]
         part = site.slices[module.part]
-        rows_RC = torch.cat(pages[module.first_page : module.first_page + module.num_pages])
-        A_RK, B_RO = rows_RC.view(-1, site.in_features + part.out_features).split(
-            (site.in_features, part.out_features), dim=1
-        )
+        # Modules lie in the order of their pages.
+        end = begin + adapter.page_sizes[module.first_page] * module.num_pages
+        rows_RC = adapter.data[begin:end].view(-1, site.in_features + part.out_features)
+        A_RK, B_RO = rows_RC.split((site.in_features, part.out_features), dim=1)
+        begin = end
         delta = abs(module.scale) * product_norm(A_RK, B_RO)
         weight = base_weight(f"{part.hf_path}.weight") if base_weight else None
         base = None if weight is None else float(torch.linalg.vector_norm(weight.float()))
@@ -103,16 +107,22 @@ def _summary(changes: Sequence[_Change], num_in_model: int) -> dict[str, object]
 def product_norm(A_RK: torch.Tensor, B_RO: torch.Tensor) -> float:
     """Frobenius norm of B^T A without forming it: ||B A||^2 = trace((B B^T)(A A^T)) = sum of (B B^T) * (A A^T).
 
-    The cost is that of R x R products. In fp32 the result is exact to about 1e-3 ||A|| ||B||; factors are brought to
-    a largest entry of 1 first, so that no square overflows.
+    The cost is that of R x R products. In fp32 the result is exact to about 1e-3 ||A|| ||B||.
     """
-    A_RK, B_RO = A_RK.float(), B_RO.float()
-    largest_a, largest_b = float(A_RK.abs().max()), float(B_RO.abs().max())
-    if not largest_a or not largest_b:
-        return 0.0
-    A_RK, B_RO = A_RK / largest_a, B_RO / largest_b
-    squared = float(((A_RK @ A_RK.T).double() * (B_RO @ B_RO.T).double()).sum())
-    return math.sqrt(max(squared, 0.0)) * largest_a * largest_b
+    (gram_a, scale_a), (gram_b, scale_b) = _gram(A_RK.float()), _gram(B_RO.float())
+    squared = float((gram_a * gram_b).sum())
+    return math.sqrt(max(squared, 0.0)) * scale_a * scale_b
+
+
+def _gram(rows_RC: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Products of all rows with each other, float64 [R, R], and what the rows were divided by first: 1, unless their
+    squares overflow or vanish."""
+    gram_RR = rows_RC @ rows_RC.T
+    if _SMALLEST_SQUARE < float(gram_RR.diagonal().max()) < math.inf:
+        return gram_RR.double(), 1.0
+    scale = float(rows_RC.abs().max()) or 1.0
+    rows_RC = rows_RC / scale
+    return (rows_RC @ rows_RC.T).double(), scale
 
 
 def format_report(report: dict[str, object]) -> str:

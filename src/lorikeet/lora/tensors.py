@@ -78,12 +78,9 @@ class TensorFile:
             AdapterError: the file has been shortened since it was opened.
         """
         info = self.tensors[name]
-        data = bytearray(info.end - info.start)
-        self._fill(memoryview(data), info.start)
-        dtype = TORCH_TYPES[info.dtype]
-        if not data:
-            return torch.empty(info.shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).view(info.shape)
+        data = torch.empty(info.end - info.start, dtype=torch.uint8)
+        self._fill(data.numpy().data, info.start)
+        return data.view(TORCH_TYPES[info.dtype]).view(info.shape)
 
     def _read_at(self, start: int, length: int) -> bytes:
         data = bytearray(length)

@@ -131,8 +131,6 @@ def _silu_mul(
     B: tl.constexpr,
 ):
     tile = tl.program_id(1)
-    if tl.load(rows_ptr + tile * M) < 0:  # a tile that pads: rows begin on the left
-        return
     row_M1 = tl.load(rows_ptr + tile * M + tl.arange(0, M)).to(tl.int64)[:, None]
     is_row_M1 = row_M1 >= 0
     n_1B = (tl.program_id(0) * B + tl.arange(0, B))[None, :]
