@@ -392,10 +392,10 @@ def test_a_file_that_may_not_be_read(load, copied, monkeypatch, name):
 
 
 def test_a_disk_that_fails_while_the_weights_are_read(load, copied, monkeypatch):
-    def fail(self, name):
+    def fail(self, names):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(TensorFile, "read", fail)
+    monkeypatch.setattr(TensorFile, "read_all", fail)
     _refused(load, copied, f"cannot read {copied / WEIGHTS}: Input/output error")
 
 

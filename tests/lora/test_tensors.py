@@ -68,6 +68,35 @@ def test_what_the_library_writes_is_read(tmp_path):
             assert torch.equal(found, tensor)
 
 
+def test_tensors_are_read_at_once_whatever_lies_between_them(tmp_path):
+    """Types of different width behind each other, an odd number of values, nothing at all, some that nobody wants."""
+    made = {
+        "a": torch.randn(3).to(torch.bfloat16),
+        "b": torch.randn(2, 5),
+        "c": torch.zeros(0, 4),
+        "d": torch.randn(7).half(),
+        "e": torch.randn(1, 3),
+        "f": torch.randn(5, 2).to(torch.bfloat16),
+    }
+    path = tmp_path / "x.safetensors"
+    for order in ("abcdef", "fbdace", "edcbaf"):
+        # Written here: the library puts the widest first.
+        entries, body = {}, b""
+        for name in order:
+            tensor = made[name]
+            kind = next(key for key, dtype in TORCH_TYPES.items() if dtype == tensor.dtype)
+            data = tensor.view(torch.uint8).numpy().tobytes()
+            place = [len(body), len(body) + len(data)]
+            entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": place}
+            body += data
+        path.write_bytes(with_header(entries, body))
+        for wanted in (order, order[::-1], "afd", "b", ""):
+            with open_tensors(path) as file:
+                found = file.read_all(iter(wanted))
+            assert set(found) == set(wanted)
+            assert all(torch.equal(found[name], made[name]) for name in wanted)
+
+
 def test_a_tensor_is_the_readers_own(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4)}, path)

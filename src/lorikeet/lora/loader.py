@@ -29,7 +29,7 @@ from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.shard import shard_pair
 from lorikeet.lora.source import WEIGHTS_FILE, weights_file
 from lorikeet.lora.targets import ModuleKey, ModuleLoRA, resolve_targets
-from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, open_tensors
+from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, empty_flat, open_tensors
 
 _PREFIX = "base_model.model."
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -96,8 +96,9 @@ def load_adapter(
         _check_copies(file, sites, base_weight, path)
         packer = _Packer(layout, dtype, rules)
         try:
+            tensors = file.read_all(name for module in wanted for name in module.tensors)
             for module in wanted:
-                A_RK, B_OR = (file.read(tensor) for tensor in module.tensors)
+                A_RK, B_OR = (tensors[name] for name in module.tensors)
                 packer.add(module, A_RK, B_OR)
             return packer.finish(name, str(directory), spec)
         finally:
@@ -235,7 +236,7 @@ class _Packer:
             )
             page_sizes += [page_ranks * (A_RK.shape[1] + B_OR.shape[0])] * num_pages
             page_classes += [self._layout.page_class(site, part)] * num_pages
-        data = torch.empty(sum(page_sizes), dtype=self._dtype)
+        data = empty_flat(sum(page_sizes), self._dtype)
         begin = 0
         for (wanted, A_RK, B_OR), module in zip(self._pairs, modules, strict=True):
             end = begin + page_sizes[module.first_page] * module.num_pages

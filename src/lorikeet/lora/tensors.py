@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from lorikeet.errors import AdapterError
@@ -33,6 +34,8 @@ MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS_BYTES = 8 << 30
 _MAX_NAME = 512
 _LENGTH_BYTES = 8
+# Of tensors in memory: that of the widest type.
+_ALIGNMENT = 8
 _METADATA = "__metadata__"
 
 # Types that a file may hold, and their bits. Only those of TORCH_TYPES can be read.
@@ -77,10 +80,30 @@ class TensorFile:
         Raises:
             AdapterError: the file has been shortened since it was opened.
         """
-        info = self.tensors[name]
-        data = torch.empty(info.end - info.start, dtype=torch.uint8)
-        self._fill(data.numpy().data, info.start)
-        return data.view(TORCH_TYPES[info.dtype]).view(info.shape)
+        return self.read_all([name])[name]
+
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The values of several tensors, in memory of their own, with as few reads as their places allow.
+
+        Raises:
+            AdapterError: the file has been shortened since it was opened.
+        """
+        infos = {name: self.tensors[name] for name in names}
+        room = sum(info.end - info.start + _ALIGNMENT for info in infos.values())
+        data = empty_flat(room, torch.uint8)
+        found: dict[str, torch.Tensor] = {}
+        # Neighbours in the file are read by one call.
+        begin = end = span_start = span_end = 0
+        for name, info in sorted(infos.items(), key=lambda item: item[1].start):
+            dtype = TORCH_TYPES[info.dtype]
+            if info.start != span_end or end % dtype.itemsize:
+                self._fill(data[begin:end].numpy().data, span_start)
+                begin = end = -(-end // _ALIGNMENT) * _ALIGNMENT
+                span_start = info.start
+            first, end, span_end = end, end + info.end - info.start, info.end
+            found[name] = data[first:end].view(dtype).view(info.shape)
+        self._fill(data[begin:end].numpy().data, span_start)
+        return found
 
     def _read_at(self, start: int, length: int) -> bytes:
         data = bytearray(length)
@@ -97,6 +120,12 @@ class TensorFile:
                     f"{self._path} is broken or truncated: it ended while it was read"
                 )
             view = view[num_read:]
+
+
+def empty_flat(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for ``size`` values, not pinned. From numpy, which asks for huge pages: small ones take longer to come into
+    being than to be filled."""
+    return torch.from_numpy(np.empty(size * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
 @contextmanager
