@@ -16,8 +16,9 @@ from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
-from lorikeet.server.app import make_app
+from lorikeet.server.app import LIMITS, make_app
 from lorikeet.server.lifecycle import HTTPServer, bind
+from lorikeet.server.limits import Limits
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 
 
@@ -35,8 +36,15 @@ class LiveServer:
     client: EngineClient
     port: int
 
-    def __init__(self, config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        tokenizer: Tokenizer,
+        knobs: Knobs,
+        limits: Limits = LIMITS,
+    ) -> None:
         self._config = config
+        self._limits = limits
         self._tokenizer = tokenizer
         self.thread = ThreadEngine(knobs)
         self.knobs = knobs
@@ -68,8 +76,10 @@ class LiveServer:
             await self.client.start()
             with bind("127.0.0.1", 0) as listener:
                 self.port = listener.getsockname()[1]
-                app = make_app(self._config, self.client, registry)
-                self._server = HTTPServer(app, drain_seconds=1, ready_line="live server ready")
+                app = make_app(self._config, self.client, registry, limits=self._limits)
+                self._server = HTTPServer(
+                    app, drain_seconds=1, ready_line="live server ready", limits=self._limits
+                )
                 await self._server.serve(sockets=[listener])
         finally:
             await self.client.close()

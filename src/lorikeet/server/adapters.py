@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse, Response
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import LoRADisabledError, RequestError, UserError
+from lorikeet.server.limits import BodyError
 from lorikeet.server.protocol import (
     Body,
     InplaceLoadBody,
@@ -33,6 +34,9 @@ ADMIN_PATHS = (
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 )
+
+# A body here is an adapter's weights.
+LARGE_PATHS = ("/load_lora_adapter_from_tensors",)
 
 Description = dict[str, Any]
 _AnyBody = TypeVar("_AnyBody", bound=Body)
@@ -185,7 +189,8 @@ class AdapterRoutes:
         except UserError as error:
             loaded = {item["name"]: item["path"] for item in await served_adapters(self._client)}
             reply = {"success": False, "error_message": str(error), "loaded_adapters": loaded}
-            return JSONReply(reply, status_code=400)
+            status = error.status_code if isinstance(error, BodyError) else 400
+            return JSONReply(reply, status_code=status)
 
     def _check_enabled(self) -> None:
         if not self._client.info["lora_enabled"]:

@@ -23,6 +23,7 @@ from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
+from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import AccessLog, ApiKeys
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai import OpenAIRoutes
@@ -33,6 +34,7 @@ SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
 DRAIN_S = 30
 # How long /health_generate waits for its token before it calls the engine stuck.
 HEALTH_TIMEOUT_S = 20.0
+LIMITS = Limits()
 # Probes need no key; what changes the server needs the admin key, if there is one.
 OPEN_PATHS = ("/health", "/health_generate")
 ADMIN_PATHS = ("/flush_cache", "/abort_request", *adapters.ADMIN_PATHS)
@@ -44,12 +46,14 @@ def make_app(
     registry: CollectorRegistry,
     *,
     health_timeout: float = HEALTH_TIMEOUT_S,
+    limits: Limits = LIMITS,
 ) -> FastAPI:
     """The routes over a started client.
 
     Args:
         registry: the one the client counts in; shown at ``/metrics`` if the configuration says so.
         health_timeout: seconds that ``/health_generate`` waits for its token.
+        limits: on the bodies of requests.
     """
     app = FastAPI(title="Lorikeet", version=__version__)
     app.include_router(NativeRoutes(client).router())
@@ -60,6 +64,7 @@ def make_app(
     if config.enable_metrics:
         app.include_router(metrics_router(registry))
     errors.install(app)
+    app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(
         ApiKeys,
@@ -124,7 +129,7 @@ async def _run(
     def make_server() -> HTTPServer:
         app = make_app(config, client, registry)
         ready_line = _ready_line(config, client)
-        return HTTPServer(app, drain_seconds=drain_seconds, ready_line=ready_line)
+        return HTTPServer(app, drain_seconds=drain_seconds, ready_line=ready_line, limits=LIMITS)
 
     await run_server(client, process, listener, make_server)
 

@@ -27,6 +27,7 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "method_not_allowed_error",
+    408: "request_timeout_error",
     413: "request_too_large_error",
 }
 

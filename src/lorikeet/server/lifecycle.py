@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import ConfigError
+from lorikeet.server.limits import MAX_HEAD, Connection, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,12 @@ class HTTPServer(uvicorn.Server):
 
     Args:
         drain_seconds: how long running requests may take to finish once it stops.
+        limits: on connections.
     """
 
-    def __init__(self, app: FastAPI, *, drain_seconds: int, ready_line: str) -> None:
+    def __init__(
+        self, app: FastAPI, *, drain_seconds: int, ready_line: str, limits: Limits
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -69,6 +73,9 @@ class HTTPServer(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 ws="none",
+                http=Connection,
+                h11_max_incomplete_event_size=MAX_HEAD,
+                timeout_keep_alive=limits.head_seconds,
                 timeout_graceful_shutdown=drain_seconds,
             )
         )
