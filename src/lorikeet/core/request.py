@@ -78,7 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         Raises:
             RequestError: names the field, its value and the allowed values.
         """
-        for name, (low, high, text) in _RANGES.items():
+        for name, (low, high, text) in RANGES.items():
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise _refuse(name, value, text)
@@ -121,7 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
-_RANGES: dict[str, tuple[float, float, str]] = {
+RANGES: dict[str, tuple[float, float, str]] = {
     "min_new_tokens": (0, math.inf, "an integer >= 0"),
     "temperature": (0, math.inf, "a finite number >= 0"),
     "top_p": (0, 1, "a number in (0, 1]"),
@@ -131,6 +131,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "repetition_penalty": (0, 2, "a number above 0, at most 2"),
     "n": (1, 1024, "an integer in [1, 1024]"),
 }
+"""Sampling parameter -> least and largest value, and both in words."""
 
 
 def _refuse(name: str, value: object, allowed: str) -> RequestError:

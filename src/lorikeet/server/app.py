@@ -18,7 +18,7 @@ from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.spawn import spawn_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, EngineAddress
-from lorikeet.server import adapters, errors
+from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
@@ -64,6 +64,7 @@ def make_app(
     if config.enable_metrics:
         app.include_router(metrics_router(registry))
     errors.install(app)
+    document.install(app, has_key=config.api_key is not None, open_paths=OPEN_PATHS)
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(

@@ -25,6 +25,12 @@ from lorikeet.server.replies import JSONReply, until_disconnect
 # How often a flush that found the engine busy is tried again within its timeout.
 FLUSH_RETRY_S = 0.05
 SECRETS = ("api_key", "admin_api_key")
+# The document's description of the query of /flush_cache.
+TIMEOUT = {
+    "parameters": [
+        {"name": "timeout", "in": "query", "schema": {"type": "number", "minimum": 0, "default": 0}}
+    ]
+}
 
 
 class HealthRoutes:
@@ -57,7 +63,9 @@ class HealthRoutes:
         router.add_api_route(
             "/flush_cache", self.flush_cache, methods=["GET", "POST"], include_in_schema=False
         )
-        router.add_api_route("/flush_cache", self.flush_cache, methods=["POST"])
+        router.add_api_route(
+            "/flush_cache", self.flush_cache, methods=["POST"], openapi_extra=TIMEOUT
+        )
         return router
 
     async def health(self) -> Response:

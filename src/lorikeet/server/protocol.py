@@ -7,18 +7,37 @@ not have are ignored: clients of the native API send many. (Those of ``openai_bo
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeVar, cast
 
+import msgspec
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from lorikeet.core.request import RANGES, SamplingParams
 from lorikeet.errors import RequestError
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 # Longest quotation of a wrong value in a message.
 MAX_QUOTE = 60
+
+
+def _sampling_schema() -> dict[str, Any]:
+    """``sampling_params`` in the document: each field may be null, and a stop may be one string."""
+    fields: dict[str, dict[str, Any]] = {}
+    described = msgspec.json.schema_components([SamplingParams])[1]["SamplingParams"]["properties"]
+    for name, field in described.items():
+        low, high, _ = RANGES.get(name, (-math.inf, math.inf, ""))
+        bounds = {"minimum": low, "maximum": high}
+        field |= {word: value for word, value in bounds.items() if math.isfinite(value)}
+        kinds = ["string", "null"] if name.startswith("stop") else ["null"]
+        fields[name] = {"anyOf": [field, *({"type": kind} for kind in kinds)]}
+    return {"type": "object", "properties": fields, "additionalProperties": False}
+
+
+_SAMPLING = _sampling_schema()
 
 
 class Body(BaseModel):
@@ -35,7 +54,11 @@ class GenerateBody(Body):
         None, description="a list of token ids or a list of such lists"
     )
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(
-        None, description="an object or a list of objects, one per prompt"
+        None,
+        description="an object or a list of objects, one per prompt",
+        json_schema_extra={
+            "anyOf": [_SAMPLING, {"type": "array", "items": _SAMPLING}, {"type": "null"}]
+        },
     )
     lora_path: str | list[str | None] | None = Field(
         None,

@@ -1,0 +1,205 @@
+"""``/openapi.json``: what the routes know of themselves, and what they answer.
+
+Routes read and write bodies by themselves, so FastAPI cannot know their replies; this module is the one place that says.
+An endpoint that is not in :data:`REPLIES` promises nothing about its reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+Schema = dict[str, Any]
+
+_JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
+_METHODS = ("get", "post")
+
+
+def _schema(kind: str | Schema) -> Schema:
+    """A schema, or the name of a type with ``?`` behind it if it may be null."""
+    if not isinstance(kind, str):
+        return kind
+    name = kind.removesuffix("?")
+    return {"type": [name, "null"]} if kind != name else {"type": name}
+
+
+def _object(**fields: str | Schema) -> Schema:
+    """An object that has at least these fields."""
+    properties = {name: _schema(kind) for name, kind in fields.items()}
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list(items: str | Schema) -> Schema:
+    return {"type": "array", "items": _schema(items)}
+
+
+ERROR = _object(
+    error=_object(message="string", type="string", param="string?", code="string?"),
+)
+_VLLM_ERROR = _object(
+    error=_object(message="string", type="string", param="string?", code="integer"),
+)
+_LOADED = _object(success="boolean", error_message="string", loaded_adapters="object")
+
+_COMPLETION = _object(
+    text="string",
+    output_ids=_list("integer"),
+    meta_info=_object(
+        id="string",
+        finish_reason="object?",
+        prompt_tokens="integer",
+        completion_tokens="integer",
+        cached_tokens="integer",
+        e2e_latency="number?",
+        lora_name="string?",
+    ),
+)
+_USAGE = _object(prompt_tokens="integer", completion_tokens="integer", total_tokens="integer")
+
+
+def _openai(choice: Schema) -> Schema:
+    return _object(
+        id="string",
+        object="string",
+        created="integer",
+        model="string",
+        choices=_list(choice),
+        usage=_USAGE,
+    )
+
+
+_CARD = _object(
+    id="string",
+    object="string",
+    created="integer",
+    owned_by="string",
+    root="string",
+    parent="string?",
+    max_model_len="integer",
+)
+_ADAPTER = _object(
+    name="string",
+    path="string",
+    version="integer?",
+    state="string",
+    tier="string?",
+    pinned="boolean",
+    rank="integer?",
+    targets={"type": ["array", "null"], "items": {"type": "string"}},
+    bytes="integer?",
+    in_flight="integer",
+    last_use="number?",
+    report="object?",
+    reason="string?",
+)
+_MODEL = _object(
+    model_path="string",
+    tokenizer_path="string",
+    served_model_name="string",
+    is_generation="boolean",
+    context_length="integer",
+    vocab_size="integer",
+    lora_enabled="boolean",
+)
+_SERVER = _object(version="string", adapters="object", internal_states=_list("object"))
+_STATUS = _object(status="string")
+_CHOICE = {"index": "integer", "logprobs": "object?", "finish_reason": "string"}
+
+REPLIES: dict[str, Schema] = {
+    "/generate": {"oneOf": [_COMPLETION, _list(_COMPLETION)]},
+    "/abort_request": _object(aborted="integer"),
+    "/load_lora_adapter": _LOADED,
+    "/unload_lora_adapter": _LOADED,
+    "/load_lora_adapter_from_tensors": _LOADED,
+    "/v1/load_lora_adapter": _schema("string"),
+    "/v1/unload_lora_adapter": _schema("string"),
+    "/v1/adapters": _object(object="string", data=_list(_ADAPTER)),
+    "/v1/adapters/{name}": _ADAPTER,
+    "/v1/completions": _openai(_object(text="string", **_CHOICE)),
+    "/v1/chat/completions": _openai(
+        _object(message=_object(role="string", content="string?"), **_CHOICE)
+    ),
+    "/v1/models": _object(object="string", data=_list(_CARD)),
+    "/v1/models/{model_id}": _CARD,
+    "/health": _STATUS,
+    "/health_generate": _STATUS,
+    "/model_info": _MODEL,
+    "/get_model_info": _MODEL,
+    "/server_info": _SERVER,
+    "/get_server_info": _SERVER,
+    "/flush_cache": _object(success="boolean", message="string"),
+    "/metrics": _schema("string"),
+}
+"""Path -> body of a 200."""
+
+_STREAMS = ("/generate", "/v1/completions", "/v1/chat/completions")
+_TEXTS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics")
+# What each refusal means; its body is ERROR, unless the endpoint has a form of its own.
+_REFUSALS = {
+    "400": "The request cannot be done as it is; the message says what is allowed",
+    "401": "The key is missing or wrong",
+    "404": "No such model or adapter",
+    "408": "The body came too slowly",
+    "413": "The body is too large",
+    "500": "An error of the server",
+    "503": "The engine is gone or does not answer",
+}
+_OF_BODIES = {"400", "408", "413"}
+_NOT_FOUND = (*_STREAMS[1:], "/v1/models/{model_id}", "/v1/adapters/{name}", _TEXTS[1])
+_OWN_FORMS = {path: _LOADED for path, reply in REPLIES.items() if reply is _LOADED} | dict.fromkeys(
+    _TEXTS[:2], _VLLM_ERROR
+)
+
+
+def install(app: FastAPI, *, has_key: bool, open_paths: Collection[str]) -> None:
+    """Let the application describe itself; call it when every route is there.
+
+    Args:
+        has_key: paths other than ``open_paths`` may answer 401.
+    """
+
+    def describe() -> Schema:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            # No route has FastAPI check its bodies: what it says of 422 is not so.
+            document["components"] = {"schemas": {"Error": ERROR}}
+            for path, methods in document["paths"].items():
+                for method in _METHODS:
+                    if method in methods:
+                        refusals = _refusals(path, methods[method])
+                        if has_key and path not in open_paths:
+                            refusals.add("401")
+                        methods[method]["responses"] = _responses(path, refusals)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = describe
+
+
+def _refusals(path: str, operation: Schema) -> set[str]:
+    """The statuses of errors that the operation may answer."""
+    found = {"500", "503"}
+    if "requestBody" in operation:
+        found |= _OF_BODIES
+    if path in _NOT_FOUND:
+        found.add("404")
+    if path in ("/flush_cache", "/v1/adapters/{name}"):
+        found.add("400")
+    return found
+
+
+def _responses(path: str, refusals: set[str]) -> Schema:
+    kinds = [_TEXT if path in _TEXTS else _JSON, *([_EVENTS] if path in _STREAMS else [])]
+    reply = REPLIES.get(path, {})
+    success = {kind: {"schema": _schema("string") if kind == _EVENTS else reply} for kind in kinds}
+    responses: Schema = {"200": {"description": "Done", "content": success}}
+    for status in sorted(refusals):
+        form: Schema = {"$ref": "#/components/schemas/Error"}
+        if status in _OF_BODIES or status == "404":
+            form = _OWN_FORMS.get(path, form)
+        content = {_JSON: {"schema": form}}
+        responses[status] = {"description": _REFUSALS[status], "content": content}
+    return responses
