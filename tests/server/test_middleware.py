@@ -150,3 +150,15 @@ async def test_the_openapi_document_knows_the_bodies(api: Api) -> None:
     schema = post["requestBody"]["content"]["application/json"]["schema"]
     assert "/flush_cache" in document["paths"]
     assert {"text", "input_ids", "sampling_params", "lora_path"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_key": "k"}, {"admin_api_key": "k"}], ids=str)
+async def test_the_openapi_document_knows_the_keys(
+    make_api: MakeApi, config: ServerConfig, keys: dict[str, str]
+) -> None:
+    api: Api = await make_api(config=replace(config, **keys))
+    document = (await api.http.get("/openapi.json", headers=bearer("k"))).json()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            reply = await api.http.request(method, path)
+            assert (reply.status_code == 401) == ("401" in operation["responses"]), path

@@ -64,7 +64,7 @@ def make_app(
     if config.enable_metrics:
         app.include_router(metrics_router(registry))
     errors.install(app)
-    document.install(app, has_key=config.api_key is not None, open_paths=OPEN_PATHS)
+    document.install(app, needs_key=lambda path: _needs_key(config, path))
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(
@@ -76,6 +76,12 @@ def make_app(
     )
     app.add_middleware(AccessLog)
     return app
+
+
+def _needs_key(config: ServerConfig, path: str) -> bool:
+    if config.admin_api_key is not None and path in ADMIN_PATHS:
+        return True
+    return config.api_key is not None and path not in OPEN_PATHS
 
 
 def serve(

@@ -6,7 +6,7 @@ An endpoint that is not in :data:`REPLIES` promises nothing about its reply.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,111 +18,65 @@ _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _METHODS = ("get", "post")
 
 
-def _schema(kind: str | Schema) -> Schema:
-    """A schema, or the name of a type with ``?`` behind it if it may be null."""
-    if not isinstance(kind, str):
-        return kind
+def _schema(kind: str) -> Schema:
+    """A type's name, with ``?`` behind it if the value may be null."""
     name = kind.removesuffix("?")
     return {"type": [name, "null"]} if kind != name else {"type": name}
 
 
-def _object(**fields: str | Schema) -> Schema:
-    """An object that has at least these fields."""
-    properties = {name: _schema(kind) for name, kind in fields.items()}
+def _object(plain: str = "", **others: Schema) -> Schema:
+    """An object that has at least these fields: ``name:type`` in ``plain``, where a name alone is a string."""
+    pairs = [field.partition(":") for field in plain.split()]
+    properties = {name: _schema(kind or "string") for name, _, kind in pairs} | others
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _list(items: str | Schema) -> Schema:
-    return {"type": "array", "items": _schema(items)}
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
 
 
-ERROR = _object(
-    error=_object(message="string", type="string", param="string?", code="string?"),
+ERROR = _object(error=_object("message type param:string? code:string?"))
+_VLLM_ERROR = _object(error=_object("message type param:string? code:integer"))
+_LOADED = _object("success:boolean error_message loaded_adapters:object")
+_META = _object(
+    "id finish_reason:object? prompt_tokens:integer completion_tokens:integer cached_tokens:integer"
+    " e2e_latency:number? lora_name:string?"
 )
-_VLLM_ERROR = _object(
-    error=_object(message="string", type="string", param="string?", code="integer"),
+_COMPLETION = _object("text", output_ids=_list(_schema("integer")), meta_info=_META)
+_USAGE = _object("prompt_tokens:integer completion_tokens:integer total_tokens:integer")
+_CHOICE = "index:integer logprobs:object? finish_reason"
+_MESSAGE = _object("role content:string?")
+_CARD = _object("id object created:integer owned_by root parent:string? max_model_len:integer")
+_ADAPTER = _object(
+    "name path version:integer? state tier:string? pinned:boolean rank:integer? bytes:integer?"
+    " in_flight:integer last_use:number? report:object? reason:string?",
+    targets={"type": ["array", "null"], "items": {"type": "string"}},
 )
-_LOADED = _object(success="boolean", error_message="string", loaded_adapters="object")
-
-_COMPLETION = _object(
-    text="string",
-    output_ids=_list("integer"),
-    meta_info=_object(
-        id="string",
-        finish_reason="object?",
-        prompt_tokens="integer",
-        completion_tokens="integer",
-        cached_tokens="integer",
-        e2e_latency="number?",
-        lora_name="string?",
-    ),
+_MODEL = _object(
+    "model_path tokenizer_path served_model_name is_generation:boolean context_length:integer"
+    " vocab_size:integer lora_enabled:boolean"
 )
-_USAGE = _object(prompt_tokens="integer", completion_tokens="integer", total_tokens="integer")
+_SERVER = _object("version adapters:object", internal_states=_list(_schema("object")))
+_STATUS = _object("status")
 
 
 def _openai(choice: Schema) -> Schema:
-    return _object(
-        id="string",
-        object="string",
-        created="integer",
-        model="string",
-        choices=_list(choice),
-        usage=_USAGE,
-    )
+    return _object("id object created:integer model", choices=_list(choice), usage=_USAGE)
 
-
-_CARD = _object(
-    id="string",
-    object="string",
-    created="integer",
-    owned_by="string",
-    root="string",
-    parent="string?",
-    max_model_len="integer",
-)
-_ADAPTER = _object(
-    name="string",
-    path="string",
-    version="integer?",
-    state="string",
-    tier="string?",
-    pinned="boolean",
-    rank="integer?",
-    targets={"type": ["array", "null"], "items": {"type": "string"}},
-    bytes="integer?",
-    in_flight="integer",
-    last_use="number?",
-    report="object?",
-    reason="string?",
-)
-_MODEL = _object(
-    model_path="string",
-    tokenizer_path="string",
-    served_model_name="string",
-    is_generation="boolean",
-    context_length="integer",
-    vocab_size="integer",
-    lora_enabled="boolean",
-)
-_SERVER = _object(version="string", adapters="object", internal_states=_list("object"))
-_STATUS = _object(status="string")
-_CHOICE = {"index": "integer", "logprobs": "object?", "finish_reason": "string"}
 
 REPLIES: dict[str, Schema] = {
     "/generate": {"oneOf": [_COMPLETION, _list(_COMPLETION)]},
-    "/abort_request": _object(aborted="integer"),
+    "/abort_request": _object("aborted:integer"),
     "/load_lora_adapter": _LOADED,
     "/unload_lora_adapter": _LOADED,
     "/load_lora_adapter_from_tensors": _LOADED,
     "/v1/load_lora_adapter": _schema("string"),
     "/v1/unload_lora_adapter": _schema("string"),
-    "/v1/adapters": _object(object="string", data=_list(_ADAPTER)),
+    "/v1/adapters": _object("object", data=_list(_ADAPTER)),
     "/v1/adapters/{name}": _ADAPTER,
-    "/v1/completions": _openai(_object(text="string", **_CHOICE)),
-    "/v1/chat/completions": _openai(
-        _object(message=_object(role="string", content="string?"), **_CHOICE)
-    ),
-    "/v1/models": _object(object="string", data=_list(_CARD)),
+    "/v1/completions": _openai(_object(f"text {_CHOICE}")),
+    "/v1/chat/completions": _openai(_object(_CHOICE, message=_MESSAGE)),
+    "/v1/models": _object("object", data=_list(_CARD)),
     "/v1/models/{model_id}": _CARD,
     "/health": _STATUS,
     "/health_generate": _STATUS,
@@ -130,7 +84,7 @@ REPLIES: dict[str, Schema] = {
     "/get_model_info": _MODEL,
     "/server_info": _SERVER,
     "/get_server_info": _SERVER,
-    "/flush_cache": _object(success="boolean", message="string"),
+    "/flush_cache": _object("success:boolean message"),
     "/metrics": _schema("string"),
 }
 """Path -> body of a 200."""
@@ -154,11 +108,11 @@ _OWN_FORMS = {path: _LOADED for path, reply in REPLIES.items() if reply is _LOAD
 )
 
 
-def install(app: FastAPI, *, has_key: bool, open_paths: Collection[str]) -> None:
+def install(app: FastAPI, *, needs_key: Callable[[str], bool]) -> None:
     """Let the application describe itself; call it when every route is there.
 
     Args:
-        has_key: paths other than ``open_paths`` may answer 401.
+        needs_key: whether a path may answer 401.
     """
 
     def describe() -> Schema:
@@ -170,7 +124,7 @@ def install(app: FastAPI, *, has_key: bool, open_paths: Collection[str]) -> None
                 for method in _METHODS:
                     if method in methods:
                         refusals = _refusals(path, methods[method])
-                        if has_key and path not in open_paths:
+                        if needs_key(path):
                             refusals.add("401")
                         methods[method]["responses"] = _responses(path, refusals)
             app.openapi_schema = document
