@@ -33,6 +33,7 @@ NAMES = [
     "RequestError",
     "SamplingParams",
     "ServerConfig",
+    "UnavailableError",
     "UserError",
     "__version__",
 ]
@@ -84,6 +85,7 @@ FLAGS = [
     "--load-format",
     "--random-seed",
     "--enable-metrics",
+    "--shutdown-timeout",
 ]
 
 DEFAULTS = {
@@ -106,6 +108,7 @@ DEFAULTS = {
     "disable_overlap_schedule": False,
     "load_format": "auto",
     "enable_metrics": False,
+    "shutdown_timeout": 30.0,
 }
 
 SAMPLING = {

@@ -196,6 +196,9 @@ class ServerConfig:
         None, "seed of requests that bring none", auto="drawn at start", least=0, most=2**31 - 1
     )
     enable_metrics: bool = _option(default=False, meaning="serve Prometheus metrics at /metrics")
+    shutdown_timeout: float = _option(
+        30.0, "seconds that running requests may take after SIGTERM", least=0, most=86400
+    )
 
 
 def _table() -> dict[str, Option]:

@@ -102,6 +102,8 @@ def test_requests_are_accepted_answered_and_drained() -> None:
 def test_a_shutdown_without_patience_aborts() -> None:
     script = serve(Submit([request("a", max_new_tokens=50)]), Shutdown())
     assert "shutting down" in script.finishes()["a"]
+    ends = [o.finish for m in script.sent if isinstance(m, Outputs) for o in m.outputs if o.finish]
+    assert [end.status_code for end in ends] == [503], "its caller is told to try again"
 
 
 def test_no_new_request_after_a_shutdown() -> None:

@@ -20,7 +20,13 @@ from lorikeet.engine.completion import Completion
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
-from lorikeet.errors import EngineDeadError, EngineFault, RequestError, UserError
+from lorikeet.errors import (
+    EngineDeadError,
+    EngineFault,
+    RequestError,
+    UnavailableError,
+    UserError,
+)
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import Knobs, ThreadEngine
 
@@ -330,7 +336,7 @@ async def test_a_message_that_cannot_be_read_is_the_end(tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, EngineDeadError)],
+    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, UnavailableError)],
 )
 def test_which_ends_are_errors(status: int | None, kind: type[Exception] | None) -> None:
     error = finish_error(FinishReason(kind="abort", message="why", status_code=status))

@@ -153,7 +153,12 @@ class FakeEngine:
     def _is_over(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             for rid in list(self._running):
-                self._end(rid, FinishReason(kind="abort", message="the server is shutting down"))
+                self._end(
+                    rid,
+                    FinishReason(
+                        kind="abort", message="the server is shutting down", status_code=503
+                    ),
+                )
         return self._deadline is not None and not self._running
 
     def _handle(self, message: ToEngine) -> None:

@@ -17,6 +17,7 @@ from lorikeet.engine.client import EngineClient
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
 from lorikeet.server.app import make_app
+from lorikeet.server.drain import Drain
 from lorikeet.server.lifecycle import HTTPServer, bind
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 
@@ -68,8 +69,9 @@ class LiveServer:
             await self.client.start()
             with bind("127.0.0.1", 0) as listener:
                 self.port = listener.getsockname()[1]
-                app = make_app(self._config, self.client, registry)
-                self._server = HTTPServer(app, drain_seconds=1, ready_line="live server ready")
+                self.drain = Drain(timeout=1)
+                app = make_app(self._config, self.client, registry, drain=self.drain)
+                self._server = HTTPServer(app, drain=self.drain, ready_line="live server ready")
                 await self._server.serve(sockets=[listener])
         finally:
             await self.client.close()

@@ -39,6 +39,7 @@ from lorikeet.errors import (
     EngineFault,
     LorikeetError,
     RequestError,
+    UnavailableError,
     UserError,
 )
 from lorikeet.log import setup_logging
@@ -130,7 +131,7 @@ class EngineLoop:
         if self._deadline is None:
             return False
         if self._core.num_open and time.monotonic() >= self._deadline:
-            self._core.abort(None, "the server is shutting down")
+            self._core.abort(None, "the server is shutting down", UnavailableError.status_code)
             self._endpoint.send(Outputs(self._core.step()))
         return not self._core.num_open
 
@@ -148,7 +149,7 @@ class EngineLoop:
 
     def _submit(self, request: Request) -> None:
         if self._deadline is not None:
-            self._refuse(request.rid, "the server is shutting down", 503)
+            self._refuse(request.rid, "the server is shutting down", UnavailableError.status_code)
             return
         try:
             self._core.submit(request)

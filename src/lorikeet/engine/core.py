@@ -163,9 +163,13 @@ class EngineCore:
         self._open[request.rid] = _Open(request, version)
         self._prepare(request)
 
-    def abort(self, rid: str | None, message: str) -> None:
-        """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing."""
-        reason = FinishReason(kind="abort", message=message)
+    def abort(self, rid: str | None, message: str, status_code: int | None = None) -> None:
+        """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing.
+
+        Args:
+            status_code: makes it an error; None is an end that was asked for.
+        """
+        reason = FinishReason(kind="abort", message=message, status_code=status_code)
         for key in list(self._open) if rid is None else [rid]:
             entry = self._open.get(key)
             if entry is None:

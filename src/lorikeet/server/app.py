@@ -21,6 +21,7 @@ from lorikeet.engine.transport import ClientTransport, EngineAddress
 from lorikeet.server import adapters, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
+from lorikeet.server.drain import Drain, DrainGate
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.middleware import AccessLog, ApiKeys
@@ -29,12 +30,12 @@ from lorikeet.server.openai import OpenAIRoutes
 
 SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
 
-# How long running requests may take to finish after SIGTERM before they are cut off.
-DRAIN_S = 30
 # How long /health_generate waits for its token before it calls the engine stuck.
 HEALTH_TIMEOUT_S = 20.0
 # Probes need no key; what changes the server needs the admin key, if there is one.
 OPEN_PATHS = ("/health", "/health_generate")
+# What may be asked while running requests finish: how many there are, and to end them.
+DRAIN_PATHS = ("/metrics", "/abort_request")
 ADMIN_PATHS = ("/flush_cache", "/abort_request", *adapters.ADMIN_PATHS)
 
 
@@ -43,12 +44,14 @@ def make_app(
     client: EngineClient,
     registry: CollectorRegistry,
     *,
+    drain: Drain,
     health_timeout: float = HEALTH_TIMEOUT_S,
 ) -> FastAPI:
     """The routes over a started client.
 
     Args:
         registry: the one the client counts in; shown at ``/metrics`` if the configuration says so.
+        drain: begun when the server is to end.
         health_timeout: seconds that ``/health_generate`` waits for its token.
     """
     app = FastAPI(title="Lorikeet", version=__version__)
@@ -68,20 +71,19 @@ def make_app(
         admin_paths=ADMIN_PATHS,
         open_paths=OPEN_PATHS,
     )
+    app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
     app.add_middleware(AccessLog)
     return app
 
 
-def serve(
-    config: ServerConfig, *, spawn: SpawnEngine = spawn_engine, drain_seconds: int = DRAIN_S
-) -> None:
+def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish. Call it in the main thread.
 
-    A second signal ends it at once. When it returns or raises, the engine process is gone.
+    Meanwhile new ones get 503, and what has not finished after ``config.shutdown_timeout`` is cut off with 503. A second
+    signal ends it at once. When it returns or raises, the engine process is gone.
 
     Args:
         spawn: starts the engine process.
-        drain_seconds: how long running requests may take to finish.
 
     Raises:
         UserError: flags or files are wrong (ConfigError: the port is in use, ...). Nothing was served.
@@ -94,7 +96,7 @@ def serve(
         try:
             process = spawn(config, address)
             try:
-                work = _run(config, tokenizer, address, process, listener, drain_seconds)
+                work = _run(config, tokenizer, address, process, listener)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     runner.run(work)
             finally:
@@ -109,7 +111,6 @@ async def _run(
     address: EngineAddress,
     process: BaseProcess,
     listener: socket.socket,
-    drain_seconds: int,
 ) -> None:
     registry = CollectorRegistry()
     client = EngineClient(
@@ -122,9 +123,9 @@ async def _run(
     )
 
     def make_server() -> HTTPServer:
-        app = make_app(config, client, registry)
-        ready_line = _ready_line(config, client)
-        return HTTPServer(app, drain_seconds=drain_seconds, ready_line=ready_line)
+        drain = Drain(config.shutdown_timeout)
+        app = make_app(config, client, registry, drain=drain)
+        return HTTPServer(app, drain=drain, ready_line=_ready_line(config, client))
 
     await run_server(client, process, listener, make_server)
 

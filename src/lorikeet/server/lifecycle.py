@@ -16,12 +16,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorikeet.engine.client import EngineClient
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, UnavailableError
+from lorikeet.server.drain import MESSAGE, Drain
 
 logger = logging.getLogger(__name__)
 
 # How long the engine process may take to end after it was told to, before it is terminated, and then killed.
 ENGINE_EXIT_S = 5.0
+# How long the last words of requests that were cut off may take to reach clients that read slowly.
+FLUSH_S = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -57,10 +60,10 @@ class HTTPServer(uvicorn.Server):
     """uvicorn on a socket that is already bound, logging the line that says it is ready.
 
     Args:
-        drain_seconds: how long running requests may take to finish once it stops.
+        drain: that of the application.
     """
 
-    def __init__(self, app: FastAPI, *, drain_seconds: int, ready_line: str) -> None:
+    def __init__(self, app: FastAPI, *, drain: Drain, ready_line: str) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -69,9 +72,10 @@ class HTTPServer(uvicorn.Server):
                 server_header=False,
                 lifespan="off",
                 ws="none",
-                timeout_graceful_shutdown=drain_seconds,
+                timeout_graceful_shutdown=FLUSH_S,
             )
         )
+        self.drain = drain
         self._ready_line = ready_line
 
     @contextlib.contextmanager
@@ -147,6 +151,8 @@ async def _serve(
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     death = asyncio.ensure_future(client.died())
     await _first(serving, death, stop.asked.wait())
+    if stop.asked.is_set():
+        await _drain(server.drain, client, serving, death, stop.forced.wait())
     server.should_exit = True
     await _first(serving, stop.forced.wait())
     if not serving.done():
@@ -157,6 +163,20 @@ async def _serve(
     if death.done():
         raise death.result()
     await _cancelled(death)
+
+
+async def _drain(
+    drain: Drain, client: EngineClient, *ends: asyncio.Future[Any] | Coroutine[Any, Any, Any]
+) -> None:
+    """Refuse what is new until nothing runs any more, or one of ``ends`` is done; cut off what takes too long."""
+    drain.begin()
+    waiting = asyncio.ensure_future(_first(drain.idle(), *ends))
+    _, too_long = await asyncio.wait((waiting,), timeout=drain.timeout)
+    if too_long:
+        num_cut = client.cut_off(UnavailableError(MESSAGE))
+        logger.warning("%d requests were cut off after %g s", num_cut, drain.timeout)
+        await asyncio.wait((waiting,), timeout=FLUSH_S)
+    await _cancelled(waiting)
 
 
 async def _first(*work: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:
