@@ -69,6 +69,7 @@ FLAGS = [
     "--tp",
     "--mem-fraction-static",
     "--max-running-requests",
+    "--max-queued-requests",
     "--max-total-tokens",
     "--chunked-prefill-size",
     "--max-prefill-tokens",

@@ -137,6 +137,9 @@ class ServerConfig:
     max_running_requests: int | None = _option(
         None, "sequences that run at a time", auto="256", least=1
     )
+    max_queued_requests: int | None = _option(
+        None, "sequences that may wait; a request beyond them gets 503", auto="unlimited", least=1
+    )
     max_total_tokens: int | None = _option(
         None, "tokens that the K/V cache holds", auto="from the memory", least=1
     )
@@ -361,11 +364,8 @@ def _check_lora(config: ServerConfig) -> None:
 
 
 def _check_lora_counts(config: ServerConfig) -> None:
-    per_batch, loaded, given = (
-        config.max_loras_per_batch,
-        config.max_loaded_loras,
-        len(config.lora_paths),
-    )
+    per_batch, loaded = config.max_loras_per_batch, config.max_loaded_loras
+    given = len(config.lora_paths)
     if loaded is not None and loaded < per_batch:
         raise ConfigError(
             f"--max-loaded-loras is {loaded}; allowed: at least --max-loras-per-batch ({per_batch})"

@@ -55,6 +55,7 @@ class Knobs:
         states: state of an adapter, where it is not "loaded".
         load_s: seconds that a load takes.
         load_error: why every load fails; the second is its status.
+        queue_is_full: refuses every request with 503.
         stats: sent with every step instead of the engine's own.
     """
 
@@ -73,6 +74,7 @@ class Knobs:
     load_s: float = 0.0
     load_error: tuple[str, int] | None = None
     stats: Stats | None = None
+    queue_is_full: bool = False
 
 
 @dataclass
@@ -185,7 +187,9 @@ class FakeEngine:
         self.seen.append(request)
         if request.rid in self._running:
             raise AssertionError(f"the client let the duplicate rid {request.rid!r} through")
-        if request.adapter is not None and request.adapter not in self.knobs.adapters:
+        if self.knobs.queue_is_full:
+            self._refuse(request.rid, "the queue is full", 503)
+        elif request.adapter is not None and request.adapter not in self.knobs.adapters:
             known = ", ".join(self.knobs.adapters)
             self._refuse(
                 request.rid,
@@ -200,8 +204,8 @@ class FakeEngine:
         else:
             self._running[request.rid] = _Running(request)
 
-    def _refuse(self, rid: str, message: str) -> None:
-        finish = FinishReason(kind="abort", message=message, status_code=400)
+    def _refuse(self, rid: str, message: str, status_code: int = 400) -> None:
+        finish = FinishReason(kind="abort", message=message, status_code=status_code)
         self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
 
     def _end(self, rid: str, finish: FinishReason) -> None:

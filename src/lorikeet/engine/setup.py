@@ -150,6 +150,7 @@ def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> Sched
         max_loras_per_batch=config.max_loras_per_batch,
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
+        max_queued=config.max_queued_requests,
     )
 
 
