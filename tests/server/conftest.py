@@ -128,7 +128,8 @@ def make_live(config: ServerConfig, tokenizer: Tokenizer) -> Iterator[Callable[.
     """``make_live(**knobs)``: a server on a free port."""
     with ExitStack() as stack:
 
-        def make(config: ServerConfig = config, **knobs: Any) -> LiveServer:
-            return stack.enter_context(LiveServer(config, tokenizer, Knobs(**knobs)))
+        def make(config: ServerConfig = config, send_buffer: int = 0, **knobs: Any) -> LiveServer:
+            live = LiveServer(config, tokenizer, Knobs(**knobs), send_buffer=send_buffer)
+            return stack.enter_context(live)
 
         yield make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +37,10 @@ class LiveServer:
     client: EngineClient
     port: int
 
-    def __init__(self, config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs) -> None:
+    def __init__(
+        self, config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs, *, send_buffer: int = 0
+    ) -> None:
+        self._send_buffer = send_buffer
         self._config = config
         self._tokenizer = tokenizer
         self.thread = ThreadEngine(knobs)
@@ -56,6 +60,12 @@ class LiveServer:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
 
+    def num_buffered_bytes(self) -> list[int]:
+        """What each connection still has to write."""
+        assert self._server is not None
+        connections = list(self._server.server_state.connections)
+        return [connection.transport.get_write_buffer_size() for connection in connections]
+
     async def _run(self) -> None:
         registry = CollectorRegistry()
         self.client = EngineClient(
@@ -68,6 +78,8 @@ class LiveServer:
         try:
             await self.client.start()
             with bind("127.0.0.1", 0) as listener:
+                if self._send_buffer:  # of the connections, too
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
                 self.port = listener.getsockname()[1]
                 self.drain = Drain(timeout=1)
                 app = make_app(self._config, self.client, registry, drain=self.drain)

@@ -166,7 +166,7 @@ class EngineClient:
 
         Raises:
             RequestError: an id is in use, or the engine refused a request.
-            EngineFault: the engine failed; EngineDeadError if it is dead.
+            EngineFault: the engine failed; EngineDeadError if it is dead, UnavailableError if its queue is full.
         """
         await self._wait_for_ids(requests)
         stream = CompletionStream(len(requests), self._abandon)
@@ -265,6 +265,8 @@ class EngineClient:
             while True:
                 for message in await self._transport.recv():
                     self._handle(message)
+                # While messages wait, recv() returns without a pause, and nobody would write the streams.
+                await asyncio.sleep(0)
         except msgspec.DecodeError as error:
             logger.exception("a message of the engine cannot be read")
             self._die(EngineDeadError(f"a message of the engine cannot be read: {error}"))
