@@ -200,6 +200,16 @@ BODIES = {
     "NeutralFields": NEUTRAL,
     "StreamOptions": ["include_usage", "include_obfuscation", "continuous_usage_stats"],
     "OpenAIBody": OPENAI,
+    "EmbeddingBody": [
+        "model",
+        "input",
+        "encoding_format",
+        "dimensions",
+        "user",
+        "lora_path",
+        "pooling",
+        "normalize",
+    ],
     "CompletionBody": [*OPENAI, "prompt", "logprobs", "echo", "suffix"],
     "ChatBody": [
         *OPENAI,

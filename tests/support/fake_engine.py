@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import struct
 import threading
 import time
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from lorikeet.engine.transport import EngineAddress, EngineEndpoint
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
+HIDDEN_SIZE = 4
 
 
 @dataclass
@@ -144,6 +146,7 @@ class FakeEngine:
             "model_path": "fake",
             "context_length": CONTEXT_LENGTH,
             "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN_SIZE,
             "dtype": "float32",
             "max_total_num_tokens": 4096,
             "max_lora_rank": 16,
@@ -275,8 +278,19 @@ class FakeEngine:
         self._endpoint.send(self.knobs.stats or Stats({"num_running": float(len(self._running))}))
         self.num_steps += 1
 
+    def _pool(self, request: Request) -> RequestOutput:
+        del self._running[request.rid]
+        return RequestOutput(
+            rid=request.rid,
+            token_ids=[],
+            embedding=struct.pack(f"<{HIDDEN_SIZE}f", *vector(request)),
+            finish=FinishReason(kind="length", length=0),
+        )
+
     def _advance(self, entry: _Running) -> RequestOutput:
         request, sampling = entry.request, entry.request.sampling
+        if request.pooling is not None:
+            return self._pool(request)
         token = request.prompt_token_ids[entry.num_out % len(request.prompt_token_ids)]
         entry.num_out += 1
         finish = None
@@ -300,6 +314,14 @@ class FakeEngine:
             cached_tokens=1,
             finish=finish,
         )
+
+
+def vector(request: Request) -> list[float]:
+    """What a request with pooling is answered with: it tells the adapter, the prompt and the pooling."""
+    assert request.pooling is not None
+    name = request.adapter or ""
+    kind = ("last", "mean").index(request.pooling.kind)
+    return [len(name), sum(request.prompt_token_ids), kind, request.pooling.normalize]
 
 
 def _unknown_adapter(number: int, name: object) -> Reply:

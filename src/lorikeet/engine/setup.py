@@ -168,6 +168,7 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
         "architecture": spec.architecture,
         "context_length": target.context_length,
         "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
         "device_name": torch.cuda.get_device_name(target.device) if on_gpu else None,

@@ -22,6 +22,7 @@ from lorikeet.server import adapters, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.drain import Drain, DrainGate
+from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.middleware import AccessLog, ApiKeys
@@ -58,6 +59,7 @@ def make_app(
     app.include_router(NativeRoutes(client).router())
     app.include_router(AdapterRoutes(config, client).router())
     app.include_router(CompletionRoutes(config, client).router())
+    app.include_router(EmbeddingRoutes(config, client).router())
     app.include_router(OpenAIRoutes(config, client).router())
     app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
     if config.enable_metrics:
