@@ -197,6 +197,25 @@ def test_what_does_not_finish_in_time_is_cut_off(program: MakeProgram) -> None:
     assert whole[0].json()["error"]["message"] == "the server is shutting down"
 
 
+def test_a_client_that_does_not_read_holds_nobody_up(program: MakeProgram) -> None:
+    server = program(step_s=0.005, shutdown_timeout=1)
+    server.wait_ready()
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    body |= {"return_logprob": True, "top_logprobs_num": 20}  # megabytes
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = json.dumps(body).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        wait_until(lambda: _num_running(server) == 1)
+        wait_until(lambda: _num_running(server) == 0)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert server.says("0 requests were cut off after 1 s"), "it had been computed"
+    assert not server.says("Traceback")
+
+
 def _num_running(server: Program) -> int:
     info = httpx.get(f"{server.url}/server_info", timeout=60).json()
     return info["internal_states"][0]["num_running"]

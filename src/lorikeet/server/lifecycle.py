@@ -87,6 +87,11 @@ class HTTPServer(uvicorn.Server):
         await super().startup(sockets)
         logger.info("%s", self._ready_line)
 
+    def hang_up(self) -> None:
+        """Drop every connection, and what its client has not read."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
 
 class StopSignals:
     """SIGINT and SIGTERM: the first one asks for the end, the second one forces it."""
@@ -152,7 +157,7 @@ async def _serve(
     death = asyncio.ensure_future(client.died())
     await _first(serving, death, stop.asked.wait())
     if stop.asked.is_set():
-        await _drain(server.drain, client, serving, death, stop.forced.wait())
+        await _drain(server, client, serving, death, stop.forced.wait())
     server.should_exit = True
     await _first(serving, stop.forced.wait())
     if not serving.done():
@@ -166,16 +171,19 @@ async def _serve(
 
 
 async def _drain(
-    drain: Drain, client: EngineClient, *ends: asyncio.Future[Any] | Coroutine[Any, Any, Any]
+    server: HTTPServer, client: EngineClient, *ends: asyncio.Future[Any] | Coroutine[Any, Any, Any]
 ) -> None:
     """Refuse what is new until nothing runs any more, or one of ``ends`` is done; cut off what takes too long."""
+    drain = server.drain
     drain.begin()
     waiting = asyncio.ensure_future(_first(drain.idle(), *ends))
     _, too_long = await asyncio.wait((waiting,), timeout=drain.timeout)
     if too_long:
         num_cut = client.cut_off(UnavailableError(MESSAGE))
         logger.warning("%d requests were cut off after %g s", num_cut, drain.timeout)
-        await asyncio.wait((waiting,), timeout=FLUSH_S)
+        _, unread = await asyncio.wait((waiting,), timeout=FLUSH_S)
+        if unread:
+            server.hang_up()
     await _cancelled(waiting)
 
 
