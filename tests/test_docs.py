@@ -16,7 +16,7 @@ import yaml
 
 from lorikeet.config import OPTIONS
 from lorikeet.options import Parser, add_options, config_from_args
-from lorikeet.server.openai_bodies import ChatBody, CompletionBody
+from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody
 from lorikeet.server.protocol import GenerateBody, LoadAdapterBody, UnloadAdapterBody
 from lorikeet.utils import split_command
 from scripts import check_version, write_docs
@@ -27,7 +27,7 @@ RECORDS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 SOURCE = re.compile(r"`((?:src|tests|scripts|docs|benchmarks)/[\w./-]*\w\.\w+)`")
-BODIES = (GenerateBody, LoadAdapterBody, UnloadAdapterBody, ChatBody, CompletionBody)
+BODIES = (GenerateBody, LoadAdapterBody, UnloadAdapterBody, ChatBody, CompletionBody, EmbeddingBody)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -33,6 +33,7 @@ NAMES = [
     "RequestError",
     "SamplingParams",
     "ServerConfig",
+    "UnavailableError",
     "UserError",
     "__version__",
 ]
@@ -68,6 +69,7 @@ FLAGS = [
     "--tp",
     "--mem-fraction-static",
     "--max-running-requests",
+    "--max-queued-requests",
     "--max-total-tokens",
     "--chunked-prefill-size",
     "--max-prefill-tokens",
@@ -84,6 +86,7 @@ FLAGS = [
     "--load-format",
     "--random-seed",
     "--enable-metrics",
+    "--shutdown-timeout",
 ]
 
 DEFAULTS = {
@@ -106,6 +109,7 @@ DEFAULTS = {
     "disable_overlap_schedule": False,
     "load_format": "auto",
     "enable_metrics": False,
+    "shutdown_timeout": 30.0,
 }
 
 SAMPLING = {
@@ -196,6 +200,16 @@ BODIES = {
     "NeutralFields": NEUTRAL,
     "StreamOptions": ["include_usage", "include_obfuscation", "continuous_usage_stats"],
     "OpenAIBody": OPENAI,
+    "EmbeddingBody": [
+        "model",
+        "input",
+        "encoding_format",
+        "dimensions",
+        "user",
+        "lora_path",
+        "pooling",
+        "normalize",
+    ],
     "CompletionBody": [*OPENAI, "prompt", "logprobs", "echo", "suffix"],
     "ChatBody": [
         *OPENAI,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ModelError,
         OutOfMemoryError,
         RequestError,
+        UnavailableError,
         UserError,
     )
 
@@ -44,6 +45,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "ServerConfig",
+    "UnavailableError",
     "UserError",
     "__version__",
 ]

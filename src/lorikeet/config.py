@@ -137,6 +137,9 @@ class ServerConfig:
     max_running_requests: int | None = _option(
         None, "sequences that run at a time", auto="256", least=1
     )
+    max_queued_requests: int | None = _option(
+        None, "sequences that may wait; a request beyond them gets 503", auto="unlimited", least=1
+    )
     max_total_tokens: int | None = _option(
         None, "tokens that the K/V cache holds", auto="from the memory", least=1
     )
@@ -196,6 +199,9 @@ class ServerConfig:
         None, "seed of requests that bring none", auto="drawn at start", least=0, most=2**31 - 1
     )
     enable_metrics: bool = _option(default=False, meaning="serve Prometheus metrics at /metrics")
+    shutdown_timeout: float = _option(
+        30.0, "seconds that running requests may take after SIGTERM", least=0, most=86400
+    )
 
 
 def _table() -> dict[str, Option]:
@@ -358,11 +364,8 @@ def _check_lora(config: ServerConfig) -> None:
 
 
 def _check_lora_counts(config: ServerConfig) -> None:
-    per_batch, loaded, given = (
-        config.max_loras_per_batch,
-        config.max_loaded_loras,
-        len(config.lora_paths),
-    )
+    per_batch, loaded = config.max_loras_per_batch, config.max_loaded_loras
+    given = len(config.lora_paths)
     if loaded is not None and loaded < per_batch:
         raise ConfigError(
             f"--max-loaded-loras is {loaded}; allowed: at least --max-loras-per-batch ({per_batch})"

@@ -10,6 +10,7 @@
     │       └── LoRADisabledError      the request names an adapter and LoRA is off
     └── EngineFault             our side failed; not the fault of any request
         ├── EngineDeadError     the engine process is gone
+        ├── UnavailableError    no room in the queue, or the server is shutting down: try again later
         └── OutOfMemoryError    an allocation failed in a step
 
 A user error maps to HTTP 400 (or its own ``status_code``), a fault to 500 or 503. The one table that maps
@@ -29,6 +30,7 @@ __all__ = [
     "ModelError",
     "OutOfMemoryError",
     "RequestError",
+    "UnavailableError",
     "UserError",
 ]
 
@@ -84,6 +86,12 @@ class EngineFault(LorikeetError):
 
 class EngineDeadError(EngineFault):
     """The engine process has ended; nothing that needs it can succeed."""
+
+    status_code = 503
+
+
+class UnavailableError(EngineFault):
+    """The request is not taken, or cut off, for a reason that passes: a full queue, a server that shuts down."""
 
     status_code = 503
 

@@ -181,6 +181,26 @@ def test_adapters_beside_the_base(tmp_path: Path) -> None:
     assert found[0][0] != found[0][1], "the adapters change something"
 
 
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_vectors_are_those_of_the_cpu(tmp_path: Path, kind: Any) -> None:
+    path = make_tiny_model(tmp_path)
+    adapters = {
+        f"a{seed}": str(make_adapter(path, tmp_path / f"a{seed}", seed=seed)) for seed in (1, 2)
+    }
+    names = [None, "a1", "a2", "a1", None, "a2", "a1", None]
+    asked = {"input_ids": PROMPTS, "lora_path": names, "pooling": kind}
+    with engine(path, device="cpu", lora_paths=adapters) as llm:
+        wanted = torch.tensor(llm.embed(**asked))
+    for options in SWITCHES.values():
+        with engine(path, lora_paths=adapters, **options) as llm:
+            for _ in range(2):  # the second time with what the first has cached
+                got = torch.tensor(llm.embed(**asked))
+                assert (got - wanted).abs().max() < 1e-4, options
+    with engine(path, dtype="bfloat16", lora_paths=adapters) as llm:
+        got = torch.tensor(llm.embed(**asked))
+    assert (got * wanted).sum(-1).min() > 0.99, "vectors of length 1 with the same direction"
+
+
 def test_a_prefix_is_found_again(tmp_path: Path) -> None:
     with engine(make_tiny_model(tmp_path)) as llm:
         first = llm.generate(input_ids=SHARED, sampling_params=GREEDY)

@@ -45,6 +45,7 @@ POSTS = [
     "/flush_cache",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/embeddings",
     *ADMIN_PATHS,
 ]
 OPERATIONS = [(path, "post" if path in POSTS else "get") for path in REPLIES]

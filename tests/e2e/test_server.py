@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 
+from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.utils import free_port, launch_server_cmd, terminate_process, wait_for_server
 from tests.e2e.conftest import World
-from tests.support.peft_adapters import peft_generate
+from tests.support.peft_adapters import peft_generate, peft_states
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 
@@ -184,3 +186,54 @@ def test_health_and_flush(url: str) -> None:
     assert httpx.post(f"{url}/flush_cache?timeout=5").status_code == 200
     miss = post(url, input_ids=prompt, sampling_params=GREEDY).json()
     assert miss["meta_info"]["cached_tokens"] == 0
+
+
+def test_vectors_for_the_openai_client_beside_completions(url: str, world: World) -> None:
+    """The client asks for base64 by itself and decodes it."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    names = {str(world.model): None, "a": world.adapters["qv"], "b": world.adapters["big"]}
+    tokenizer = Tokenizer.load(world.model)
+    texts = ["one text", "x", "and another, a little longer than the first"]
+
+    states = {
+        (model, text): peft_states(world.model, path, tokenizer.encode(text))
+        for model, path in names.items()
+        for text in texts
+    }
+
+    def embed(model: str, kind: str) -> None:
+        extra = {"pooling": kind}
+        found = client.embeddings.create(model=model, input=texts, extra_body=extra)
+        assert found.model == model
+        assert [item.index for item in found.data] == [0, 1, 2]
+        for item, text in zip(found.data, texts, strict=True):
+            right = states[model, text][-1] if kind == "last" else states[model, text].mean(0)
+            right = (right / right.norm()).tolist()
+            assert item.embedding == pytest.approx(right, abs=2e-5), (model, kind, text)
+        assert found.usage.prompt_tokens == found.usage.total_tokens == sum(map(len, texts))
+        plain = client.embeddings.create(
+            model=model, input=texts, encoding_format="float", extra_body=extra
+        )
+        for item, other in zip(found.data, plain.data, strict=True):
+            assert item.embedding == pytest.approx(other.embedding, abs=1e-5)
+
+    generating = {
+        "text": ["abc"] * 4,
+        "sampling_params": GREEDY,
+        "lora_path": [None, "a", "b", "a"],
+    }
+    alone = post(url, **generating).json()
+    with ThreadPoolExecutor(8) as pool:
+        replies = [pool.submit(post, url, **generating) for _ in range(6)]
+        vectors = [pool.submit(embed, name, kind) for name in names for kind in ("last", "mean")]
+        for future in vectors:
+            future.result()
+        for future in replies:
+            assert [r["output_ids"] for r in future.result().json()] == [
+                r["output_ids"] for r in alone
+            ]
+    with pytest.raises(openai.BadRequestError, match="dimensions is 8; allowed: 64") as refused:
+        client.embeddings.create(model="a", input="x", dimensions=8)
+    assert refused.value.param == "dimensions"
+    with pytest.raises(openai.NotFoundError, match="'nobody'"):
+        client.embeddings.create(model="nobody", input="x")

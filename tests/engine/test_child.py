@@ -102,6 +102,8 @@ def test_requests_are_accepted_answered_and_drained() -> None:
 def test_a_shutdown_without_patience_aborts() -> None:
     script = serve(Submit([request("a", max_new_tokens=50)]), Shutdown())
     assert "shutting down" in script.finishes()["a"]
+    ends = [o.finish for m in script.sent if isinstance(m, Outputs) for o in m.outputs if o.finish]
+    assert [end.status_code for end in ends] == [503], "its caller is told to try again"
 
 
 def test_no_new_request_after_a_shutdown() -> None:
@@ -112,6 +114,33 @@ def test_no_new_request_after_a_shutdown() -> None:
     )
     assert script.finishes()["a"] == "length"
     assert "shutting down" in script.finishes()["b"]
+
+
+def test_a_full_queue_refuses_whole_calls_and_loses_nothing() -> None:
+    core = make_core(max_running=1, max_queued=2)
+    script = Script(
+        Submit([request("a", max_new_tokens=30)]),
+        Submit([request("b")]),
+        Submit([request("c")]),
+        Submit([request("d")]),  # b and c wait
+        Abort("b"),
+        Submit([request("e"), request("f")]),  # one place is free
+        Submit([request("g")]),
+        Shutdown(drain_seconds=30),
+    )
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+    ends = script.finishes()
+    refused = {rid for rid, text in ends.items() if "the queue is full" in text}
+    assert refused == {"d", "e", "f"}
+    assert {rid for rid, text in ends.items() if text == "length"} == {"a", "c", "g"}
+    assert sorted(ends) == list("abcdefg")
+    statuses = {
+        output.finish.status_code
+        for message in script.sent
+        for output in (message.outputs if isinstance(message, Outputs) else ())
+        if output.finish is not None and output.rid in refused
+    }
+    assert statuses == {503}
 
 
 def test_an_id_that_is_sent_twice_does_not_end_the_first(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,15 +14,22 @@ import pytest
 import zmq
 from prometheus_client import CollectorRegistry
 
+from lorikeet.core.messages import Ready, Stats, ToClient, ToEngine
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
-from lorikeet.errors import EngineDeadError, EngineFault, RequestError, UserError
+from lorikeet.errors import (
+    EngineDeadError,
+    EngineFault,
+    RequestError,
+    UnavailableError,
+    UserError,
+)
 from tests.support.byte_tokenizer import save_byte_tokenizer
-from tests.support.fake_engine import Knobs, ThreadEngine
+from tests.support.fake_engine import FakeProcess, Knobs, ThreadEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -330,7 +337,7 @@ async def test_a_message_that_cannot_be_read_is_the_end(tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, EngineDeadError)],
+    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, UnavailableError)],
 )
 def test_which_ends_are_errors(status: int | None, kind: type[Exception] | None) -> None:
     error = finish_error(FinishReason(kind="abort", message="why", status_code=status))
@@ -387,3 +394,40 @@ async def test_close_ends_the_engine_and_drains(tokenizer: Tokenizer) -> None:
         await made.client.close(drain_seconds=10)
         assert (await following)[0].text == "ababababab"
         assert thread.process.exitcode == 0
+
+
+class BusyTransport:
+    """An engine that has always something to say, a thousand times."""
+
+    def __init__(self) -> None:
+        self.num_received = 0
+
+    async def recv(self) -> list[ToClient]:
+        self.num_received += 1
+        if self.num_received == 1000:
+            await asyncio.Event().wait()
+        info: dict[str, object] = {"vocab_size": 257, "context_length": 64}
+        return [Ready(info) if self.num_received == 1 else Stats({})]
+
+    def send(self, message: ToEngine) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+async def test_an_engine_with_much_to_say_leaves_others_their_turn(tokenizer: Tokenizer) -> None:
+    process = FakeProcess()
+    transport: Any = BusyTransport()
+    client = EngineClient(
+        transport=transport,
+        process=process,
+        tokenizer=tokenizer,
+        registry=CollectorRegistry(),
+        model_name="base",
+    )
+    await client.start()
+    assert transport.num_received < 10, "whoever waits goes on when there is something for it"
+    process.end(0)
+    await client.close()
+    process.close()

@@ -10,9 +10,10 @@ import pytest
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_store import NoAdapters
-from lorikeet.engine.core import EngineCore, Executor
+from lorikeet.engine.core import EngineCore
+from lorikeet.engine.executor import Executor
 from lorikeet.engine.lora_setup import no_residency
-from lorikeet.errors import RequestError
+from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker
@@ -24,15 +25,18 @@ def make_core(
     *,
     compile_grammar: Callable[[SamplingParams], None] = lambda sampling: None,
     worker: Executor | None = None,
+    max_running: int = 8,
+    max_queued: int | None = None,
 ) -> EngineCore:
     kv = KVManager(PAGE_SIZE, PAGES, radix=True)
     limits = SchedulerLimits(
-        max_running=8,
+        max_running=max_running,
         max_step_tokens=32,
         max_prefill_tokens=64,
         context_length=64,
         max_loras_per_batch=1,
         eos_token_ids=frozenset({0}),
+        max_queued=max_queued,
     )
     seeds = iter(range(1000))
     return EngineCore(
@@ -155,6 +159,23 @@ def test_commands() -> None:
     assert info["num_waiting"] == 1
     with pytest.raises(RequestError, match="flush_cache"):
         core.command("nonsense", {})
+
+
+def test_what_waits_for_its_grammar_is_in_the_queue() -> None:
+    gate = threading.Event()
+    core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None, max_queued=2)
+    core.check_queue(5)  # nobody waits: a call of any size
+    for rid in "ab":
+        core.check_queue(1)
+        core.submit(request(rid, regex="a"))
+    with pytest.raises(UnavailableError, match=r"2 sequences wait.*--max-queued-requests is 2"):
+        core.check_queue(1)
+    core.abort("a", "enough")
+    core.check_queue(1)
+    with pytest.raises(UnavailableError):
+        core.check_queue(2)
+    gate.set()
+    run(core)
 
 
 class BrokenWorker:

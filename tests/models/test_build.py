@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ class TestRanks:
         wanted = PagedRunner(load_model(path)).step({0: ids})
         for logits in run_ranks(size, work):
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+    def test_each_has_the_whole_states(self, tmp_path: Path) -> None:
+        path = make_tiny_model(tmp_path, "llama")
+        ids = [7, 311, 4, 90, 256]
+        spec = read_model_spec(path)
+
+        def pooled(model: Decoder, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = PagedRunner(model, num_kv_heads=kv_heads).batch({0: ids}, rows=[4, 0])
+            with torch.inference_mode():
+                return model.forward_pooled(replace(batch, pooled_rows_P=torch.tensor([1, 4, 3])))
+
+        wanted = pooled(load_model(path), spec.num_kv_heads)
+        for found in run_ranks(
+            2, lambda rank: pooled(build(path, spec, tp=rank), spec.num_kv_heads // 2)
+        ):
+            for ours, right in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours, right, atol=1e-4, rtol=0)
 
     def test_each_holds_its_share(self, tmp_path: Path) -> None:
         path = make_tiny_model(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,19 @@ def test_only_the_wanted_rows_in_their_order(tmp_path: Path) -> None:
     everything = PagedRunner(model).step({0: ids})
     some = PagedRunner(model).step({0: ids}, rows=[8, 2, 2])
     assert_close(some, everything[[8, 2, 2]])
+
+
+def test_states_of_other_rows_beside_logits(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path, "llama")
+    ids = [7, 311, 4, 90, 256]
+    runner = PagedRunner(load_model(path))
+    batch = runner.batch({0: ids}, rows=[4, 0])
+    rows = torch.tensor([1, 4, 3])
+    with torch.inference_mode():
+        logits, states = runner.model.forward_pooled(replace(batch, pooled_rows_P=rows))
+        wanted = reference(path).model(torch.tensor([ids])).last_hidden_state[0]
+    assert_close(states, wanted[rows])
+    assert_close(logits, PagedRunner(load_model(path)).step({0: ids}, rows=[4, 0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

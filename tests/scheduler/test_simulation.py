@@ -46,6 +46,7 @@ def random_scenario(seed: int, *, overlap: bool, radix: bool, policy: str) -> Sc
         token_error_rate=rng.choice((0.0, 0.0, 0.02)),
         replace_rate=rng.choice((0.0, 0.05)),
         step_failure_rate=rng.choice((0.0, 0.0, 0.01)),
+        pooling_rate=rng.choice((0.0, 0.3)),
     )
 
 
@@ -83,6 +84,31 @@ def test_a_pool_that_is_far_too_small(overlap: bool, radix: bool) -> None:
     simulation = Simulation(scenario)
     simulation.run()
     assert simulation.scheduler.stats().total_preemptions > 20
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_vectors_beside_tokens_in_a_small_pool(overlap: bool) -> None:
+    scenario = Scenario(
+        seed=21,
+        num_requests=300,
+        page_size=2,
+        num_pages=32,
+        overlap=overlap,
+        max_running=12,
+        max_step_tokens=7,
+        arrivals_per_step=1.0,
+        abort_rate=0.05,
+        token_error_rate=0.02,
+        step_failure_rate=0.01,
+        pooling_rate=0.6,
+        ignore_eos=1.0,
+    )
+    simulation = Simulation(scenario)
+    simulation.run()
+    assert simulation.scheduler.stats().total_preemptions > 10
+    ended = [answer for answer in simulation.answers.values() if answer.embedding is not None]
+    assert len(ended) > 100
+    assert any(max(answer.cached) for answer in ended), "the last state may follow a cached prefix"
 
 
 def test_a_roomy_pool_serves_prefixes_from_the_cache() -> None:

@@ -18,6 +18,7 @@ from lorikeet.engine.client import EngineClient
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
 from lorikeet.server.app import make_app
+from lorikeet.server.drain import Drain
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 from tests.support.live_server import LiveServer
@@ -52,6 +53,7 @@ class Api:
     http: httpx.AsyncClient
     client: EngineClient
     thread: ThreadEngine
+    drain: Drain
 
     @property
     def engine(self) -> FakeEngine:
@@ -89,11 +91,12 @@ async def open_api(
         )
         try:
             await client.start()
-            app = make_app(config, client, registry, health_timeout=health_timeout)
+            drain = Drain(timeout=1)
+            app = make_app(config, client, registry, drain=drain, health_timeout=health_timeout)
             # An exception that escapes is answered with 500, as uvicorn does.
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
-                yield Api(http, client, thread)
+                yield Api(http, client, thread, drain)
         finally:
             knobs.is_stuck = knobs.hold_accept = False
             await client.close()
@@ -125,7 +128,8 @@ def make_live(config: ServerConfig, tokenizer: Tokenizer) -> Iterator[Callable[.
     """``make_live(**knobs)``: a server on a free port."""
     with ExitStack() as stack:
 
-        def make(config: ServerConfig = config, **knobs: Any) -> LiveServer:
-            return stack.enter_context(LiveServer(config, tokenizer, Knobs(**knobs)))
+        def make(config: ServerConfig = config, send_buffer: int = 0, **knobs: Any) -> LiveServer:
+            live = LiveServer(config, tokenizer, Knobs(**knobs), send_buffer=send_buffer)
+            return stack.enter_context(live)
 
         yield make

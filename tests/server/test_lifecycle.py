@@ -147,34 +147,82 @@ def test_sigterm_lets_running_requests_finish(program: MakeProgram) -> None:
     server.wait_ready()
     assert server.says("loading nothing"), "the engine's progress is shown"
     assert server.says(f"Server ready at {server.url}: base with 2 adapters (json, sql)")
-    call = Call(server, 40)
-    server.process.send_signal(signal.SIGTERM)
-    wait_until(lambda: not _accepts(server.port))
+    call = Call(server, 100)
+    with httpx.Client(base_url=server.url, timeout=60) as kept_alive:
+        assert kept_alive.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: server.says("SIGTERM: finishing"))
+        for client in (kept_alive, httpx):  # on a connection that was there, and on new ones
+            for path in (f"{server.url}/health", f"{server.url}/v1/models"):
+                reply = client.get(path)
+                assert reply.status_code == 503
+                assert reply.headers["retry-after"] == "1"
+                assert reply.headers["connection"] == "close"
     assert server.process.poll() is None, "it waits for the request"
+    assert not call.is_whole
     call.join()
     assert call.is_whole
-    assert call.events[-1]["text"] == "a" * 40
+    assert call.events[-1]["text"] == "a" * 100
     assert server.wait() == 0
     assert server.says("POST /generate 200"), "the access line"
 
 
-def _accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def test_nothing_to_wait_for(program: MakeProgram) -> None:
+    server = program(shutdown_timeout=1000)
+    server.wait_ready()
+    with httpx.Client(base_url=server.url, timeout=60) as idle:  # a connection is no request
+        assert idle.get("/health").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_what_does_not_finish_in_time_is_cut_off(program: MakeProgram) -> None:
-    server = program(step_s=0.2, drain_seconds=1)
+    server = program(step_s=0.2, shutdown_timeout=1)
     server.wait_ready()
     call = Call(server, 400)
+    body = {"model": "base", "prompt": "a", "max_tokens": 400}
+    whole: list[httpx.Response] = []
+    url = f"{server.url}/v1/completions"
+    thread = threading.Thread(target=lambda: whole.append(httpx.post(url, json=body, timeout=60)))
+    thread.start()
+    wait_until(lambda: _num_running(server) == 2)
     server.process.send_signal(signal.SIGINT)
     assert server.wait() == 0, "80 seconds of tokens were not waited for"
     call.join()
-    assert not call.is_whole
+    thread.join()
+    assert server.says("2 requests were cut off after 1 s")
+    assert call.is_whole
+    assert call.events[-1]["error"]["message"] == "the server is shutting down"
+    assert whole[0].status_code == 503
+    assert whole[0].json()["error"]["message"] == "the server is shutting down"
+
+
+def test_a_client_that_does_not_read_holds_nobody_up(program: MakeProgram) -> None:
+    server = program(step_s=0.005, shutdown_timeout=1)
+    server.wait_ready()
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    body |= {"return_logprob": True, "top_logprobs_num": 20}  # megabytes
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = json.dumps(body).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        wait_until(lambda: _num_running(server) == 1)
+        wait_until(lambda: _num_running(server) == 0)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert server.says("0 requests were cut off after 1 s"), "it had been computed"
+    assert not server.says("Traceback")
+
+
+def _num_running(server: Program) -> int:
+    info = httpx.get(f"{server.url}/server_info", timeout=60).json()
+    return info["internal_states"][0]["num_running"]
 
 
 def test_a_second_signal_ends_it_at_once(program: MakeProgram) -> None:
-    server = program(step_s=0.2, drain_seconds=100)
+    server = program(step_s=0.2, shutdown_timeout=100)
     server.wait_ready()
     call = Call(server, 400)
     server.process.send_signal(signal.SIGINT)

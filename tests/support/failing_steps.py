@@ -25,15 +25,18 @@ def fail_steps(
     when: Callable[[Any], bool],
 ) -> None:
     """Call ``fail``, which raises, in place of the model for each batch of which ``when`` is true."""
-    worker = worker_of(llm)
-    forward = worker._forward
+    network = worker_of(llm)._network
 
-    def failing(batch: Any) -> torch.Tensor:
-        if when(batch):
-            fail()
-        return forward(batch)
+    def failing(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(batch: Any) -> Any:
+            if when(batch):
+                fail()
+            return forward(batch)
 
-    monkeypatch.setattr(worker, "_forward", failing)
+        return run
+
+    monkeypatch.setattr(network, "forward", failing(network.forward))
+    monkeypatch.setattr(network, "forward_pooled", failing(network.forward_pooled))
 
 
 def fail_attention(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import struct
 import threading
 import time
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from lorikeet.engine.transport import EngineAddress, EngineEndpoint
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
+HIDDEN_SIZE = 4
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Knobs:
         states: state of an adapter, where it is not "loaded".
         load_s: seconds that a load takes.
         load_error: why every load fails; the second is its status.
+        queue_is_full: refuses every request with 503.
         stats: sent with every step instead of the engine's own.
     """
 
@@ -73,6 +76,7 @@ class Knobs:
     load_s: float = 0.0
     load_error: tuple[str, int] | None = None
     stats: Stats | None = None
+    queue_is_full: bool = False
 
 
 @dataclass
@@ -142,6 +146,7 @@ class FakeEngine:
             "model_path": "fake",
             "context_length": CONTEXT_LENGTH,
             "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN_SIZE,
             "dtype": "float32",
             "max_total_num_tokens": 4096,
             "max_lora_rank": 16,
@@ -153,7 +158,12 @@ class FakeEngine:
     def _is_over(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             for rid in list(self._running):
-                self._end(rid, FinishReason(kind="abort", message="the server is shutting down"))
+                self._end(
+                    rid,
+                    FinishReason(
+                        kind="abort", message="the server is shutting down", status_code=503
+                    ),
+                )
         return self._deadline is not None and not self._running
 
     def _handle(self, message: ToEngine) -> None:
@@ -180,7 +190,9 @@ class FakeEngine:
         self.seen.append(request)
         if request.rid in self._running:
             raise AssertionError(f"the client let the duplicate rid {request.rid!r} through")
-        if request.adapter is not None and request.adapter not in self.knobs.adapters:
+        if self.knobs.queue_is_full:
+            self._refuse(request.rid, "the queue is full", 503)
+        elif request.adapter is not None and request.adapter not in self.knobs.adapters:
             known = ", ".join(self.knobs.adapters)
             self._refuse(
                 request.rid,
@@ -195,8 +207,8 @@ class FakeEngine:
         else:
             self._running[request.rid] = _Running(request)
 
-    def _refuse(self, rid: str, message: str) -> None:
-        finish = FinishReason(kind="abort", message=message, status_code=400)
+    def _refuse(self, rid: str, message: str, status_code: int = 400) -> None:
+        finish = FinishReason(kind="abort", message=message, status_code=status_code)
         self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
 
     def _end(self, rid: str, finish: FinishReason) -> None:
@@ -266,8 +278,19 @@ class FakeEngine:
         self._endpoint.send(self.knobs.stats or Stats({"num_running": float(len(self._running))}))
         self.num_steps += 1
 
+    def _pool(self, request: Request) -> RequestOutput:
+        del self._running[request.rid]
+        return RequestOutput(
+            rid=request.rid,
+            token_ids=[],
+            embedding=struct.pack(f"<{HIDDEN_SIZE}f", *vector(request)),
+            finish=FinishReason(kind="length", length=0),
+        )
+
     def _advance(self, entry: _Running) -> RequestOutput:
         request, sampling = entry.request, entry.request.sampling
+        if request.pooling is not None:
+            return self._pool(request)
         token = request.prompt_token_ids[entry.num_out % len(request.prompt_token_ids)]
         entry.num_out += 1
         finish = None
@@ -291,6 +314,14 @@ class FakeEngine:
             cached_tokens=1,
             finish=finish,
         )
+
+
+def vector(request: Request) -> list[float]:
+    """What a request with pooling is answered with: it tells the adapter, the prompt and the pooling."""
+    assert request.pooling is not None
+    name = request.adapter or ""
+    kind = ("last", "mean").index(request.pooling.kind)
+    return [len(name), sum(request.prompt_token_ids), kind, request.pooling.normalize]
 
 
 def _unknown_adapter(number: int, name: object) -> Reply:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 from lorikeet.core.plan import (
     PageCopy,
+    PooledVector,
     PrefillChunk,
     SampledToken,
     SequenceStart,
     StepPlan,
     StepResult,
 )
-from lorikeet.core.request import TokenLogprobs
+from lorikeet.core.request import Pooling, TokenLogprobs
 
 _PRIME = (1 << 61) - 1
 
@@ -33,6 +34,12 @@ def prefix_hash(previous: int, token: int) -> int:
 def first_hash(version: int) -> int:
     """Hash of the empty prefix under an adapter version."""
     return (version + 7) * 2_654_435_761 % _PRIME
+
+
+def pooled(pooling: Pooling, hashes: list[int]) -> bytes:
+    """The vector of a sequence: its last state, or all of them."""
+    states = hashes if pooling.kind == "mean" else hashes[-1:]
+    return str(sum(states)).encode()
 
 
 def next_token(prefix: int, seed: int, vocab_size: int) -> int:
@@ -142,10 +149,12 @@ class FakeWorker:
             row = self.rows[chunk.seq]
             row.pages.extend(chunk.new_page_ids)
             assert len(row.hashes) == chunk.start < chunk.end <= len(row.tokens)
-            assert chunk.sample == (chunk.end == len(row.tokens))
+            is_last = chunk.end == len(row.tokens)
+            is_pooled = row.start.pooling is not None
+            assert (chunk.sample, chunk.pool) == (is_last and not is_pooled, is_last and is_pooled)
             self._store(row, chunk.end)
             self._report_prompt(row, chunk, result)
-            pending.append((chunk.seq, chunk.end if chunk.sample else 0))
+            pending.append((chunk.seq, chunk.end if is_last else 0))
         for decode in plan.rows:
             row = self.rows[decode.seq]
             row.pages.extend(decode.new_page_ids)
@@ -154,7 +163,9 @@ class FakeWorker:
             pending.append((decode.seq, decode.position + 1))
         for seq, end in pending:
             self._attend(self.rows[seq])
-            if end:
+            if end and self.rows[seq].start.pooling is not None:
+                result.vectors.append(self._pool(self.rows[seq]))
+            elif end:
                 result.tokens.append(self._sample(self.rows[seq]))
         return result
 
@@ -207,6 +218,14 @@ class FakeWorker:
         for page in row.pages[: -(-count // size)]:
             seen.extend(self._kv[page * size : page * size + size])
         assert seen[:count] == row.hashes, f"sequence {row.start.seq} reads K/V of somebody else"
+
+    def _pool(self, row: _Row) -> PooledVector:
+        if self._fail_token(row.start.seq):
+            return PooledVector(seq=row.start.seq, error="the test says so")
+        assert row.start.pooling is not None
+        # States of tokens that came from the cache were never seen.
+        values = pooled(row.start.pooling, row.hashes[row.start.num_cached :])
+        return PooledVector(seq=row.start.seq, values=values)
 
     def _sample(self, row: _Row) -> SampledToken:
         seq = row.start.seq

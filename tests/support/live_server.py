@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from lorikeet.engine.client import EngineClient
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
 from lorikeet.server.app import LIMITS, make_app
+from lorikeet.server.drain import Drain
 from lorikeet.server.lifecycle import HTTPServer, bind
 from lorikeet.server.limits import Limits
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
@@ -42,7 +44,10 @@ class LiveServer:
         tokenizer: Tokenizer,
         knobs: Knobs,
         limits: Limits = LIMITS,
+        *,
+        send_buffer: int = 0,
     ) -> None:
+        self._send_buffer = send_buffer
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
@@ -63,6 +68,12 @@ class LiveServer:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(self._run())
 
+    def num_buffered_bytes(self) -> list[int]:
+        """What each connection still has to write."""
+        assert self._server is not None
+        connections = list(self._server.server_state.connections)
+        return [connection.transport.get_write_buffer_size() for connection in connections]
+
     async def _run(self) -> None:
         registry = CollectorRegistry()
         self.client = EngineClient(
@@ -75,10 +86,15 @@ class LiveServer:
         try:
             await self.client.start()
             with bind("127.0.0.1", 0) as listener:
+                if self._send_buffer:  # of the connections, too
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
                 self.port = listener.getsockname()[1]
-                app = make_app(self._config, self.client, registry, limits=self._limits)
+                self.drain = Drain(timeout=1)
+                app = make_app(
+                    self._config, self.client, registry, drain=self.drain, limits=self._limits
+                )
                 self._server = HTTPServer(
-                    app, drain_seconds=1, ready_line="live server ready", limits=self._limits
+                    app, drain=self.drain, ready_line="live server ready", limits=self._limits
                 )
                 await self._server.serve(sockets=[listener])
         finally:

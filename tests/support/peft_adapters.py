@@ -104,6 +104,16 @@ def peft_logits(
     return model(torch.tensor([list(input_ids)])).logits[0].float()
 
 
+@torch.no_grad()
+def peft_states(
+    model_dir: Path, adapter_dir: Path | None, input_ids: Sequence[int]
+) -> torch.Tensor:
+    """Hidden states behind the final norm [T, D] of one sequence, float32, from PEFT."""
+    model = _oracle(str(model_dir), str(adapter_dir) if adapter_dir else None)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.model(torch.tensor([list(input_ids)])).last_hidden_state[0].float()
+
+
 def peft_generate(
     model_dir: Path,
     adapter_dir: Path | None,

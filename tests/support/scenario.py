@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lorikeet.core.request import FinishReason, TokenLogprobs
 from lorikeet.core.sequence import Sequence
-from tests.support.fake_worker import first_hash, next_token, prefix_hash
+from tests.support.fake_worker import first_hash, next_token, pooled, prefix_hash
 
 VOCAB_SIZE = 29
 EOS = 3
@@ -43,6 +43,7 @@ class Scenario:
     replace_rate: float = 0.0
     step_failure_rate: float = 0.0
     ignore_eos: float = 0.4
+    pooling_rate: float = 0.0
     max_host: int | None = None
     read_steps: int = 6
     read_failure_rate: float = 0.0
@@ -61,6 +62,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cached: set[int] = field(default_factory=set)
     finish: FinishReason | None = None
+    embedding: bytes | None = None
     was_aborted: bool = False
 
 
@@ -84,3 +86,12 @@ def expected_answer(seq: Sequence, context_length: int, capacity: int) -> tuple[
         if token in stops and len(tokens) >= sampling.min_new_tokens:
             return tokens, "stop"
     return tokens, "length"
+
+
+def expected_embedding(seq: Sequence) -> bytes:
+    """The oracle: the vector of a request with pooling."""
+    hashes: list[int] = []
+    for token in seq.request.prompt_token_ids:
+        hashes.append(prefix_hash(hashes[-1] if hashes else first_hash(seq.version), token))
+    assert seq.request.pooling is not None
+    return pooled(seq.request.pooling, hashes)

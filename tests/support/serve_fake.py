@@ -19,11 +19,15 @@ from tests.support.fake_engine import Knobs, spawn_fake_engine
 def main(model: str, port: str, knobs: str) -> int:
     setup_logging("info")
     options = json.loads(knobs)
-    drain = options.pop("drain_seconds", 10)
-    config = ServerConfig(model_path=model, served_model_name="base", port=int(port))
+    config = ServerConfig(
+        model_path=model,
+        served_model_name="base",
+        port=int(port),
+        shutdown_timeout=options.pop("shutdown_timeout", 10),
+    )
     spawn = partial(spawn_fake_engine, knobs=Knobs(**options))
     try:
-        serve(config, spawn=spawn, drain_seconds=drain)
+        serve(config, spawn=spawn)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from collections import deque
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
+    Pooling,
     Request,
     RequestOutput,
     SamplingParams,
@@ -30,6 +31,7 @@ from tests.support.scenario import (
     Answer,
     Scenario,
     expected_answer,
+    expected_embedding,
 )
 from tests.support.simulated_host import SimulatedHost
 
@@ -219,6 +221,7 @@ class Simulation:
             answer.prompt_logprobs.extend(output.prompt_logprobs)
             answer.cached.add(output.cached_tokens)
             answer.finish = output.finish
+            answer.embedding = output.embedding
             if output.finish is not None:
                 del self._unfinished[output.rid]
                 self.registry.release(answer.seq.version)
@@ -228,6 +231,8 @@ class Simulation:
     def _check_answer(self, answer: Answer, output: RequestOutput) -> None:
         seq, finish = answer.seq, answer.finish
         assert finish is not None
+        is_vector = seq.request.pooling is not None and finish.kind == "length"
+        assert (answer.embedding is not None) == is_vector
         tokens, kind = expected_answer(seq, self.limits.context_length, self.kv.capacity)
         assert answer.tokens == tokens[: len(answer.tokens)]
         assert len(answer.cached) == 1, f"cached_tokens changed: {answer.cached}"
@@ -240,6 +245,8 @@ class Simulation:
             assert answer.was_aborted or finish.status_code == 500 or self._has_failed(finish)
             return
         assert (answer.tokens, finish.kind) == (tokens, kind)
+        if seq.request.pooling is not None:
+            assert answer.embedding == expected_embedding(seq)
         start = seq.request.logprob_start_len
         if seq.request.return_logprob and start >= 0:
             found = [(entry.logprob, entry.token_id) for entry in answer.prompt_logprobs]
@@ -306,6 +313,9 @@ class Simulation:
         max_new = rng.choice((None, 0, 1, 2, 5, 12, 30))
         if max_new is not None:
             max_new = min(max_new, most)
+        pooling = None
+        if self.scenario.pooling_rate and rng.random() < self.scenario.pooling_rate:
+            pooling, max_new = Pooling(kind=rng.choice(("last", "mean"))), 0
         return Request(
             rid=f"r{self._next_id}",
             prompt_token_ids=prompt,
@@ -318,6 +328,7 @@ class Simulation:
             ),
             return_logprob=rng.random() < 0.4,
             logprob_start_len=rng.choice((-1, 0, 1, len(prompt) // 2, len(prompt) - 1)),
+            pooling=pooling,
         )
 
     def _adapter(self) -> str | None:

@@ -180,7 +180,7 @@ def capture(llm: LLM, *sizes: int) -> list[int]:
     worker: Any = llm._core._worker
     inputs = worker._inputs
     graphs = PromptGraphs(
-        worker._forward,
+        worker._network,
         worker._attention,
         PromptBuffers(sizes, inputs._kv, inputs),
         sizes,
@@ -239,3 +239,19 @@ def test_replies_are_those_of_an_eager_engine(
                     assert values[0] == pytest.approx(values[1], abs=1e-4)
     assert 16 in ran, "chunks"
     assert min(ran) <= 4, "rows that decode"
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+def test_vectors_are_those_of_an_eager_engine(tmp_path: Path, recorded, kind: Any) -> None:
+    """A graph has no room for states: a step that pools runs eagerly, chunks before its sequence's end need not."""
+    path = make_tiny_model(tmp_path)
+    prompts = [[3 + (7 * i + j) % 90 for j in range(30)] for i in range(3)]
+    options: Any = {"chunked_prefill_size": 16, "max_total_tokens": 512}
+    with LLM(str(path), **options) as eager, LLM(str(path), **options) as captured:
+        ran = capture(captured, 4, 16)
+        wanted = eager.embed(input_ids=prompts, pooling=kind)
+        for vector, right in zip(
+            captured.embed(input_ids=prompts, pooling=kind), wanted, strict=True
+        ):
+            assert vector == pytest.approx(right, abs=1e-5)
+    assert bool(ran) == (kind == "last")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
-from lorikeet.core.request import SamplingParams, TokenLogprobs
+from lorikeet.core.request import Pooling, SamplingParams, TokenLogprobs
 
 
 class SequenceStart(msgspec.Struct, array_like=True, kw_only=True):
@@ -29,6 +29,7 @@ class SequenceStart(msgspec.Struct, array_like=True, kw_only=True):
         seed: sampling seed, always set.
         logprob_start: first prompt position whose log-probability is wanted, or -1.
         num_top_logprobs: -1 if the request wants no log-probabilities, else how many of the most likely to report.
+        pooling: set if the sequence is to become a vector: it samples nothing.
     """
 
     seq: int
@@ -41,6 +42,7 @@ class SequenceStart(msgspec.Struct, array_like=True, kw_only=True):
     seed: int
     logprob_start: int = -1
     num_top_logprobs: int = -1
+    pooling: Pooling | None = None
 
 
 class PrefillChunk(msgspec.Struct, array_like=True, kw_only=True):
@@ -49,6 +51,7 @@ class PrefillChunk(msgspec.Struct, array_like=True, kw_only=True):
     Attributes:
         new_page_ids: appended to the sequence's page table before the step.
         sample: True if ``end`` is the end of the known tokens: the next token is sampled.
+        pool: True in place of ``sample`` if the sequence is pooled: its vector is complete.
     """
 
     seq: int
@@ -56,6 +59,7 @@ class PrefillChunk(msgspec.Struct, array_like=True, kw_only=True):
     end: int
     new_page_ids: list[int]
     sample: bool
+    pool: bool = False
 
 
 class DecodeRow(msgspec.Struct, array_like=True, kw_only=True):
@@ -127,11 +131,25 @@ class SampledToken(msgspec.Struct, array_like=True, kw_only=True):
     error: str | None = None
 
 
+class PooledVector(msgspec.Struct, array_like=True, kw_only=True):
+    """What a sequence was pooled to.
+
+    Attributes:
+        values: little-endian float32, as many as there are hidden features.
+        error: set instead if the vector is none (not finite).
+    """
+
+    seq: int
+    values: bytes = b""
+    error: str | None = None
+
+
 class StepResult(msgspec.Struct, kw_only=True):
     """What a step produced.
 
     Attributes:
         tokens: one per chunk with ``sample`` and per row, in batch order.
+        vectors: one per chunk with ``pool``, in batch order.
         prompt_logprobs: sequence -> log-probabilities of the prompt positions that this step computed.
         copied: versions whose copy, of this plan or an earlier one, has become complete.
         failed_copies: version -> what went wrong; the next plan frees its slot.
@@ -139,6 +157,7 @@ class StepResult(msgspec.Struct, kw_only=True):
 
     step: int
     tokens: list[SampledToken] = []
+    vectors: list[PooledVector] = []
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     copied: list[int] = []
     failed_copies: dict[int, str] = {}

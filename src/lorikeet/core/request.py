@@ -138,6 +138,18 @@ def _refuse(name: str, value: object, allowed: str) -> RequestError:
     return RequestError(f"sampling_params.{name} is {value}; allowed: {allowed}", name)
 
 
+class Pooling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the hidden states of a prompt, behind the final norm, become one vector.
+
+    Attributes:
+        kind: ``last`` is the state of the last token, ``mean`` the mean over all tokens.
+        normalize: divide by the Euclidean length.
+    """
+
+    kind: Literal["last", "mean"] = "last"
+    normalize: bool = True
+
+
 class Request(msgspec.Struct, kw_only=True):
     """One prompt for one completion, as the engine takes it (n has been expanded).
 
@@ -146,6 +158,7 @@ class Request(msgspec.Struct, kw_only=True):
         adapter: an adapter's name; None is the base model.
         logprob_start_len: first prompt position whose log-probability is wanted; -1 means none of the prompt.
         top_logprobs_num: how many of the most likely tokens to report for each position.
+        pooling: asks for one vector in place of tokens; ``max_new_tokens`` is 0 then.
     """
 
     rid: str
@@ -155,6 +168,7 @@ class Request(msgspec.Struct, kw_only=True):
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
+    pooling: Pooling | None = None
 
 
 FinishKind = Literal["stop", "length", "abort"]
@@ -201,6 +215,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         prompt_logprobs: positions ``logprob_start_len`` to the end of the prompt, once, with the first new token (or
             with the terminal output if there is no token).
         cached_tokens: prompt tokens whose K/V came from the prefix cache.
+        embedding: with the terminal output of a request with ``pooling`` that has not failed: its vector, as
+            little-endian float32.
         finish: set in the last output and only there.
     """
 
@@ -209,4 +225,5 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     cached_tokens: int = 0
+    embedding: bytes | None = None
     finish: FinishReason | None = None

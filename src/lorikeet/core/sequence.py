@@ -116,8 +116,11 @@ class Sequence:
         """The most tokens that may come from the prefix cache at an admission.
 
         At least the newest token is computed, for there is nothing to sample from otherwise; and position p's
-        log-probability comes from the computation of token p - 1.
+        log-probability comes from the computation of token p - 1. A mean is taken over all tokens.
         """
+        pooling = self.request.pooling
+        if pooling is not None and pooling.kind == "mean":
+            return 0
         start = self.logprob_start
         limit = len(self.tokens) - 1
         return limit if start < 0 else min(limit, max(0, start - 1))

@@ -39,6 +39,7 @@ from lorikeet.errors import (
     EngineFault,
     LorikeetError,
     RequestError,
+    UnavailableError,
     UserError,
 )
 from lorikeet.log import setup_logging
@@ -130,15 +131,14 @@ class EngineLoop:
         if self._deadline is None:
             return False
         if self._core.num_open and time.monotonic() >= self._deadline:
-            self._core.abort(None, "the server is shutting down")
+            self._core.abort(None, "the server is shutting down", UnavailableError.status_code)
             self._endpoint.send(Outputs(self._core.step()))
         return not self._core.num_open
 
     def _handle(self, message: ToEngine) -> None:
         match message:
             case Submit(requests):
-                for request in requests:
-                    self._submit(request)
+                self._submit(requests)
             case Abort(rid, text):
                 self._core.abort(rid, text)
             case Command(number, name, args):
@@ -146,19 +146,24 @@ class EngineLoop:
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
-    def _submit(self, request: Request) -> None:
-        if self._deadline is not None:
-            self._refuse(request.rid, "the server is shutting down", 503)
-            return
+    def _submit(self, requests: list[Request]) -> None:
+        """Take the requests of one call, or none of them."""
         try:
-            self._core.submit(request)
-        except RequestError:
-            # The id is in use. An answer under it would end somebody else's stream; the client never sends one twice.
-            logger.exception("request dropped")
-
-    def _refuse(self, rid: str, message: str, status_code: int) -> None:
-        finish = FinishReason(kind="abort", message=message, status_code=status_code)
-        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+            if self._deadline is not None:
+                raise UnavailableError("the server is shutting down")
+            self._core.check_queue(len(requests))
+        except UnavailableError as error:
+            finish = FinishReason(kind="abort", message=str(error), status_code=error.status_code)
+            refusals = [RequestOutput(rid=r.rid, token_ids=[], finish=finish) for r in requests]
+            self._endpoint.send(Outputs(refusals))
+            return
+        for request in requests:
+            try:
+                self._core.submit(request)
+            except RequestError:
+                # The id is in use. An answer under it would end somebody else's stream; the client never sends one
+                # twice.
+                logger.exception("request dropped")
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
         if name == "cancel":

@@ -10,7 +10,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -33,37 +32,17 @@ from lorikeet.core.request import Request, RequestOutput
 from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
+from lorikeet.engine.open_request import OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
-from lorikeet.errors import EngineDeadError, LorikeetError, RequestError, UserError
-from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics, RequestTimer
+from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
+from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
 logger = logging.getLogger(__name__)
 
 # The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
 LAST_WORDS_S = 0.2
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """One request on its way.
-
-    Attributes:
-        stream: who follows it; None once nobody does.
-        group: the id by which the caller knows this request and others of its call, if that is not its own.
-        accepted: resolved by Accepted, or by a terminal output that refuses the request.
-        released: set when the terminal output has arrived and the id is free again.
-    """
-
-    request: Request
-    completion: Completion
-    timer: RequestTimer
-    index: int
-    group: str
-    stream: CompletionStream | None
-    accepted: asyncio.Future[None]
-    released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class EngineClient:
@@ -93,7 +72,7 @@ class EngineClient:
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
         self._info: dict[str, Any] | None = None
@@ -187,7 +166,7 @@ class EngineClient:
 
         Raises:
             RequestError: an id is in use, or the engine refused a request.
-            EngineFault: the engine failed; EngineDeadError if it is dead.
+            EngineFault: the engine failed; EngineDeadError if it is dead, UnavailableError if its queue is full.
         """
         await self._wait_for_ids(requests)
         stream = CompletionStream(len(requests), self._abandon)
@@ -218,6 +197,19 @@ class EngineClient:
             self._send_abort(key)
         return len(found)
 
+    def cut_off(self, fault: EngineFault) -> int:
+        """End every open request and command with ``fault`` now, whether the engine answers or not.
+
+        Returns:
+            How many requests were followed.
+        """
+        self._send_abort(None)
+        followed = [entry for entry in self._open.values() if entry.stream is not None]
+        for entry in followed:
+            entry.fail(fault)
+        self._commands.fail(fault)
+        return len(followed)
+
     async def command(self, name: str, /, **args: object) -> Any:
         """Ask the engine for something other than tokens.
 
@@ -243,8 +235,10 @@ class EngineClient:
         if len({request.rid for request in requests}) < len(requests):
             raise RequestError("rid: the requests of one call need different ids", "rid")
 
-    def _begin(self, stream: CompletionStream, index: int, request: Request, group: str) -> _Open:
-        entry = _Open(
+    def _begin(
+        self, stream: CompletionStream, index: int, request: Request, group: str
+    ) -> OpenRequest:
+        entry = OpenRequest(
             request=request,
             completion=Completion(request, self.tokenizer),
             timer=self._metrics.begin(request.adapter),
@@ -256,7 +250,7 @@ class EngineClient:
         self._open[request.rid] = entry
         return entry
 
-    def _send_abort(self, rid: str) -> None:
+    def _send_abort(self, rid: str | None) -> None:
         if self._fault is None:
             self._transport.send(Abort(rid))
 
@@ -271,6 +265,8 @@ class EngineClient:
             while True:
                 for message in await self._transport.recv():
                     self._handle(message)
+                # While messages wait, recv() returns without a pause, and nobody would write the streams.
+                await asyncio.sleep(0)
         except msgspec.DecodeError as error:
             logger.exception("a message of the engine cannot be read")
             self._die(EngineDeadError(f"a message of the engine cannot be read: {error}"))
@@ -332,7 +328,7 @@ class EngineClient:
         if output.finish is not None:
             self._release(entry)
 
-    def _publish(self, entry: _Open) -> None:
+    def _publish(self, entry: OpenRequest) -> None:
         finish = entry.completion.finish
         if not entry.accepted.done():
             # A terminal output without Accepted before it: refused, or aborted while it waited.
@@ -346,7 +342,7 @@ class EngineClient:
             if finish is not None:
                 entry.stream = None
 
-    def _release(self, entry: _Open) -> None:
+    def _release(self, entry: OpenRequest) -> None:
         """The terminal output is here: the id is free."""
         completion = entry.completion
         del self._open[entry.request.rid]
@@ -368,12 +364,7 @@ class EngineClient:
         self._fault = fault
         dead = EngineDeadError(str(fault))
         for entry in self._open.values():
-            if not entry.accepted.done():
-                entry.accepted.set_exception(dead)
-                # Somebody may have been cancelled while waiting for it; it is no error if nobody looks.
-                entry.accepted.exception()
-            if entry.stream is not None:
-                entry.stream.fail(dead)
+            entry.fail(dead)
             entry.released.set()
             entry.timer.end("error", num_prompt_tokens=0, num_cached_tokens=0)
         self._open.clear()

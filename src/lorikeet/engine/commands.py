@@ -10,7 +10,7 @@ from lorikeet.core.messages import Command, Reply
 from lorikeet.core.request import FinishReason
 from lorikeet.engine.stream import finish_error
 from lorikeet.engine.transport import ClientTransport
-from lorikeet.errors import EngineDeadError, EngineFault
+from lorikeet.errors import EngineFault
 
 
 class Commands:
@@ -37,7 +37,7 @@ class Commands:
 
         Raises:
             UserError, EngineFault: the answer was an error, by its status.
-            EngineDeadError: the engine died meanwhile.
+            EngineFault: it was given up meanwhile (:meth:`fail`).
         """
         number = self._next()
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -63,12 +63,12 @@ class Commands:
         finish = FinishReason(kind="abort", message=reply.error, status_code=reply.status_code)
         future.set_exception(finish_error(finish) or EngineFault(reply.error))
 
-    def fail(self, dead: EngineDeadError) -> None:
-        """The engine is lost: no answer will come."""
+    def fail(self, fault: EngineFault) -> None:
+        """No answer will come: the engine is lost, or told to end."""
         self._is_dead = True
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(dead)
+                future.set_exception(fault)
 
     def _next(self) -> int:
         self._num += 1

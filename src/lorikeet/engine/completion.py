@@ -59,6 +59,9 @@ class Completion:
         request: as submitted to the engine.
         tokenizer: the model's.
         clock: seconds, monotonic.
+
+    Attributes:
+        embedding: the vector, once it has finished, of a request with ``pooling``.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Completion:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._cached_tokens = 0
         self._finish: FinishReason | None = None
+        self.embedding: bytes | None = None
         self._clock = clock
         self._began = clock()
         self._first_token: float | None = None
@@ -116,6 +120,7 @@ class Completion:
             return False
         if output.prompt_logprobs:
             self._prompt_logprobs = output.prompt_logprobs
+        self.embedding = output.embedding
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         if output.token_ids and self._first_token is None:
             self._first_token = self._clock()

@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 from lorikeet.config import LoRAPath
-from lorikeet.core.plan import StepPlan, StepResult
+from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.adapter_store import AdapterStore
+from lorikeet.engine.executor import Executor
 from lorikeet.engine.step_log import StepLog
 from lorikeet.errors import (
     AdapterNotFoundError,
@@ -30,33 +30,13 @@ from lorikeet.errors import (
     LorikeetError,
     OutOfMemoryError,
     RequestError,
+    UnavailableError,
     UserError,
 )
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-class Executor(Protocol):
-    """What the loop needs of a worker (tests put a double in its place)."""
-
-    @property
-    def max_ahead(self) -> int:
-        """Steps that may be submitted before the oldest one is collected: 1 with overlap, else 0."""
-        ...
-
-    def submit(self, plan: StepPlan) -> None:
-        """Begin a step, behind those that were submitted before.
-
-        Raises:
-            OutOfMemoryError: nothing of it was computed or copied.
-        """
-        ...
-
-    def collect(self) -> StepResult:
-        """Wait for the oldest step that was submitted."""
-        ...
 
 
 @dataclass(slots=True)
@@ -141,6 +121,23 @@ class EngineCore:
         """True if a step may find something that a thread has finished: a grammar, an adapter."""
         return bool(self._compiling or self._finding) or self._adapters.is_waiting
 
+    def check_queue(self, num_new: int) -> None:
+        """Ask whether the requests of one call may wait, all of them.
+
+        Those that wait for room, for their adapter or for their grammar count, preempted ones too. A call that finds
+        nobody waiting is always taken, or one larger than the limit would never be.
+
+        Raises:
+            UnavailableError: too many wait already.
+        """
+        limit = self._scheduler.limits.max_queued
+        waiting = self._scheduler.num_waiting + len(self._finding) + len(self._compiling)
+        if limit is not None and waiting and waiting + num_new > limit:
+            raise UnavailableError(
+                f"the queue is full: {waiting} sequences wait, this request has {num_new}, and "
+                f"--max-queued-requests is {limit}; try again later"
+            )
+
     def submit(self, request: Request) -> None:
         """Take a request. It ends in exactly one terminal output; a refusal is one with a status of 400."""
         if request.rid in self._open:
@@ -163,9 +160,13 @@ class EngineCore:
         self._open[request.rid] = _Open(request, version)
         self._prepare(request)
 
-    def abort(self, rid: str | None, message: str) -> None:
-        """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing."""
-        reason = FinishReason(kind="abort", message=message)
+    def abort(self, rid: str | None, message: str, status_code: int | None = None) -> None:
+        """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing.
+
+        Args:
+            status_code: makes it an error; None is an end that was asked for.
+        """
+        reason = FinishReason(kind="abort", message=message, status_code=status_code)
         for key in list(self._open) if rid is None else [rid]:
             entry = self._open.get(key)
             if entry is None:

@@ -13,7 +13,13 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import msgspec
 
-from lorikeet.core.request import MAX_SEED, MAX_TOP_LOGPROBS, Request, SamplingParams
+from lorikeet.core.request import (
+    MAX_SEED,
+    MAX_TOP_LOGPROBS,
+    Pooling,
+    Request,
+    SamplingParams,
+)
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import RequestError
@@ -52,7 +58,9 @@ class Intake:
         self._vocab_size = vocab_size
         self._context_length = context_length
 
-    def make_requests(self, body: Mapping[str, Any]) -> RequestBatch:
+    def make_requests(
+        self, body: Mapping[str, Any], pooling: Pooling | None = None
+    ) -> RequestBatch:
         """Check a call and turn it into requests.
 
         Args:
@@ -60,6 +68,7 @@ class Intake:
                 ``sampling_params``, ``lora_path``, ``rid``, ``return_logprob``, ``logprob_start_len``,
                 ``top_logprobs_num``, ``return_text_in_logprobs``. None counts as not given; keys that are not among
                 these are ignored, as the API promises. A field that may differ by prompt is one value or a list.
+            pooling: asks for vectors in place of completions; ``max_new_tokens`` has to be 0 then.
 
         Raises:
             RequestError: names the field, its value and what is allowed.
@@ -77,7 +86,8 @@ class Intake:
         requests: list[Request] = []
         for index, token_ids in enumerate(prompts):
             where = f"prompt {index}: " if is_batch else ""
-            params = self._fit_context(sampling[index], len(token_ids), where)
+            room = self._room(len(token_ids), where, least=int(pooling is None))
+            params = self._fit_context(sampling[index], room, where)
             _check_logprob_start(starts[index], len(token_ids), where)
             self._check_top_logprobs(tops[index], where)
             requests += [
@@ -89,6 +99,7 @@ class Intake:
                     return_logprob=wants_logprobs[index],
                     logprob_start_len=starts[index] if wants_logprobs[index] else -1,
                     top_logprobs_num=tops[index] if wants_logprobs[index] else 0,
+                    pooling=pooling,
                 )
                 for sample in range(num_samples)
             ]
@@ -192,19 +203,25 @@ class Intake:
         # More than the whole vocabulary is the whole vocabulary, and the number has to fit a message to the engine.
         return msgspec.structs.replace(params, top_k=min(params.top_k, self._vocab_size))
 
-    def _fit_context(self, params: SamplingParams, num_prompt: int, where: str) -> SamplingParams:
-        """Lower ``max_new_tokens`` to what the context holds after the prompt."""
+    def _room(self, num_prompt: int, where: str, *, least: int) -> int:
+        """Tokens that the context holds after a prompt; at least ``least`` are needed."""
         room = self._context_length - num_prompt
-        if room <= 0:
+        if room < least:
+            reason = " and at least one token is generated" if least else ""
             raise RequestError(
-                f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - 1}, because "
-                f"the context length is {self._context_length} and at least one token is generated",
+                f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
+                f"the context length is {self._context_length}{reason}",
                 "text",
             )
+        return room
+
+    def _fit_context(self, params: SamplingParams, room: int, where: str) -> SamplingParams:
+        """Lower ``max_new_tokens`` to what the context holds after the prompt."""
         if params.min_new_tokens > room:
+            context = self._context_length
             raise RequestError(
                 f"{where}sampling_params.min_new_tokens is {shown(params.min_new_tokens)}; allowed: at most {room}, "
-                f"which the context of {self._context_length} tokens holds after a prompt of {num_prompt}",
+                f"which the context of {context} tokens holds after a prompt of {context - room}",
                 "min_new_tokens",
             )
         wanted = room if params.max_new_tokens is None else min(params.max_new_tokens, room)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from lorikeet.config import LoRAPath, ServerConfig, resolve
-from lorikeet.core.request import SamplingParams
+from lorikeet.core.request import Pooling, SamplingParams
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
 from lorikeet.engine.paths import tokenizer_dir
-from lorikeet.engine.reply import native_reply
+from lorikeet.engine.reply import native_reply, vector_floats
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import AdapterError, EngineFault, RequestError
@@ -109,17 +109,43 @@ class LLM:
                 **options,
             }
         )
-        completions = {
-            request.rid: Completion(request, self.tokenizer) for request in batch.requests
-        }
-        try:
-            self._run(batch, completions)
-        except BaseException:
-            self._abandon()
-            raise
+        completions = self._complete(batch)
         text = self.tokenizer.token_text if batch.return_text_in_logprobs else None
-        replies = [native_reply(c.snapshot(), token_text=text) for c in completions.values()]
+        replies = [native_reply(c.snapshot(), token_text=text) for c in completions]
         return replies if batch.is_list else replies[0]
+
+    def embed(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+        pooling: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+    ) -> Any:
+        """Turn prompts into vectors: hidden states behind the final norm, each prompt with its own adapter.
+
+        Args:
+            prompts, input_ids, lora_path: as for :meth:`generate`.
+            pooling: ``last`` is the state of the last token, ``mean`` the mean over all tokens.
+            normalize: divide each vector by its Euclidean length.
+
+        Returns:
+            A list of floats for one prompt; a list of such lists, in order, for a list.
+
+        Raises:
+            RequestError: a field is wrong or an adapter is unknown.
+            EngineFault: the engine failed; this object can no longer be used.
+        """
+        if pooling not in ("last", "mean"):
+            raise RequestError(f"pooling is {pooling!r}; allowed: last, mean", "pooling")
+        body = {"text": prompts, "input_ids": input_ids, "lora_path": lora_path}
+        batch = self._intake.make_requests(
+            body | {"sampling_params": {"max_new_tokens": 0}},
+            Pooling(kind=pooling, normalize=normalize),
+        )
+        vectors = [vector_floats(done.embedding or b"") for done in self._complete(batch)]
+        return vectors if batch.is_list else vectors[0]
 
     def load_lora_adapter(
         self, name: str, path: str, *, pinned: bool = False, replace: bool = False
@@ -189,6 +215,18 @@ class LLM:
 
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
+
+    def _complete(self, batch: RequestBatch) -> list[Completion]:
+        """The completions of a call, finished, in order."""
+        completions = {
+            request.rid: Completion(request, self.tokenizer) for request in batch.requests
+        }
+        try:
+            self._run(batch, completions)
+        except BaseException:
+            self._abandon()
+            raise
+        return list(completions.values())
 
     def _run(self, batch: RequestBatch, completions: Mapping[str, Completion]) -> None:
         for request in batch.requests:

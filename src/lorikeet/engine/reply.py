@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -72,3 +73,8 @@ def _tops(
         [_position(logprob, token_id, token_text) for logprob, token_id in item.top] or None
         for item in positions
     ]
+
+
+def vector_floats(embedding: bytes) -> list[float]:
+    """The numbers of ``RequestOutput.embedding``."""
+    return list(struct.unpack(f"<{len(embedding) // 4}f", embedding))

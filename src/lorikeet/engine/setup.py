@@ -150,6 +150,7 @@ def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> Sched
         max_loras_per_batch=config.max_loras_per_batch,
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
+        max_queued=config.max_queued_requests,
     )
 
 
@@ -167,6 +168,7 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
         "architecture": spec.architecture,
         "context_length": target.context_length,
         "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": target.device.type,
         "device_name": torch.cuda.get_device_name(target.device) if on_gpu else None,

@@ -8,7 +8,7 @@ from typing import Self
 
 from lorikeet.core.request import FinishReason
 from lorikeet.engine.completion import Completion
-from lorikeet.errors import EngineDeadError, EngineFault, RequestError, UserError
+from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserError
 
 
 class CompletionStream:
@@ -19,7 +19,7 @@ class CompletionStream:
     steps, and nothing queues up. Ends when every completion has finished.
 
     Raises (while iterating):
-        EngineDeadError: the engine died; updates that came before have been yielded.
+        EngineFault: the engine died, or the server ends; updates that came before have been yielded.
     """
 
     def __init__(self, size: int, abandon: Callable[[CompletionStream], None]) -> None:
@@ -27,7 +27,7 @@ class CompletionStream:
         self._num_unfinished = size
         self._changed: dict[int, Completion] = {}
         self._wake = asyncio.Event()
-        self._fault: EngineDeadError | None = None
+        self._fault: EngineFault | None = None
 
     def __aiter__(self) -> Self:
         return self
@@ -54,7 +54,7 @@ class CompletionStream:
         self._changed[index] = completion
         self._wake.set()
 
-    def fail(self, fault: EngineDeadError) -> None:
+    def fail(self, fault: EngineFault) -> None:
         self._fault = fault
         self._wake.set()
 
@@ -67,8 +67,8 @@ def finish_error(finish: FinishReason) -> UserError | EngineFault | None:
     error: UserError | EngineFault
     if status < 500:
         error = RequestError(finish.message or "the request was refused")
-    elif status == EngineDeadError.status_code:
-        error = EngineDeadError(finish.message or "the engine is not available")
+    elif status == UnavailableError.status_code:
+        error = UnavailableError(finish.message or "the engine is not available")
     else:
         error = EngineFault(finish.message or "the engine failed")
     error.status_code = status

@@ -254,7 +254,7 @@ def make_worker(
     if device.type == "cuda":
         warm_up_draw(draw, target.spec.vocab_size, target.dtype, lanes.sampled_L)
     return Worker(
-        forward=model,
+        network=model,
         attention=target.attention,
         inputs=inputs,
         sampler=Sampler(

@@ -1,6 +1,6 @@
 """The inputs of one forward pass, as an argument of every layer: there is no global context.
 
-Shape legend: T tokens of the step, N rows of T whose logits are wanted.
+Shape legend: T tokens of the step, N rows of T whose logits are wanted, P rows of T that are pooled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class ForwardBatch:
         positions_T: of the tokens in their sequences.
         sampled_L: the newest sampled token of each lane (``worker/lanes.py``); None if every id is known.
         logits_rows_N: rows of T whose logits are wanted, in the order of the result. May repeat. None: all rows.
+        pooled_rows_P: rows of T whose states behind the final norm are wanted, for ``Decoder.forward_pooled``.
         lora: which row uses which adapter; None if all rows are the base model's.
         rope_lengths_T: int64; only for models whose frequencies depend on the sequence's length (``dynamic``), and only
             needed when a sequence is longer than ``max_position``: for each token the length that it is rotated for.
@@ -35,6 +36,7 @@ class ForwardBatch:
     kv: KVStorage
     logits_rows_N: torch.Tensor | None
     sampled_L: torch.Tensor | None = None
+    pooled_rows_P: torch.Tensor | None = None
     lora: LoRABatch | None = None
     rope_lengths_T: torch.Tensor | None = None
 

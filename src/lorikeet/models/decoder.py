@@ -95,6 +95,18 @@ class Decoder(nn.Module):
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits of the rows that are wanted, [N, V] in the weights' type; stores the step's keys and values in
         ``batch.kv``."""
+        return self.lm_head(self._states(batch, batch.logits_rows_N), batch)
+
+    def forward_pooled(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`forward`, and the states behind the final norm of the rows that are pooled, [P, D]."""
+        assert batch.logits_rows_N is not None
+        assert batch.pooled_rows_P is not None
+        num_logits = len(batch.logits_rows_N)
+        x_MD = self._states(batch, torch.cat((batch.logits_rows_N, batch.pooled_rows_P)))
+        return self.lm_head(x_MD[:num_logits], batch), x_MD[num_logits:]
+
+    def _states(self, batch: ForwardBatch, rows_N: torch.Tensor | None) -> torch.Tensor:
+        """States behind the final norm, [N, D]; of all tokens for None."""
         cos_sin_TH = self._rotary.cos_sin(batch)
         x_TD: torch.Tensor = self.embed_tokens(batch)
         delta_TD: torch.Tensor | None = None
@@ -102,8 +114,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x_TD, delta_TD, residual_TD = layer(x_TD, delta_TD, residual_TD, cos_sin_TH, batch)
         assert residual_TD is not None
-        if (rows_N := batch.logits_rows_N) is not None:
+        if rows_N is not None:
             x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
             delta_TD = None if delta_TD is None else delta_TD.index_select(0, rows_N)
-        x_ND, _ = self.norm(x_TD, residual_TD, delta_TD)
-        return self.lm_head(x_ND, batch)
+        return self.norm(x_TD, residual_TD, delta_TD)[0]

@@ -19,6 +19,7 @@ class SchedulerLimits:
         policy: ``fcfs`` (first come, first served) or ``lpm`` (longest cached prefix first).
         max_passes: requests that may be admitted before one that came earlier and waits for room for its adapter
             (or, with ``lpm``, has a shorter cached prefix).
+        max_queued: sequences that may wait; None for any number. Kept to by whoever adds sequences.
     """
 
     max_running: int
@@ -29,6 +30,7 @@ class SchedulerLimits:
     eos_token_ids: frozenset[int]
     policy: str = "fcfs"
     max_passes: int = 64
+    max_queued: int | None = None
 
     def __post_init__(self) -> None:
         for name in (

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from lorikeet.core.plan import (
     DecodeRow,
+    PooledVector,
     PrefillChunk,
     SampledToken,
     SequenceStart,
@@ -175,7 +176,9 @@ class Scheduler:
         """
         expected = [chunk.seq for chunk in plan.chunks if chunk.sample]
         expected.extend([row.seq for row in plan.rows])
-        if result.step != plan.step or [token.seq for token in result.tokens] != expected:
+        pooled = [chunk.seq for chunk in plan.chunks if chunk.pool]
+        found = [token.seq for token in result.tokens], [item.seq for item in result.vectors]
+        if result.step != plan.step or found != (expected, pooled):
             raise ValueError(f"the result does not fit the plan of step {plan.step}")
         releases = self._close(plan)
         self._residency.copies_done(result.copied, result.failed_copies)
@@ -192,6 +195,10 @@ class Scheduler:
             seq = self._state.sequences.get(token.seq)
             if seq is not None:
                 self._take_token(seq, token)
+        for vector in result.vectors:
+            seq = self._state.sequences.get(vector.seq)
+            if seq is not None:
+                self._take_vector(seq, vector)
         for version in releases:
             self._residency.release(version)
 
@@ -225,26 +232,7 @@ class Scheduler:
         return outputs
 
     def stats(self) -> SchedulerStats:
-        num_pages, num_cached = self._kv.num_pages, self._kv.num_cached
-        return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._queue),
-            num_running_adapters=len(self._running.num_of_version),
-            num_waiting_adapters=self._queue.num_versions,
-            running_versions=tuple(self._running.num_of_version),
-            waiting_versions=tuple(self._queue.versions(self._queue.num_versions)),
-            num_waiting_for_adapter=len(self._queue)
-            - sum(map(self._queue.num_of_version, [0, *self._residency.usable()])),
-            num_pages=num_pages,
-            num_used_pages=num_pages - self._kv.num_free - num_cached,
-            num_cached_pages=num_cached,
-            total_prompt_tokens=self._counters.prompt_tokens,
-            total_cached_tokens=self._counters.cached_tokens,
-            total_output_tokens=self._counters.output_tokens,
-            total_preemptions=self._counters.preemptions,
-            total_finished=self._counters.finished,
-            total_adapter_device_evictions=self._residency.num_device_evictions,
-        )
+        return self._state.stats()
 
     def check_integrity(self) -> None:
         """Compare every count here, in the page manager and in the residency.
@@ -297,7 +285,14 @@ class Scheduler:
         end = min(seq.num_tokens, start + budget.tokens)
         is_last = end == seq.num_tokens
         plan.chunks.append(
-            PrefillChunk(seq=seq.id, start=start, end=end, new_page_ids=new_pages, sample=is_last)
+            PrefillChunk(
+                seq=seq.id,
+                start=start,
+                end=end,
+                new_page_ids=new_pages,
+                sample=is_last and seq.request.pooling is None,
+                pool=is_last and seq.request.pooling is not None,
+            )
         )
         budget.tokens -= end - start
         seq.num_scheduled = end
@@ -359,6 +354,7 @@ class Scheduler:
                 seed=seq.seed,
                 logprob_start=seq.logprob_start,
                 num_top_logprobs=seq.num_top_logprobs,
+                pooling=seq.request.pooling,
             )
         )
         self._plan_chunk(plan, seq, admitted.new_pages, budget)
@@ -378,6 +374,13 @@ class Scheduler:
         if next(iter(self._state.in_flight), None) != plan.step:
             raise ValueError(f"step {plan.step} is not the oldest that is in flight")
         return self._state.in_flight.pop(plan.step)
+
+    def _take_vector(self, seq: Sequence, vector: PooledVector) -> None:
+        seq.num_pending -= 1
+        reason = FinishReason(kind="length", length=0)
+        if vector.error is not None:
+            reason = failure(vector.error)
+        self._state.end(seq, reason, [], None, vector.values or None)
 
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.num_pending -= 1

@@ -9,7 +9,7 @@ from lorikeet.kv.manager import KVManager
 from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
-from lorikeet.scheduler.stats import Counters
+from lorikeet.scheduler.stats import Counters, SchedulerStats
 
 
 class State:
@@ -65,7 +65,12 @@ class State:
         self.outputs.append(output)
 
     def end(
-        self, seq: Sequence, reason: FinishReason, token_ids: list[int], token: SampledToken | None
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        token_ids: list[int],
+        token: SampledToken | None,
+        embedding: bytes | None = None,
     ) -> None:
         """The one place where a sequence ends: everything it holds is given back, and its terminal output made."""
         if seq.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
@@ -78,6 +83,7 @@ class State:
         del self.sequences[seq.id]
         self.counters.finished += 1
         self.emit(seq, reason, token_ids, token)
+        self.outputs[-1].embedding = embedding
 
     def of_version(self, version: int) -> list[Sequence]:
         """All sequences of an adapter version, those that run first."""
@@ -105,6 +111,28 @@ class State:
             releases.append(seq.version)
         else:
             self.residency.release(seq.version)
+
+    def stats(self) -> SchedulerStats:
+        num_pages, num_cached = self.kv.num_pages, self.kv.num_cached
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.queue),
+            num_running_adapters=len(self.running.num_of_version),
+            num_waiting_adapters=self.queue.num_versions,
+            running_versions=tuple(self.running.num_of_version),
+            waiting_versions=tuple(self.queue.versions(self.queue.num_versions)),
+            num_waiting_for_adapter=len(self.queue)
+            - sum(map(self.queue.num_of_version, [0, *self.residency.usable()])),
+            num_pages=num_pages,
+            num_used_pages=num_pages - self.kv.num_free - num_cached,
+            num_cached_pages=num_cached,
+            total_prompt_tokens=self.counters.prompt_tokens,
+            total_cached_tokens=self.counters.cached_tokens,
+            total_output_tokens=self.counters.output_tokens,
+            total_preemptions=self.counters.preemptions,
+            total_finished=self.counters.finished,
+            total_adapter_device_evictions=self.residency.num_device_evictions,
+        )
 
     def check_integrity(self, limits: SchedulerLimits) -> None:
         """Compare the sets of sequences with each other and with what the managers hold.

@@ -21,6 +21,8 @@ from lorikeet.engine.transport import ClientTransport, EngineAddress
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
+from lorikeet.server.drain import Drain, DrainGate
+from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.limits import BodyLimits, Limits
@@ -30,13 +32,13 @@ from lorikeet.server.openai import OpenAIRoutes
 
 SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
 
-# How long running requests may take to finish after SIGTERM before they are cut off.
-DRAIN_S = 30
 # How long /health_generate waits for its token before it calls the engine stuck.
 HEALTH_TIMEOUT_S = 20.0
 LIMITS = Limits()
 # Probes need no key; what changes the server needs the admin key, if there is one.
 OPEN_PATHS = ("/health", "/health_generate")
+# What may be asked while running requests finish: how many there are, and to end them.
+DRAIN_PATHS = ("/metrics", "/abort_request")
 ADMIN_PATHS = ("/flush_cache", "/abort_request", *adapters.ADMIN_PATHS)
 
 
@@ -45,6 +47,7 @@ def make_app(
     client: EngineClient,
     registry: CollectorRegistry,
     *,
+    drain: Drain,
     health_timeout: float = HEALTH_TIMEOUT_S,
     limits: Limits = LIMITS,
 ) -> FastAPI:
@@ -52,6 +55,7 @@ def make_app(
 
     Args:
         registry: the one the client counts in; shown at ``/metrics`` if the configuration says so.
+        drain: begun when the server is to end.
         health_timeout: seconds that ``/health_generate`` waits for its token.
         limits: on the bodies of requests.
     """
@@ -59,6 +63,7 @@ def make_app(
     app.include_router(NativeRoutes(client).router())
     app.include_router(AdapterRoutes(config, client).router())
     app.include_router(CompletionRoutes(config, client).router())
+    app.include_router(EmbeddingRoutes(config, client).router())
     app.include_router(OpenAIRoutes(config, client).router())
     app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
     if config.enable_metrics:
@@ -74,6 +79,7 @@ def make_app(
         admin_paths=ADMIN_PATHS,
         open_paths=OPEN_PATHS,
     )
+    app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
     app.add_middleware(AccessLog)
     return app
 
@@ -84,16 +90,14 @@ def _needs_key(config: ServerConfig, path: str) -> bool:
     return config.api_key is not None and path not in OPEN_PATHS
 
 
-def serve(
-    config: ServerConfig, *, spawn: SpawnEngine = spawn_engine, drain_seconds: int = DRAIN_S
-) -> None:
+def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
     """Serve until SIGTERM or SIGINT, then let running requests finish. Call it in the main thread.
 
-    A second signal ends it at once. When it returns or raises, the engine process is gone.
+    Meanwhile new ones get 503, and what has not finished after ``config.shutdown_timeout`` is cut off with 503. A second
+    signal ends it at once. When it returns or raises, the engine process is gone.
 
     Args:
         spawn: starts the engine process.
-        drain_seconds: how long running requests may take to finish.
 
     Raises:
         UserError: flags or files are wrong (ConfigError: the port is in use, ...). Nothing was served.
@@ -106,7 +110,7 @@ def serve(
         try:
             process = spawn(config, address)
             try:
-                work = _run(config, tokenizer, address, process, listener, drain_seconds)
+                work = _run(config, tokenizer, address, process, listener)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     runner.run(work)
             finally:
@@ -121,7 +125,6 @@ async def _run(
     address: EngineAddress,
     process: BaseProcess,
     listener: socket.socket,
-    drain_seconds: int,
 ) -> None:
     registry = CollectorRegistry()
     client = EngineClient(
@@ -134,9 +137,10 @@ async def _run(
     )
 
     def make_server() -> HTTPServer:
-        app = make_app(config, client, registry)
+        drain = Drain(config.shutdown_timeout)
+        app = make_app(config, client, registry, drain=drain)
         ready_line = _ready_line(config, client)
-        return HTTPServer(app, drain_seconds=drain_seconds, ready_line=ready_line, limits=LIMITS)
+        return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
     await run_server(client, process, listener, make_server)
 

@@ -10,13 +10,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lorikeet.config import ServerConfig
-from lorikeet.core.request import FinishReason
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Snapshot
-from lorikeet.engine.stream import CompletionStream, finish_error
-from lorikeet.errors import EngineFault, RequestError, UserError
-from lorikeet.server.adapters import served_adapters
-from lorikeet.server.errors import ModelNotFoundError, describe
+from lorikeet.engine.stream import CompletionStream
+from lorikeet.errors import EngineFault, UserError
+from lorikeet.server.errors import describe
 from lorikeet.server.native import LARGE_BODY
 from lorikeet.server.openai_bodies import ChatBody, CompletionBody
 from lorikeet.server.openai_calls import Call, CallReader
@@ -27,6 +25,7 @@ from lorikeet.server.openai_replies import (
     MakeChoice,
     Reply,
 )
+from lorikeet.server.openai_submit import check_finish, submit
 from lorikeet.server.protocol import body_schema
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
@@ -78,7 +77,7 @@ class CompletionRoutes:
         data = await request.body()
         is_large = len(data) > LARGE_BODY
         call = await asyncio.to_thread(form.read, data) if is_large else form.read(data)
-        stream = await until_disconnect(request.receive, self._submit(call))
+        stream = await until_disconnect(request.receive, submit(self._client, call))
         if call.body.stream:
             return EventStream(self._events(stream, call, form), on_end=stream.close)
         try:
@@ -87,29 +86,12 @@ class CompletionRoutes:
         finally:
             stream.close()
 
-    async def _submit(self, call: Call) -> CompletionStream:
-        requests = call.batch.requests
-        try:
-            return await self._client.submit(requests, {item.rid: call.id for item in requests})
-        except RequestError as error:
-            # The engine says why, not which field: it may be the adapter, or a grammar.
-            if call.adapter is None or await self._is_served(call.adapter):
-                raise call.in_own_words(error) from error
-            if not call.named_by_model:
-                raise RequestError(f"lora_path: {error}", "lora_path") from error
-            raise ModelNotFoundError(
-                f"the model {call.body.model!r} does not exist: {error}", "model"
-            ) from error
-
-    async def _is_served(self, adapter: str) -> bool:
-        return adapter in [item["name"] for item in await served_adapters(self._client)]
-
     async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
         finished: dict[int, Snapshot] = {}
         async for index, completion in stream:
             if completion.finish is not None:
-                _check_finish(completion.finish)
+                check_finish(completion.finish)
                 finished[index] = completion.snapshot()
         snapshots = [finished[index] for index in range(len(call.batch.requests))]
         choices = [
@@ -129,7 +111,7 @@ class CompletionRoutes:
         try:
             async for index, completion in stream:
                 if completion.finish is not None:
-                    _check_finish(completion.finish)
+                    check_finish(completion.finish)
                 snapshot = completion.snapshot()
                 for choice in choices[index].chunks(snapshot):
                     yield frame(envelope.chunk(choice))
@@ -144,12 +126,3 @@ class CompletionRoutes:
 
 def _envelope(call: Call, form: _Form) -> Envelope:
     return Envelope(call, kind=form.kind, chunk_kind=form.chunk_kind)
-
-
-def _check_finish(finish: FinishReason) -> None:
-    """Raise what a terminal output stands for; a completion that was cut off is none."""
-    error = finish_error(finish)
-    if error is None and finish.kind == "abort":
-        error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")
-    if error is not None:
-        raise error

@@ -64,6 +64,10 @@ def _openai(choice: Schema) -> Schema:
     return _object("id object created:integer model", choices=_list(choice), usage=_USAGE)
 
 
+_VECTOR = _object(
+    "object index:integer",
+    embedding={"oneOf": [_list(_schema("number")), _schema("string")]},
+)
 REPLIES: dict[str, Schema] = {
     "/generate": {"oneOf": [_COMPLETION, _list(_COMPLETION)]},
     "/abort_request": _object("aborted:integer"),
@@ -76,6 +80,7 @@ REPLIES: dict[str, Schema] = {
     "/v1/adapters/{name}": _ADAPTER,
     "/v1/completions": _openai(_object(f"text {_CHOICE}")),
     "/v1/chat/completions": _openai(_object(_CHOICE, message=_MESSAGE)),
+    "/v1/embeddings": _object("id object model", data=_list(_VECTOR), usage=_schema("object")),
     "/v1/models": _object("object", data=_list(_CARD)),
     "/v1/models/{model_id}": _CARD,
     "/health": _STATUS,
@@ -99,10 +104,16 @@ _REFUSALS = {
     "408": "The body came too slowly",
     "413": "The body is too large",
     "500": "An error of the server",
-    "503": "The engine is gone or does not answer",
+    "503": "The engine is gone or does not answer, its queue is full, or the server shuts down",
 }
 _OF_BODIES = {"400", "408", "413"}
-_NOT_FOUND = (*_STREAMS[1:], "/v1/models/{model_id}", "/v1/adapters/{name}", _TEXTS[1])
+_NOT_FOUND = (
+    *_STREAMS[1:],
+    "/v1/embeddings",
+    "/v1/models/{model_id}",
+    "/v1/adapters/{name}",
+    _TEXTS[1],
+)
 _OWN_FORMS = {path: _LOADED for path, reply in REPLIES.items() if reply is _LOADED} | dict.fromkeys(
     _TEXTS[:2], _VLLM_ERROR
 )

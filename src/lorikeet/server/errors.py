@@ -14,13 +14,15 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lorikeet.errors import EngineFault, RequestError, UserError
+from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserError
 from lorikeet.server.replies import JSONReply
 
 ErrorBody = dict[str, dict[str, Any]]
 
 # What nginx logs for a client that left before its answer; nobody receives it.
 CLIENT_CLOSED_REQUEST = 499
+# Seconds, for refusals whose reason passes. Clients of the field wait that long and try again, up to their own limit.
+RETRY_AFTER = {"Retry-After": "1"}
 
 _TYPES = {
     401: "authentication_error",
@@ -74,7 +76,8 @@ def _on_own(request: Request, error: Exception) -> Response:
     if not isinstance(error, UserError | EngineFault):
         raise error
     status, body = describe(error)
-    return JSONReply(body, status_code=status)
+    headers = RETRY_AFTER if isinstance(error, UnavailableError) else None
+    return JSONReply(body, status_code=status, headers=headers)
 
 
 def _on_http(request: Request, error: Exception) -> Response:

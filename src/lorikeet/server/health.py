@@ -17,7 +17,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
-from lorikeet.errors import RequestError
+from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import error_response
 from lorikeet.server.replies import JSONReply, until_disconnect
@@ -74,10 +74,12 @@ class HealthRoutes:
         return JSONReply({"status": "ok"})
 
     async def health_generate(self, request: Request) -> Response:
-        """Generate one token; 503 if the engine is dead or does not answer in time."""
+        """Generate one token; 503 if the engine is dead or does not answer in time. A full queue is no illness."""
         try:
             async with asyncio.timeout(self._generate_timeout):
                 await until_disconnect(request.receive, self._generate_one())
+        except UnavailableError:
+            self._client.check_alive()
         except TimeoutError:
             return error_response(
                 f"the engine produced no token within {self._generate_timeout:g} seconds", 503

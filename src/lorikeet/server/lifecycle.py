@@ -16,13 +16,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorikeet.engine.client import EngineClient
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, UnavailableError
+from lorikeet.server.drain import MESSAGE, Drain
 from lorikeet.server.limits import MAX_HEAD, Connection, Limits
 
 logger = logging.getLogger(__name__)
 
 # How long the engine process may take to end after it was told to, before it is terminated, and then killed.
 ENGINE_EXIT_S = 5.0
+# How long the last words of requests that were cut off may take to reach clients that read slowly.
+FLUSH_S = 5
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,13 +61,11 @@ class HTTPServer(uvicorn.Server):
     """uvicorn on a socket that is already bound, logging the line that says it is ready.
 
     Args:
-        drain_seconds: how long running requests may take to finish once it stops.
+        drain: that of the application.
         limits: on connections.
     """
 
-    def __init__(
-        self, app: FastAPI, *, drain_seconds: int, ready_line: str, limits: Limits
-    ) -> None:
+    def __init__(self, app: FastAPI, *, drain: Drain, ready_line: str, limits: Limits) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -76,9 +77,10 @@ class HTTPServer(uvicorn.Server):
                 http=Connection,
                 h11_max_incomplete_event_size=MAX_HEAD,
                 timeout_keep_alive=limits.head_seconds,
-                timeout_graceful_shutdown=drain_seconds,
+                timeout_graceful_shutdown=FLUSH_S,
             )
         )
+        self.drain = drain
         self._ready_line = ready_line
 
     @contextlib.contextmanager
@@ -89,6 +91,11 @@ class HTTPServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         logger.info("%s", self._ready_line)
+
+    def hang_up(self) -> None:
+        """Drop every connection, and what its client has not read."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class StopSignals:
@@ -154,6 +161,8 @@ async def _serve(
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     death = asyncio.ensure_future(client.died())
     await _first(serving, death, stop.asked.wait())
+    if stop.asked.is_set():
+        await _drain(server, client, serving, death, stop.forced.wait())
     server.should_exit = True
     await _first(serving, stop.forced.wait())
     if not serving.done():
@@ -164,6 +173,23 @@ async def _serve(
     if death.done():
         raise death.result()
     await _cancelled(death)
+
+
+async def _drain(
+    server: HTTPServer, client: EngineClient, *ends: asyncio.Future[Any] | Coroutine[Any, Any, Any]
+) -> None:
+    """Refuse what is new until nothing runs any more, or one of ``ends`` is done; cut off what takes too long."""
+    drain = server.drain
+    drain.begin()
+    waiting = asyncio.ensure_future(_first(drain.idle(), *ends))
+    _, too_long = await asyncio.wait((waiting,), timeout=drain.timeout)
+    if too_long:
+        num_cut = client.cut_off(UnavailableError(MESSAGE))
+        logger.warning("%d requests were cut off after %g s", num_cut, drain.timeout)
+        _, unread = await asyncio.wait((waiting,), timeout=FLUSH_S)
+        if unread:
+            server.hang_up()
+    await _cancelled(waiting)
 
 
 async def _first(*work: asyncio.Future[Any] | Coroutine[Any, Any, Any]) -> None:

@@ -89,6 +89,25 @@ class OpenAIBody(NeutralFields):
     ebnf: str | None = Field(None, description="a string")
 
 
+class EmbeddingBody(StrictBody):
+    """``POST /v1/embeddings``."""
+
+    model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
+    input: str | list[Any] = Field(
+        description="a string, a list of strings, a list of token ids or a list of such lists"
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="float or base64 (of little-endian float32)"
+    )
+    dimensions: int | None = Field(None, description="an integer")
+    user: str | None = Field(None, description="a string")
+    lora_path: str | None = Field(None, description="an adapter's name or null")
+    pooling: Literal["last", "mean"] | None = Field(
+        None, description="last (the last token's state) or mean (over all tokens)"
+    )
+    normalize: bool | None = Field(None, description="true or false")
+
+
 class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 

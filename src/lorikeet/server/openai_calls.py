@@ -70,33 +70,44 @@ _MESSAGE_FIELDS = ("role", "content", "name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call, checked.
+class ModelCall:
+    """One call for a model, checked.
 
     Attributes:
         id: of the reply; ``POST /abort_request`` takes it.
+        model: as the client wrote it.
         adapter: the adapter of every request; None is the base.
         named_by_model: ``model`` names the adapter, not ``lora_path``.
         names: native name of a field -> the client's.
-        echo: the text of each prompt, if the choices begin with it.
     """
 
-    body: OpenAIBody
     id: str
+    model: str
     batch: RequestBatch
     adapter: str | None
     named_by_model: bool
     names: Mapping[str, str]
+
+    def in_own_words(self, error: RequestError) -> RequestError:
+        """A refusal of the native API's as one of this API's."""
+        return in_own_words(error, self.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(ModelCall):
+    """One call for completions, checked.
+
+    Attributes:
+        echo: the text of each prompt, if the choices begin with it.
+    """
+
+    body: OpenAIBody
     echo: list[str] | None = None
 
     @property
     def num_samples(self) -> int:
         """Choices for each prompt."""
         return self.body.n or 1
-
-    def in_own_words(self, error: RequestError) -> RequestError:
-        """A refusal of the native API's as one of this API's."""
-        return in_own_words(error, self.names)
 
 
 class CallReader:
@@ -174,7 +185,7 @@ class CallReader:
         }
         sampling["max_new_tokens"] = max_tokens
         sampling |= read_response_format(body.response_format)
-        by_model = self._adapter_of(body.model)
+        by_model = self.adapter_of(body.model)
         adapter = body.lora_path if by_model is None else by_model
         call_id = f"{kind}-{uuid.uuid4().hex}"
         fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
@@ -185,13 +196,14 @@ class CallReader:
         return Call(
             body=body,
             id=call_id,
+            model=body.model,
             batch=batch,
             adapter=adapter,
             named_by_model=by_model is not None,
             names=names,
         )
 
-    def _adapter_of(self, model: str) -> str | None:
+    def adapter_of(self, model: str) -> str | None:
         """The adapter that ``model`` names; None if it is the base. Whether it exists is the engine's to say."""
         if model == self._base:
             return None

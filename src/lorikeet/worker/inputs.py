@@ -13,6 +13,7 @@ import torch
 
 from lorikeet.attention.base import AttentionInputs
 from lorikeet.core.plan import DecodeRow, PrefillChunk, SequenceStart, StepPlan
+from lorikeet.core.request import Pooling
 from lorikeet.errors import EngineFault
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
@@ -30,6 +31,7 @@ class SequenceState:
         lane: where its page table and its newest token are.
         slot: device slot of its adapter, 0 for the base model.
         prompt_logprob_start: first prompt position whose log-probability is wanted, or -1.
+        pooling: None if the sequence samples tokens.
     """
 
     tokens: list[int]
@@ -37,6 +39,7 @@ class SequenceState:
     lane: int
     slot: int
     prompt_logprob_start: int
+    pooling: Pooling | None = None
 
     def prompt_logprob_rows(self, chunk: PrefillChunk) -> range:
         """Positions of ``chunk`` whose logits predict a prompt token that was asked for.
@@ -48,6 +51,22 @@ class SequenceState:
             return range(0)
         first = max(chunk.start, self.prompt_logprob_start - 1)
         return range(first, max(first, min(chunk.end, self.num_prompt - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class PooledPart:
+    """What a step computes of a sequence that is pooled.
+
+    Attributes:
+        start: position of its first token in this step.
+        num_rows: how many states it takes; all of its tokens for a mean, else the last one or none.
+        is_last: its vector is complete with them.
+    """
+
+    seq: int
+    start: int
+    num_rows: int
+    is_last: bool
 
 
 @dataclass(slots=True)
@@ -63,6 +82,7 @@ class StepLayout:
         lengths_N: tokens of each.
         ids_T, positions_T, logits_rows: see :class:`ForwardBatch`.
         num_chunks: how many of the sequences are chunks.
+        pooled: sequences that are pooled, in batch order; ``pooled_rows`` are the rows of T that they take.
     """
 
     lanes_N: np.ndarray
@@ -76,6 +96,8 @@ class StepLayout:
     sampled_lanes: np.ndarray
     logits_rows: list[int]
     prompt_rows: list[tuple[int, int, int]] = field(default_factory=list)
+    pooled: list[PooledPart] = field(default_factory=list)
+    pooled_rows: list[int] = field(default_factory=list)
 
     @property
     def is_decode(self) -> bool:
@@ -147,11 +169,12 @@ class InputBuilder:
             layout.positions_T,
             self.places(lanes_T, layout.positions_T),
             np.asarray(layout.logits_rows, dtype=self._int),
+            np.asarray(layout.pooled_rows, dtype=self._int),
             *self.attention_arrays(layout),
         ]
         plan = self._lora_plan(layout)
         lora_arrays = [] if plan is None else plan.arrays
-        ids, positions, places, rows, table, starts, kv_lens, *rest = Upload(
+        ids, positions, places, rows, pooled_rows, table, starts, kv_lens, *rest = Upload(
             [*arrays, *more, *lora_arrays], self._device
         ).tensors()
         lora = None if plan is None else plan.batch(rest[len(more) :])
@@ -162,6 +185,7 @@ class InputBuilder:
             kv=self._kv,
             lora=lora,
             logits_rows_N=None if layout.is_decode else rows,
+            pooled_rows_P=pooled_rows if layout.pooled_rows else None,
             sampled_L=self.lanes.sampled_L,
         )
         return batch, rest[: len(more)]
@@ -207,6 +231,7 @@ class InputBuilder:
             lane=self.lanes.open(start.page_ids),
             slot=start.slot,
             prompt_logprob_start=start.logprob_start,
+            pooling=start.pooling,
         )
 
     def _state(self, seq: int) -> SequenceState:
@@ -234,6 +259,8 @@ class _Parts:
         self._sample_rows: list[int] = []
         self._prompt_rows: list[int] = []
         self._prompts: list[tuple[int, int, int]] = []
+        self._pooled: list[PooledPart] = []
+        self._pooled_rows: list[int] = []
 
     def add_chunk(self, chunk: PrefillChunk, state: SequenceState) -> None:
         base = self._num_tokens - chunk.start
@@ -250,6 +277,10 @@ class _Parts:
             self._prompts.append((chunk.seq, wanted.start + 1, len(wanted)))
         if chunk.sample:
             self._sample(chunk.seq, state)
+        if state.pooling is not None:
+            num_rows = length if state.pooling.kind == "mean" else int(chunk.pool)
+            self._pooled.append(PooledPart(chunk.seq, chunk.start, num_rows, chunk.pool))
+            self._pooled_rows.extend(range(self._num_tokens - num_rows, self._num_tokens))
 
     def add_rows(self, rows: list[DecodeRow], states: list[SequenceState]) -> None:
         lanes = [state.lane for state in states]
@@ -273,6 +304,8 @@ class _Parts:
             sampled_lanes=np.asarray(self._sampled_lanes, dtype=self._int),
             logits_rows=self._prompt_rows + self._sample_rows,
             prompt_rows=self._prompts,
+            pooled=self._pooled,
+            pooled_rows=self._pooled_rows,
         )
 
     def _add(self, state: SequenceState, length: int, kv_len: int) -> None:

@@ -9,7 +9,7 @@ per sequence.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from lorikeet.worker.copier import Copier
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.logprobs import PendingPrompt
 from lorikeet.worker.pending_sample import PendingSample
+from lorikeet.worker.pooler import PendingVectors, Pooler
 from lorikeet.worker.sampler import Sampler
 
 # A step that has nothing to compute waits this long for a copy, then lets the loop look for new requests.
@@ -37,6 +38,15 @@ class _Flight:
     plan: StepPlan
     sample: PendingSample | None = None
     prompts: dict[int, PendingPrompt] = field(default_factory=dict)
+    vectors: PendingVectors | None = None
+
+
+class Network(Protocol):
+    """See :class:`lorikeet.models.decoder.Decoder`."""
+
+    def forward(self, batch: ForwardBatch, /) -> torch.Tensor: ...
+
+    def forward_pooled(self, batch: ForwardBatch, /) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Graphs(Protocol):
@@ -58,7 +68,7 @@ class Worker:
     """Executes step plans for one rank.
 
     Args:
-        forward: the network: a batch to logits [M, V].
+        network: a batch to logits [M, V], and to states that are pooled.
         inputs: builder of batches, with the states of running sequences.
         sampler: logits to tokens.
         copier: brings adapters to the device; None when LoRA is off.
@@ -69,7 +79,7 @@ class Worker:
     def __init__(
         self,
         *,
-        forward: Callable[[ForwardBatch], torch.Tensor],
+        network: Network,
         attention: AttentionBackend,
         inputs: InputBuilder,
         sampler: Sampler,
@@ -78,12 +88,13 @@ class Worker:
         overlap: bool = False,
     ) -> None:
         self.max_ahead = 1 if overlap else 0
-        self._forward = forward
+        self._network = network
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
         self._copier = copier
         self._graphs = graphs
+        self._pooler = Pooler()
         self._flights: deque[_Flight] = deque()
         # Slots whose copies are not complete.
         self._copying: dict[int, int] = {}
@@ -104,16 +115,16 @@ class Worker:
                 that it was to start are open, as after any other step.
             EngineFault: the plan contradicts this worker's state.
         """
-        for seq in plan.ended:
-            if seq in self._inputs.states:
-                self._inputs.close(seq)
-                self._sampler.end(seq)
+        self._end(plan.ended)
         if self._copier is not None:
             for slot in plan.freed_slots:
                 self._copier.free(slot)
         self._check_slots(plan)
         for start in plan.starts:
-            self._sampler.start(start)
+            if start.pooling is None:
+                self._sampler.start(start)
+            else:
+                self._pooler.start(start.seq, start.pooling)
         self._inputs.apply(plan)
         flight = _Flight(plan)
         if not plan.is_empty:
@@ -138,6 +149,8 @@ class Worker:
             result.prompt_logprobs[seq] = pending.finish()
         if flight.sample is not None:
             result.tokens = flight.sample.finish()
+        if flight.vectors is not None:
+            result.vectors = flight.vectors.finish()
         is_waiting = flight.plan.is_empty and not self._flights
         if is_waiting and self._copier is not None and self._copier.is_busy:
             self._copier.wait(COPY_WAIT_S)
@@ -148,6 +161,13 @@ class Worker:
         """End the thread that copies."""
         if self._copier is not None:
             self._copier.close()
+
+    def _end(self, ended: list[int]) -> None:
+        for seq in ended:
+            if seq in self._inputs.states:
+                self._inputs.close(seq)
+                if not self._pooler.end(seq):
+                    self._sampler.end(seq)
 
     def _check_slots(self, plan: StepPlan) -> None:
         copying = {*self._copying.values(), *(copy.slot for copy in plan.copies)}
@@ -181,7 +201,7 @@ class Worker:
     def _queue(self, layout: StepLayout, flight: _Flight) -> None:
         """Queue a step's work: inputs, network, sampling."""
         arrays = self._sampler.arrays(layout.sampled, layout.sampled_lanes)
-        logits_MV, drawing = self._run_network(layout, arrays)
+        logits_MV, drawing = self._run_network(layout, arrays, flight)
         first = 0
         for seq, position, num_rows in layout.prompt_rows:
             rows = logits_MV[first : first + num_rows]
@@ -202,12 +222,19 @@ class Worker:
             if flight.sample is not None:
                 flight.sample.finish()
 
-    def _run_network(self, layout: StepLayout, arrays: list) -> tuple[torch.Tensor, list]:
+    def _run_network(
+        self, layout: StepLayout, arrays: list, flight: _Flight
+    ) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
-        for graphs in self._graphs:
+        # States that are pooled come out of no graph.
+        for graphs in () if layout.pooled_rows else self._graphs:
             found = graphs.run(layout, arrays)
             if found is not None:
                 return found
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)
-        return self._forward(batch), drawing
+        if not layout.pooled_rows:
+            return self._network.forward(batch), drawing
+        logits_MV, states_PD = self._network.forward_pooled(batch)
+        flight.vectors = self._pooler.launch(states_PD, layout.pooled)
+        return logits_MV, drawing
