@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -27,16 +29,18 @@ from lorikeet.server.openai_replies import (
     MakeChoice,
     Reply,
 )
-from lorikeet.server.protocol import body_schema
+from lorikeet.server.protocol import body_schema, parse_body
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class _Form:
     """What tells one endpoint from the other."""
 
-    read: Callable[[bytes], Call]
+    read: Callable[[bytes], Awaitable[Call]]
     make_choice: MakeChoice
     kind: str
     chunk_kind: str
@@ -47,11 +51,12 @@ class CompletionRoutes:
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
-        reader = CallReader(config.served_model_name or config.model_path, client)
+        base = config.served_model_name or config.model_path
+        self._reader = CallReader(base, client, config.tool_call_parser)
         self._completion = _Form(
-            reader.completion, CompletionChoice, "text_completion", "text_completion"
+            self._read_completion, CompletionChoice, "text_completion", "text_completion"
         )
-        self._chat = _Form(reader.chat, ChatChoice, "chat.completion", "chat.completion.chunk")
+        self._chat = _Form(self._read_chat, ChatChoice, "chat.completion", "chat.completion.chunk")
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
@@ -76,8 +81,7 @@ class CompletionRoutes:
 
     async def _answer(self, request: Request, form: _Form) -> Response:
         data = await request.body()
-        is_large = len(data) > LARGE_BODY
-        call = await asyncio.to_thread(form.read, data) if is_large else form.read(data)
+        call = await form.read(data)
         stream = await until_disconnect(request.receive, self._submit(call))
         if call.body.stream:
             return EventStream(self._events(stream, call, form), on_end=stream.close)
@@ -87,10 +91,25 @@ class CompletionRoutes:
         finally:
             stream.close()
 
+    async def _read_completion(self, data: bytes) -> Call:
+        return await _read(data, lambda: self._reader.completion(data))
+
+    async def _read_chat(self, data: bytes) -> Call:
+        body = await _read(data, lambda: parse_body(ChatBody, data))
+        adapter = self._reader.adapter_of(body)
+        if adapter is not None and adapter not in self._client.adapter_templates:
+            # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
+            with suppress(UserError):
+                await self._client.command("find_adapter", name=adapter)
+        return await _read(data, lambda: self._reader.chat(body))
+
     async def _submit(self, call: Call) -> CompletionStream:
         requests = call.batch.requests
+        groups = {item.rid: call.id for item in requests}
+        tools = call.tools
+        markers = self._client.tokenizer.ids_of(tools.form.markers) if tools else ()
         try:
-            return await self._client.submit(requests, {item.rid: call.id for item in requests})
+            return await self._client.submit(requests, groups, markers=markers)
         except RequestError as error:
             # The engine says why, not which field: it may be the adapter, or a grammar.
             if call.adapter is None or await self._is_served(call.adapter):
@@ -140,6 +159,11 @@ class CompletionRoutes:
         except (UserError, EngineFault) as error:
             yield frame(describe(error)[1])
         yield DONE
+
+
+async def _read(data: bytes, read: Callable[[], _Result]) -> _Result:
+    """Read a body; a large one on a thread, so that other requests need not wait for it."""
+    return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
 
 
 def _envelope(call: Call, form: _Form) -> Envelope:
