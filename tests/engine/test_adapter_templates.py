@@ -114,7 +114,7 @@ def test_a_load_that_fails_is_no_news() -> None:
         assert rig.core.take_templates() == {}
 
 
-def test_finding_an_adapter() -> None:
+def test_finding_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     with closing(AdapterRig(resolver=True)) as rig:
         assert rig.core.command("find_adapter", {"name": "nobody"}) is not None
         rig.write("/found/late", "late")
@@ -127,3 +127,4 @@ def test_finding_an_adapter() -> None:
         rig.until(second.done)
         assert "late" in rig.core.take_templates()
         assert rig.core.command("find_adapter", {"name": "late"}) is None
+    assert "callback" not in caplog.text
