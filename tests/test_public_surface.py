@@ -48,6 +48,7 @@ FLAGS = [
     "--api-key",
     "--admin-api-key",
     "--log-level",
+    "--tool-call-parser",
     "--dtype",
     "--device",
     "--context-length",

@@ -21,8 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lines with code on them: comments, docstrings and blank lines explain, and explaining is free.
 # Raised from 13,000 when adapters learnt to come and go: sources, tiers, endpoints and metrics of their own; and from
 # 15,000 for the GPU: kernels beside their torch forms, attention, graphs, memory; and from 17,500 for the OpenAI API: tool
-# calls in three dialects, embeddings, templates of adapters.
-MAX_PACKAGE_CODE_LINES = 18_700
+# calls in three dialects, embeddings, templates of adapters, limits on what clients send, an honest OpenAPI document.
+MAX_PACKAGE_CODE_LINES = 19_800
 MAX_FILE_LINES = 400
 MAX_TEST_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60

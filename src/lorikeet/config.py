@@ -28,6 +28,7 @@ from lorikeet.masking import mask
 __all__ = ["OPTIONS", "LoRAPath", "ServerConfig", "parse_lora_paths", "resolve"]
 
 _T = TypeVar("_T")
+_TOOL_PARSERS = ("hermes", "llama3", "mistral", "qwen", "qwen25")
 
 
 def _option(default: _T, meaning: str, **rules: Any) -> _T:
@@ -67,6 +68,9 @@ class ServerConfig:
     )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = _option(
         "info", "least level that is logged"
+    )
+    tool_call_parser: str | None = _option(
+        None, "form of the model's tool calls", auto="from the chat template", choices=_TOOL_PARSERS
     )
     dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
         "auto",

@@ -21,9 +21,9 @@ class Hub(Disk):
         super().__init__()
         self.asked: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool) -> HostAdapter:
+    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
         self.asked.append(path)
-        adapter = super().load(name, path, trusted=trusted)
+        adapter = super().load(name, path, trusted=trusted, is_first=is_first)
         return replace(adapter, path=f"/cache/snapshots/{COMMIT}")
 
 

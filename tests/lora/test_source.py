@@ -84,7 +84,12 @@ def test_a_hub_id_is_downloaded_without_pickles(tmp_path, monkeypatch):
     assert calls == [
         (
             "owner/some-adapter_v1.0",
-            ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"],
+            [
+                "adapter_config.json",
+                "adapter_model.safetensors",
+                "chat_template.jinja",
+                "tokenizer_config.json",
+            ],
         )
     ]
 
@@ -180,6 +185,12 @@ def test_a_file_that_is_a_link_out_of_a_root(root, inside):
     weights.symlink_to(root.parent / "outside" / "adapter_model.safetensors")
     assert "leads out of --lora-root" in refused(root / "a", inside)
     assert resolve_source(str(root / "a")) == root / "a"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_that_is_a_link_out_of_a_root(root, inside, name):
+    (root / "a" / name).symlink_to(root.parent / "outside" / "adapter_config.json")
+    assert f"{name} is a link that leads out of --lora-root" in refused(root / "a", inside)
 
 
 def test_a_link_within_a_root_is_followed_once(root, inside):

@@ -20,6 +20,7 @@ FILES = {
     "adapter_config.json": b'{"r": 4}',
     "adapter_model.safetensors": bytes(range(256)) * 400,
     "chat_template.jinja": b"{{ messages }}",
+    "tokenizer_config.json": b"{}",
     "adapter_model.bin": b"pickle",
     "training_args.bin": b"pickle",
     "README.md": b"# an adapter",
@@ -63,6 +64,7 @@ def test_download_takes_only_what_an_adapter_has(hub, options):
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
+        "tokenizer_config.json",
     }
     for path in directory.iterdir():
         assert path.read_bytes() == FILES[path.name]

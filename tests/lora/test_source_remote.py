@@ -62,8 +62,10 @@ def entries(options):
 
 def test_download_over_http(web, options):
     web.files[f"/a/{'chat_template.jinja'}"] = b"{{ messages }}"
+    web.files["/a/tokenizer_config.json"] = b"{}"
     web.files["/a/adapter_model.bin"] = b"pickle"
     directory = resolve_source(f"{web.url}/a/", options)
+    assert (directory / "tokenizer_config.json").read_bytes() == b"{}"
     assert (directory / CONFIG).read_bytes() == b'{"r": 4}'
     assert (directory / WEIGHTS).read_bytes() == weights()
     assert (directory / "chat_template.jinja").read_bytes() == b"{{ messages }}"

@@ -287,7 +287,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": 5, "content": "a"}]}, "messages[0].role", "is 5"),
     ({"messages": [{"content": "a"}]}, "messages[0].role", "is required"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "is 5"),
-    ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role", "tools"),
+    ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role", "allowed: tool"),
     (
         {"messages": [{"role": "user", "content": "a", "tool_calls": []}]},
         "messages[0].tool_calls",
@@ -304,8 +304,7 @@ CHAT_REFUSALS: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 2}, "top_logprobs", "only allowed with logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "top_logprobs is -1"),
     ({"logprobs": 1}, "logprobs", "must be true or false"),
-    ({"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
-    ({"tool_choice": "auto"}, "tool_choice", "tools are not supported"),
+    ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),
     ({"modalities": ["audio"]}, "modalities", "modalities"),
     ({"echo": True}, "echo", "there is no such field"),
     ({"functions": []}, "functions", "there is no such field"),

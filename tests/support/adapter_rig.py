@@ -47,16 +47,18 @@ class Disk:
     Attributes:
         contents: path -> content; a missing path is a missing file.
         gates: path -> reads of it wait for this event.
+        templates: path -> chat templates that lie there, too.
         num_reads: reads that have begun, of any path.
     """
 
     def __init__(self) -> None:
         self.contents: dict[str, str] = {}
         self.gates: dict[str, threading.Event] = {}
+        self.templates: dict[str, dict[str, str]] = {}
         self.num_reads = 0
         self.untrusted: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool) -> HostAdapter:
+    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
         self.num_reads += 1
         if not trusted:
             self.untrusted.append(path)
@@ -79,6 +81,7 @@ class Disk:
             modules=(),
             rank=1,
             targets=("q_proj",),
+            chat_templates=self.templates.get(path, {}) if is_first else {},
         )
 
     def find(self, name: str) -> Path | None:

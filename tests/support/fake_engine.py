@@ -21,6 +21,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdapterTemplates,
     Command,
     Failed,
     Outputs,
@@ -38,11 +39,12 @@ from lorikeet.engine.transport import EngineAddress, EngineEndpoint
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
 HIDDEN_SIZE = 4
+END_TOKEN = 256
 
 
 @dataclass
 class Knobs:
-    """How the engine behaves; may be changed while it runs in a thread.
+    """How the engine behaves; may be changed while it runs in a thread (but what it says of itself at its start).
 
     Attributes:
         step_s: seconds between two tokens of a request.
@@ -59,6 +61,10 @@ class Knobs:
         load_error: why every load fails; the second is its status.
         queue_is_full: refuses every request with 503.
         stats: sent with every step instead of the engine's own.
+        scripts: tokens that are answered in place of the prompt, then the end; request after request takes the next one.
+        templates: path of an adapter -> chat templates that lie there.
+        refuse_grammar: why a structural tag is refused.
+        findable: name -> path of adapters that a resolver finds.
     """
 
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
@@ -77,11 +83,18 @@ class Knobs:
     load_error: tuple[str, int] | None = None
     stats: Stats | None = None
     queue_is_full: bool = False
+    scripts: list[list[int]] = field(default_factory=list)
+    templates: dict[str, dict[str, str]] = field(default_factory=dict)
+    refuse_grammar: str | None = None
+    context_length: int = CONTEXT_LENGTH
+    vocab_size: int = VOCAB_SIZE
+    findable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class _Running:
     request: Request
+    script: list[int] | None = None
     num_out: int = 0
 
 
@@ -127,6 +140,7 @@ class FakeEngine:
         if knobs.start_error is not None:
             endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
             return 2 if knobs.start_user_error else 1
+        self._tell(*knobs.adapters)
         endpoint.send(Ready(self._info()))
         while not self._is_over():
             orphan = os.getppid() != self._parent
@@ -144,8 +158,8 @@ class FakeEngine:
         return {
             "version": "fake",
             "model_path": "fake",
-            "context_length": CONTEXT_LENGTH,
-            "vocab_size": VOCAB_SIZE,
+            "context_length": self.knobs.context_length,
+            "vocab_size": self.knobs.vocab_size,
             "hidden_size": HIDDEN_SIZE,
             "dtype": "float32",
             "max_total_num_tokens": 4096,
@@ -200,8 +214,13 @@ class FakeEngine:
             )
         elif request.sampling.regex == "(":
             self._refuse(request.rid, "sampling_params.regex: '(' is no regular expression")
+        elif request.sampling.structural_tag and self.knobs.refuse_grammar:
+            reason = self.knobs.refuse_grammar
+            self._refuse(request.rid, f"sampling_params.structural_tag: {reason}")
         elif not self.knobs.hold_accept:
-            self._running[request.rid] = _Running(request)
+            scripts = self.knobs.scripts
+            script = scripts[(len(self.seen) - 1) % len(scripts)] if scripts else None
+            self._running[request.rid] = _Running(request, script)
             self.max_running = max(self.max_running, len(self._running))
             self._endpoint.send(Accepted(request.rid))
         else:
@@ -227,6 +246,8 @@ class FakeEngine:
             case "load_adapter" | "load_adapter_from_tensors":
                 self._loading[command.id] = (time.monotonic() + self.knobs.load_s, command)
                 return None
+            case "find_adapter":
+                return self._find(str(command.args["name"]), command.id)
             case "unload_adapter":
                 return self._unload(command)
             case "cancel":
@@ -251,7 +272,23 @@ class FakeEngine:
     def _unload(self, command: Command) -> Reply:
         if self.knobs.adapters.pop(str(command.args["name"]), None) is None:
             return _unknown_adapter(command.id, command.args["name"])
+        self._tell(str(command.args["name"]))
         return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+
+    def _find(self, name: str, number: int) -> Reply:
+        if name in self.knobs.findable:
+            self.knobs.adapters[name] = self.knobs.findable[name]
+            self._tell(name)
+        return Reply(number)
+
+    def _tell(self, *names: str) -> None:
+        """Tell the client what these names mean now."""
+        paths = {name: self.knobs.adapters.get(name) for name in names}
+        templates = self.knobs.templates
+        changed = {
+            name: None if path is None else templates.get(path, {}) for name, path in paths.items()
+        }
+        self._endpoint.send(AdapterTemplates(changed))
 
     def _finish_loads(self) -> None:
         now = time.monotonic()
@@ -266,6 +303,7 @@ class FakeEngine:
         if name in self.knobs.adapters and not command.args.get("replace"):
             return Reply(command.id, error=f"adapter {name!r} is already loaded", status_code=400)
         self.knobs.adapters[name] = str(command.args.get("path", "__tensor__"))
+        self._tell(name)
         return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
 
     def _step(self) -> None:
@@ -292,9 +330,15 @@ class FakeEngine:
         if request.pooling is not None:
             return self._pool(request)
         token = request.prompt_token_ids[entry.num_out % len(request.prompt_token_ids)]
-        entry.num_out += 1
         finish = None
-        if token == self.knobs.fail_token:
+        if entry.script is not None and entry.num_out == len(entry.script):
+            token, finish = END_TOKEN, FinishReason(kind="stop", matched=END_TOKEN)
+        elif entry.script is not None:
+            token = entry.script[entry.num_out]
+        entry.num_out += 1
+        if finish is not None:
+            pass
+        elif token == self.knobs.fail_token:
             finish = FinishReason(kind="abort", message="out of memory", status_code=500)
         elif token in sampling.stop_token_ids:
             finish = FinishReason(kind="stop", matched=token)

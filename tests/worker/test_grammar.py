@@ -259,6 +259,36 @@ def test_structural_tag_is_always_obeyed(setup):
         assert -7 <= int(found[1]) <= 12
 
 
+LIMITED = {"type": "json_schema", "json_schema": {"type": "string", "maxLength": 9}}
+ENDED = {"type": "tag", "begin": "<f>", "content": LIMITED, "end": "</f>"}
+ONLY_JSON = [
+    ENDED,
+    {"type": "sequence", "elements": [{"type": "const_string", "value": "a\n"}, ENDED]},
+    {"type": "tags_with_separator", "tags": [ENDED], "separator": "\n", "at_least_one": True},
+]
+FREE_TEXT = [
+    {"type": "any_text"},
+    {"type": "sequence", "elements": [{"type": "any_text", "excludes": ["<f>"]}, ENDED]},
+    {"type": "regex", "pattern": r"\t"},
+]
+
+
+def admits_tabs(setup: Setup, form: dict, before: str) -> bool:
+    source = json.dumps({"type": "structural_tag", "format": form})
+    matcher = setup.compiler.matcher(SamplingParams(structural_tag=source))
+    for token in setup.tokenizer.encode(before).ids:
+        assert matcher.accept(token), before
+    return matcher.accept(setup.tokenizer.encode("\t").ids[0])
+
+
+def test_structural_tags_of_json_alone_have_no_raw_control_characters(setup):
+    """A tab in a string would make it no JSON."""
+    for form, before in zip(ONLY_JSON, ('<f>"', 'a\n<f>"', '<f>"'), strict=True):
+        assert not admits_tabs(setup, form, before)
+    for form in FREE_TEXT:
+        assert admits_tabs(setup, form, "")
+
+
 def test_structural_tag_in_the_older_form(setup):
     """Free text, but once the trigger is there the rest must follow."""
     sampler = setup.sampler()

@@ -67,6 +67,25 @@ class Reply(msgspec.Struct, tag=True):
     status_code: int = 400
 
 
+class AdapterTemplates(msgspec.Struct, tag=True):
+    """Names of adapters that came, with their chat templates, and those that went, with None.
+
+    It is sent before whatever follows from it: the reply to a load, or Ready for the adapters of the start.
+
+    Attributes:
+        changed: name -> its templates by their names (none: the base's are used).
+    """
+
+    changed: dict[str, dict[str, str] | None]
+
+    def apply(self, known: dict[str, dict[str, str]]) -> None:
+        """Make the changes in a table of the names that are loaded."""
+        for name, templates in self.changed.items():
+            known.pop(name, None)
+            if templates is not None:
+                known[name] = templates
+
+
 class Progress(msgspec.Struct, tag=True):
     """The engine's state of start-up, shown by the parent (``phase`` is free text for a log)."""
 
@@ -105,7 +124,7 @@ class Stats(msgspec.Struct, tag=True):
 
 
 ToEngine = Submit | Abort | Command | Shutdown
-ToClient = Accepted | Outputs | Reply | Progress | Ready | Failed | Stats
+ToClient = Accepted | Outputs | Reply | AdapterTemplates | Progress | Ready | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

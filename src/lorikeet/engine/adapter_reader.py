@@ -67,9 +67,12 @@ class Finder(Protocol):
 
 
 class LoadFiles(Protocol):
-    """Resolve a path, read, check and pack. Raises AdapterError. Called on a reader's thread."""
+    """Resolve a path, read, check and pack. Raises AdapterError. Called on a reader's thread.
 
-    def __call__(self, name: str, path: str, *, trusted: bool) -> HostAdapter: ...
+    ``is_first``: a name comes to mean the adapter, so that its chat templates are read, too.
+    """
+
+    def __call__(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter: ...
 
 
 class AdapterReader:
@@ -150,14 +153,14 @@ class AdapterReader:
         return self._spool_root
 
     def _read(self, name: str, origin: Origin) -> ReadAdapter:
-        adapter = self._read_files(name, origin)
+        adapter = self._read_files(name, origin, is_first=True)
         if origin.spool is None:
             origin = replace(origin, pinned=pin_source(origin.path, Path(adapter.path)))
         return ReadAdapter(adapter, origin, self._report(adapter))
 
-    def _read_files(self, name: str, origin: Origin) -> HostAdapter:
+    def _read_files(self, name: str, origin: Origin, *, is_first: bool) -> HostAdapter:
         path = origin.pinned or origin.path if origin.spool is None else str(origin.spool)
-        return self._load_files(name, path, trusted=origin.trusted)
+        return self._load_files(name, path, trusted=origin.trusted, is_first=is_first)
 
     def _read_tensors(
         self, name: str, config: Mapping[str, object], tensors: bytes, spool: Path
@@ -185,7 +188,7 @@ class AdapterReader:
         reason = f"adapter {name!r} has no files to be read from"
         for origin in origins:
             try:
-                adapter = self._read_files(name, origin)
+                adapter = self._read_files(name, origin, is_first=False)
             except AdapterError as error:
                 reason = f"its files could not be read again: {error}"
                 continue

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lorikeet.config import LoRAPath
 from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.adapter_templates import Templates
 from lorikeet.errors import LoRADisabledError
 
 BASE_VERSION = 0
@@ -62,6 +63,10 @@ class AdapterStore(Protocol):
     def stats(self) -> dict[str, float]: ...
 
     def take_samples(self) -> dict[str, list[float]]: ...
+
+    def take_templates(self) -> dict[str, Templates | None]:
+        """Names that came since the last call, with their chat templates, and those that went, with None."""
+        ...
 
     def close(self) -> None: ...
 
@@ -122,6 +127,9 @@ class NoAdapters:
         return {}
 
     def take_samples(self) -> dict[str, list[float]]:
+        return {}
+
+    def take_templates(self) -> dict[str, Templates | None]:
         return {}
 
     def close(self) -> None:

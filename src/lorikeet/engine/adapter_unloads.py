@@ -15,6 +15,27 @@ logger = logging.getLogger(__name__)
 # Requests that a message names before it only counts them.
 _MAX_LISTED = 8
 
+# Names unloaded on purpose that are remembered; a resolver may find older ones again.
+_MAX_UNLOADED = 4096
+
+
+class UnloadedNames:
+    """The newest names that were unloaded on purpose."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def add(self, name: str) -> None:
+        self._names[name] = None
+        while len(self._names) > _MAX_UNLOADED:
+            del self._names[next(iter(self._names))]
+
+    def discard(self, name: str) -> None:
+        self._names.pop(name, None)
+
 
 class Unloads:
     """Answers unloads when their versions are free, or when their time is over.

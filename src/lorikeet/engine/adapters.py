@@ -27,7 +27,8 @@ from lorikeet.engine.adapter_records import (
     log_load,
 )
 from lorikeet.engine.adapter_store import BASE_VERSION
-from lorikeet.engine.adapter_unloads import Unloads
+from lorikeet.engine.adapter_templates import TemplateNews, Templates
+from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
 from lorikeet.engine.adapter_views import loaded_view, loading_view, unloading_view
 from lorikeet.errors import AdapterError, RequestError
 from lorikeet.lora.adapter import HostAdapter
@@ -38,9 +39,6 @@ from lorikeet.lora.source import public_path
 from lorikeet.lora.tiers import Tier
 
 logger = logging.getLogger(__name__)
-
-# Names unloaded on purpose that are remembered; a resolver may find older ones again.
-MAX_UNLOADED = 4096
 
 
 class LoadedAdapters:
@@ -65,9 +63,10 @@ class LoadedAdapters:
         self._known: dict[int, Known] = {}
         self._loads: dict[str, Load] = {}
         # Names that were unloaded on purpose: the resolver must not bring them back behind the user's back.
-        self._unloaded: dict[str, None] = {}
+        self._unloaded = UnloadedNames()
         self._cold: dict[int, float] = {}
         self._counters = AdapterCounters()
+        self._news = TemplateNews()
         self._moves = HostMoves(
             residency=residency,
             registry=registry,
@@ -127,8 +126,7 @@ class LoadedAdapters:
             return None
         load = self._loads.get(name)
         if load is None:
-            source = LoRAPath(name, name)
-            load = self._begin(source, self._reader.find(name), replace=False)
+            load = self._begin(LoRAPath(name, name), self._reader.find(name), replace=False)
             load.found = True
         return load.reply
 
@@ -146,10 +144,9 @@ class LoadedAdapters:
         if info.pinned:
             self._unpin_for(name, info.version)
         self._registry.unload(name)
+        self._news.unload(name)
         self._forget_origin(name, info.version)
-        self._unloaded[name] = None
-        while len(self._unloaded) > MAX_UNLOADED:
-            del self._unloaded[next(iter(self._unloaded))]
+        self._unloaded.add(name)
         now = time.monotonic()
         deadline = None if timeout is None else now + timeout
         unload = Unload(name, info.path, info.version, info.nbytes, now, deadline)
@@ -247,6 +244,9 @@ class LoadedAdapters:
     def take_samples(self) -> dict[str, list[float]]:
         return self._counters.take_samples()
 
+    def take_templates(self) -> dict[str, Templates | None]:
+        return self._news.take()
+
     def close(self) -> None:
         self._reader.close()
 
@@ -340,13 +340,14 @@ class LoadedAdapters:
             nbytes=adapter.nbytes,
             pinned=load.pinned,
         )
+        self._news.load(name, adapter.chat_templates)
         names = self._registry.names_of(version)
         for origin in self._known[version].add_origin(name, read.origin, names):
             self._reader.forget(origin)
         if old is not None and old.version != version:
             self._note_replaced(old)
         self._drop_unleased()
-        self._unloaded.pop(name, None)
+        self._unloaded.discard(name)
         seconds = time.monotonic() - load.began
         self._counters.loads += 1
         self._counters.sample("adapter_load_seconds", seconds)

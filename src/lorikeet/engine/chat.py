@@ -66,7 +66,7 @@ class ChatTemplates:
         """
         if not messages:
             raise RequestError("messages is empty; give at least one message", "messages")
-        source = self._pick(chat_template, has_tools=tools is not None)
+        source = self.pick(chat_template, has_tools=tools is not None)
         context = {
             **self._named_tokens,
             **cast(dict[str, Any], _plain(dict(variables or {}), "chat_template_kwargs")),
@@ -82,7 +82,12 @@ class ChatTemplates:
                 f"the chat template cannot render these messages: {error}", "messages"
             ) from error
 
-    def _pick(self, chat_template: str | None, *, has_tools: bool) -> str:
+    def pick(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
+        """The Jinja source that :meth:`render` uses.
+
+        Raises:
+            RequestError: there is none.
+        """
         if chat_template is not None:
             return self._templates.get(chat_template, chat_template)
         if has_tools and "tool_use" in self._templates:
@@ -201,8 +206,29 @@ def _to_json(
     )
 
 
-@lru_cache(maxsize=64)
+def check_template(source: str) -> None:
+    """Refuse what is no template.
+
+    Raises:
+        ValueError: where and why it does not compile.
+    """
+    try:
+        _compile(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+    except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+# Adapters may bring templates of their own.
+@lru_cache(maxsize=256)
 def _compile(source: str) -> jinja2.Template:
+    return make_environment().from_string(source)
+
+
+@lru_cache(maxsize=1)
+def make_environment() -> jinja2.Environment:
+    """What templates are compiled with."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -215,4 +241,4 @@ def _compile(source: str) -> jinja2.Template:
         dict=_DictBuilder(),
         namespace=_Namespace,
     )
-    return environment.from_string(source)
+    return environment

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from lorikeet.config import ServerConfig
+from lorikeet.engine.adapter_templates import read_templates
 from lorikeet.engine.lora_setup import resolve_limits
 from lorikeet.engine.worker_setup import resolve_dtype
 from lorikeet.errors import AdapterError, ModelError
@@ -55,6 +56,7 @@ def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object
         dtype,
         base_weight=_embedding_of(base_weight),
     )
+    read_templates(directory)
     report = adapter_report(
         adapter, spec.lora_sites, base_weight=base_weight if base_norms else None
     )

@@ -19,6 +19,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdapterTemplates,
     Command,
     Failed,
     Outputs,
@@ -80,8 +81,9 @@ def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
     # several steps.
     gc.collect()
     gc.freeze()
-    endpoint.send(Ready(core.info))
     loop = EngineLoop(core, endpoint, parent)
+    loop.send_templates()
+    endpoint.send(Ready(core.info))
     try:
         return loop.run()
     except Exception as error:
@@ -111,6 +113,7 @@ class EngineLoop:
             for message in self._endpoint.recv(self._patience_ms()):
                 self._handle(message)
             outputs = self._core.step()
+            self.send_templates()
             for rid in self._core.take_accepted():
                 self._endpoint.send(Accepted(rid))
             if outputs:
@@ -118,6 +121,11 @@ class EngineLoop:
             self._send_replies()
             self._send_stats()
         return 0
+
+    def send_templates(self) -> None:
+        """Tell which adapters came or went."""
+        if changed := self._core.take_templates():
+            self._endpoint.send(AdapterTemplates(changed))
 
     def _patience_ms(self) -> int:
         if self._core.has_steps:

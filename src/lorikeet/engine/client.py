@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdapterTemplates,
     Failed,
     Outputs,
     Progress,
@@ -72,6 +73,8 @@ class EngineClient:
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
+        # Names that are loaded -> chat templates that they bring.
+        self.adapter_templates: dict[str, dict[str, str]] = {}
         self._open: dict[str, OpenRequest] = {}
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
@@ -154,7 +157,11 @@ class EngineClient:
             raise EngineDeadError(str(self._fault))
 
     async def submit(
-        self, requests: Sequence[Request], groups: Mapping[str, str] | None = None
+        self,
+        requests: Sequence[Request],
+        groups: Mapping[str, str] | None = None,
+        *,
+        markers: Collection[int] = (),
     ) -> CompletionStream:
         """Start the requests of one call, all of them or none.
 
@@ -163,6 +170,7 @@ class EngineClient:
 
         Args:
             groups: id of a request -> the id that it was expanded from; :meth:`abort` takes that one, too.
+            markers: special tokens that are always part of the text.
 
         Raises:
             RequestError: an id is in use, or the engine refused a request.
@@ -170,9 +178,10 @@ class EngineClient:
         """
         await self._wait_for_ids(requests)
         stream = CompletionStream(len(requests), self._abandon)
+        made = [Completion(request, self.tokenizer, markers=markers) for request in requests]
         entries = [
-            self._begin(stream, index, request, (groups or {}).get(request.rid, request.rid))
-            for index, request in enumerate(requests)
+            self._begin(stream, index, item, (groups or {}).get(item.request.rid))
+            for index, item in enumerate(made)
         ]
         self._transport.send(Submit([entry.request for entry in entries]))
         try:
@@ -236,14 +245,15 @@ class EngineClient:
             raise RequestError("rid: the requests of one call need different ids", "rid")
 
     def _begin(
-        self, stream: CompletionStream, index: int, request: Request, group: str
+        self, stream: CompletionStream, index: int, completion: Completion, group: str | None
     ) -> OpenRequest:
+        request = completion.request
         entry = OpenRequest(
             request=request,
-            completion=Completion(request, self.tokenizer),
+            completion=completion,
             timer=self._metrics.begin(request.adapter),
             index=index,
-            group=group,
+            group=group or request.rid,
             stream=stream,
             accepted=asyncio.get_running_loop().create_future(),
         )
@@ -291,19 +301,24 @@ class EngineClient:
                 for output in outputs:
                     self._output(output)
             case Accepted(rid):
-                entry = self._open.get(rid)
-                if entry is not None and not entry.accepted.done():
-                    entry.accepted.set_result(None)
+                self._accept(rid)
             case Reply():
                 self._commands.reply(message)
             case Stats(values, labels, samples):
                 self._engine_metrics.update(values, labels, samples)
+            case AdapterTemplates():
+                message.apply(self.adapter_templates)
             case Progress(phase):
                 self._on_progress(phase)
             case Ready(info):
                 self._ready(info)
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
+
+    def _accept(self, rid: str) -> None:
+        entry = self._open.get(rid)
+        if entry is not None and not entry.accepted.done():
+            entry.accepted.set_result(None)
 
     def _ready(self, info: dict[str, Any]) -> None:
         self._info = info

@@ -13,7 +13,7 @@ The engine knows tokens; stop strings are found here, in the text. Three rules s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
@@ -58,6 +58,7 @@ class Completion:
     Args:
         request: as submitted to the engine.
         tokenizer: the model's.
+        markers: special tokens that are part of the text although ``skip_special_tokens`` is set.
         clock: seconds, monotonic.
 
     Attributes:
@@ -69,6 +70,7 @@ class Completion:
         request: Request,
         tokenizer: Tokenizer,
         *,
+        markers: Collection[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         sampling = request.sampling
@@ -82,6 +84,7 @@ class Completion:
             skip_special_tokens=sampling.skip_special_tokens,
             spaces_between_special_tokens=sampling.spaces_between_special_tokens,
             continues=next(iter(visible), None) is not None,
+            except_for=markers,
         )
         self._stops = StopMatcher(sampling.stop, sampling.stop_regex)
         self._text = _GrowingText()

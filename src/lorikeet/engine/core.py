@@ -92,6 +92,7 @@ class EngineCore:
             "flush_cache": self._flush_cache,
             "info": lambda: self.info | self.stats(),
             "adapters": adapters.describe,
+            "find_adapter": self._find_adapter,
             "load_adapter": self._load_adapter,
             "unload_adapter": adapters.start_unload,
             "load_adapter_from_tensors": self._load_adapter_from_tensors,
@@ -247,6 +248,10 @@ class EngineCore:
         """Durations in seconds, by name, measured since the last call."""
         return self._adapters.take_samples()
 
+    def take_templates(self) -> dict[str, dict[str, str] | None]:
+        """Adapters' names that came or went since the last call; see ``AdapterTemplates``."""
+        return self._adapters.take_templates()
+
     def close(self) -> None:
         """End all threads and remove temporary files."""
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -363,6 +368,21 @@ class EngineCore:
         self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
         return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
+
+    def _find_adapter(self, name: str) -> Future[None] | None:
+        """Let the resolver look for a name that is not loaded."""
+        found = self._adapters.find(name)
+        if found is None:
+            return None
+        # Others may wait for the same name: whoever does not wait any more must not cancel it.
+        reply: Future[None] = Future()
+
+        def finish(_: Future[LoadOutcome]) -> None:
+            if reply.set_running_or_notify_cancel():
+                reply.set_result(None)
+
+        found.add_done_callback(finish)
+        return reply
 
     def _flush_cache(self) -> dict[str, object]:
         """Forget every cached prefix; only when nothing runs, since running sequences read those pages."""

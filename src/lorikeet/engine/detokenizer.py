@@ -7,6 +7,8 @@ the text has become.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lorikeet.engine.tokenizer import Tokenizer
 
 
@@ -20,6 +22,7 @@ class Detokenizer:
         continues: the prompt has visible text, so this is the continuation of a text. Metaspace vocabularies drop the
             space before the first word of a text; in a continuation it is kept, so that prompt and completion written
             one after the other are the text of their tokens. With False the text is that of the tokens alone.
+        except_for: special tokens that are part of the text all the same.
     """
 
     def __init__(
@@ -29,16 +32,20 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         continues: bool = False,
+        except_for: Collection[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._except_for = except_for
         self._stream = tokenizer.open_stream(
             continues=continues, spaces_between_special_tokens=spaces_between_special_tokens
         )
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that became final with it, often empty within a character."""
-        tokens = self._tokenizer.visible_tokens((token_id,), skip_special_tokens=self._skip)
+        tokens = self._tokenizer.visible_tokens(
+            (token_id,), skip_special_tokens=self._skip, except_for=self._except_for
+        )
         return "".join(map(self._stream.push, tokens))
 
     def peek(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ from torch import nn
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
 from lorikeet.engine.adapter_reader import AdapterReader
+from lorikeet.engine.adapter_templates import read_templates
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.errors import AdapterError, ConfigError
 from lorikeet.lora.adapter import HostAdapter
@@ -184,15 +185,19 @@ def _reader(
     sources = SourceOptions.from_config(config)
     base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
 
-    def load(name: str, path: str, *, trusted: bool) -> HostAdapter:
+    def load(name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
         with open_source(path, sources.trusted() if trusted else sources) as directory:
-            return load_adapter(
+            adapter = load_adapter(
                 name,
                 directory,
                 sites,
                 pool.layout,
                 pool.dtype,
                 base_weight=base_weight,
+            )
+            # A reload is for the weights: the name keeps the template that it was loaded with.
+            return (
+                replace(adapter, chat_templates=read_templates(directory)) if is_first else adapter
             )
 
     resolver = None

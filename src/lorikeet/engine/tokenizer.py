@@ -6,7 +6,7 @@ transformers' fast tokenizers do (the tests compare them) without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat.names)
 
+    def chat_templates(self, own: Mapping[str, str] | None = None) -> ChatTemplates:
+        """The templates called ``own``, with this model's named tokens; the model's if there are none."""
+        return ChatTemplates(own, self._named_tokens) if own else self._chat
+
+    def ids_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """Ids of those texts that are one token."""
+        found = (self._backend.token_to_id(text) for text in texts)
+        return frozenset(index for index in found if index is not None)
+
     def _named_id(self, name: str) -> int | None:
         text = self._named_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
@@ -107,11 +116,16 @@ class Tokenizer:
         return "".join([*map(stream.push, visible), stream.flush()])
 
     def visible_tokens(
-        self, token_ids: Iterable[int], *, skip_special_tokens: bool
+        self,
+        token_ids: Iterable[int],
+        *,
+        skip_special_tokens: bool,
+        except_for: Collection[int] = (),
     ) -> Iterable[str]:
-        """The vocabulary's spelling of those ids that contribute to a text."""
+        """The vocabulary's spelling of those ids that contribute to a text; ``except_for`` are never skipped."""
+        skipped = self._special_ids if skip_special_tokens else ()
         for token_id in token_ids:
-            if skip_special_tokens and token_id in self._special_ids:
+            if token_id in skipped and token_id not in except_for:
                 continue
             token = self._backend.id_to_token(token_id)
             if token is not None:

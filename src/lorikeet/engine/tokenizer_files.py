@@ -219,7 +219,18 @@ def _read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, s
         files["default"] = main
     if files:
         return {name: _read_text(path) for name, path in files.items()}
-    value = config.get("chat_template")
+    return named_templates(config.get("chat_template"), directory / "tokenizer_config.json")
+
+
+def named_templates(value: object, path: Path) -> dict[str, str]:
+    """``chat_template`` of a tokenizer's configuration as name -> Jinja source.
+
+    Args:
+        path: of the configuration, for messages.
+
+    Raises:
+        ModelError: it has another form.
+    """
     if value is None:
         return {}
     if isinstance(value, str):
@@ -229,9 +240,9 @@ def _read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, s
             return {
                 str(name): str(text) for name, text in cast(dict[object, object], value).items()
             }
-        return {str(item["name"]): str(item["template"]) for item in value}
+        items = cast(list[dict[str, object]], value)
+        return {str(item["name"]): str(item["template"]) for item in items}
     except (KeyError, TypeError) as error:
         raise ModelError(
-            f"{directory / 'tokenizer_config.json'}: chat_template should be a string or a list of "
-            '{"name", "template"}'
+            f'{path}: chat_template should be a string or a list of {{"name", "template"}}'
         ) from error

@@ -5,7 +5,8 @@ Shape legend: C = K + O, the input and output features of one module as this ran
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,6 +42,7 @@ class HostAdapter:
         modules: in the order of their pages.
         rank: the largest of any module.
         targets: names of the modules that it changes, sorted.
+        chat_templates: that its directory brings, name -> Jinja source; no part of the digest.
     """
 
     name: str
@@ -53,6 +55,7 @@ class HostAdapter:
     modules: tuple[PackedModule, ...]
     rank: int
     targets: tuple[str, ...]
+    chat_templates: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def nbytes(self) -> int:

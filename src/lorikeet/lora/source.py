@@ -19,8 +19,10 @@ from lorikeet.lora.disk_cache import DiskCache
 from lorikeet.masking import mask
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Adapters may bring their own chat template.
+# Adapters may bring their own chat template, in either of these.
 TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_OPTIONAL_FILES = (TEMPLATE_FILE, TOKENIZER_CONFIG_FILE)
 _PICKLE_FILE = "adapter_model.bin"
 _SHARD_INDEX = "adapter_model.safetensors.index.json"
 _FILE_URL = re.compile(r"file:", re.IGNORECASE)
@@ -85,7 +87,7 @@ def open_source(path: str, options: SourceOptions = _ANYTHING) -> Generator[Path
     if remote.is_url(path):
         cache = DiskCache(options.cache_dir or _default_cache(), options.cache_bytes)
         names = (CONFIG_FILE, WEIGHTS_FILE)
-        with remote.open_cached(path, names, (TEMPLATE_FILE,), cache) as directory:
+        with remote.open_cached(path, names, _OPTIONAL_FILES, cache) as directory:
             yield directory
         return
     yield _local_or_hub(path, options)
@@ -123,7 +125,7 @@ def _local_or_hub(path: str, options: SourceOptions) -> Path:
     if identity is not None and not Path(Path(path).parts[0]).exists():
         directory = hub.download(
             identity,
-            [CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE],
+            [CONFIG_FILE, WEIGHTS_FILE, *_OPTIONAL_FILES],
             cache_dir=options.hub_cache,
             endpoint=options.hub_endpoint,
         )
@@ -154,7 +156,7 @@ def _find_local(path: str, roots: tuple[Path, ...]) -> Path | None:
         )
     if not exists:
         return None
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, *_OPTIONAL_FILES):
         if not _is_below((real / name).resolve(), roots):
             raise AdapterError(f"{local / name} is a link that leads out of --lora-root")
     # The real path: a link that is turned elsewhere from now on changes nothing.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -17,7 +19,7 @@ from lorikeet.errors import EngineFault, UserError
 from lorikeet.server.errors import describe
 from lorikeet.server.native import LARGE_BODY
 from lorikeet.server.openai_bodies import ChatBody, CompletionBody
-from lorikeet.server.openai_calls import Call, CallReader
+from lorikeet.server.openai_calls import Call, CallReader, ModelNames
 from lorikeet.server.openai_replies import (
     ChatChoice,
     CompletionChoice,
@@ -26,16 +28,18 @@ from lorikeet.server.openai_replies import (
     Reply,
 )
 from lorikeet.server.openai_submit import check_finish, submit
-from lorikeet.server.protocol import body_schema
+from lorikeet.server.protocol import body_schema, parse_body
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class _Form:
     """What tells one endpoint from the other."""
 
-    read: Callable[[bytes], Call]
+    read: Callable[[bytes], Awaitable[Call]]
     make_choice: MakeChoice
     kind: str
     chunk_kind: str
@@ -46,11 +50,13 @@ class CompletionRoutes:
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
-        reader = CallReader(config.served_model_name or config.model_path, client)
+        base = config.served_model_name or config.model_path
+        self._names = ModelNames(base)
+        self._reader = CallReader(self._names, client, config.tool_call_parser)
         self._completion = _Form(
-            reader.completion, CompletionChoice, "text_completion", "text_completion"
+            self._read_completion, CompletionChoice, "text_completion", "text_completion"
         )
-        self._chat = _Form(reader.chat, ChatChoice, "chat.completion", "chat.completion.chunk")
+        self._chat = _Form(self._read_chat, ChatChoice, "chat.completion", "chat.completion.chunk")
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
@@ -75,8 +81,7 @@ class CompletionRoutes:
 
     async def _answer(self, request: Request, form: _Form) -> Response:
         data = await request.body()
-        is_large = len(data) > LARGE_BODY
-        call = await asyncio.to_thread(form.read, data) if is_large else form.read(data)
+        call = await form.read(data)
         stream = await until_disconnect(request.receive, submit(self._client, call))
         if call.body.stream:
             return EventStream(self._events(stream, call, form), on_end=stream.close)
@@ -85,6 +90,18 @@ class CompletionRoutes:
             return JSONReply(await until_disconnect(request.receive, whole))
         finally:
             stream.close()
+
+    async def _read_completion(self, data: bytes) -> Call:
+        return await _read(data, lambda: self._reader.completion(data))
+
+    async def _read_chat(self, data: bytes) -> Call:
+        body = await _read(data, lambda: parse_body(ChatBody, data))
+        adapter = self._names.adapter_of(body)
+        if adapter is not None and adapter not in self._client.adapter_templates:
+            # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
+            with suppress(UserError):
+                await self._client.command("find_adapter", name=adapter)
+        return await _read(data, lambda: self._reader.chat(body))
 
     async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
@@ -122,6 +139,11 @@ class CompletionRoutes:
         except (UserError, EngineFault) as error:
             yield frame(describe(error)[1])
         yield DONE
+
+
+async def _read(data: bytes, read: Callable[[], _Result]) -> _Result:
+    """Read a body; a large one on a thread, so that other requests need not wait for it."""
+    return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
 
 
 def _envelope(call: Call, form: _Form) -> Envelope:

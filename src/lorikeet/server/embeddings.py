@@ -19,12 +19,12 @@ from lorikeet.engine.reply import vector_floats
 from lorikeet.errors import RequestError
 from lorikeet.server.native import LARGE_BODY
 from lorikeet.server.openai_bodies import EmbeddingBody
-from lorikeet.server.openai_calls import CallReader, ModelCall, in_own_words
+from lorikeet.server.openai_calls import ModelCall, ModelNames, in_own_words
 from lorikeet.server.openai_submit import check_finish, submit
 from lorikeet.server.protocol import body_schema, parse_body
 from lorikeet.server.replies import JSONReply, until_disconnect
 
-_NAMES = {"text": "input", "input_ids": "input"}
+_FIELD_NAMES = {"text": "input", "input_ids": "input"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class EmbeddingRoutes:
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
-        self._reader = CallReader(config.served_model_name or config.model_path, client)
+        self._names = ModelNames(config.served_model_name or config.model_path)
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
@@ -57,8 +57,7 @@ class EmbeddingRoutes:
         body = parse_body(EmbeddingBody, data)
         self._check_dimensions(body.dimensions)
         is_text = isinstance(body.input, str) or any(isinstance(it, str) for it in body.input)
-        by_model = self._reader.adapter_of(body.model)
-        adapter = body.lora_path if by_model is None else by_model
+        adapter = self._names.adapter_of(body)
         call_id = f"embd-{uuid.uuid4().hex}"
         fields = {
             "text" if is_text else "input_ids": body.input,
@@ -70,15 +69,15 @@ class EmbeddingRoutes:
         try:
             batch = self._client.intake.make_requests(fields, pooling)
         except RequestError as error:
-            raise in_own_words(error, _NAMES) from error
+            raise in_own_words(error, _FIELD_NAMES) from error
         return _EmbeddingCall(
             body=body,
             id=call_id,
             model=body.model,
             batch=batch,
             adapter=adapter,
-            named_by_model=by_model is not None,
-            names=_NAMES,
+            named_by_model=self._names.named_by_model(body.model) is not None,
+            names=_FIELD_NAMES,
         )
 
     def _check_dimensions(self, dimensions: int | None) -> None:

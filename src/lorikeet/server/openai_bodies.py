@@ -128,7 +128,7 @@ class ChatBody(OpenAIBody):
     top_logprobs: int | None = Field(None, description="an integer")
     modalities: list[Literal["text"]] | None = Field(None, description='["text"]')
     parallel_tool_calls: bool | None = Field(None, description="true or false")
-    tools: list[Any] | None = Field(
-        None, max_length=0, description="empty: tools are not supported"
+    tools: list[Any] | None = Field(None, description="a list of functions")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required or an object that names a function"
     )
-    tool_choice: Literal["none"] | None = Field(None, description='"none": tools are not supported')

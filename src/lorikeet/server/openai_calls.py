@@ -10,11 +10,15 @@ from typing import Any, cast
 
 import orjson
 
+from lorikeet.engine.chat_facts import read_facts
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.intake import RequestBatch
 from lorikeet.errors import RequestError
-from lorikeet.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
-from lorikeet.server.protocol import parse_body, quote
+from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody, OpenAIBody
+from lorikeet.server.openai_messages import plain_messages
+from lorikeet.server.openai_objects import check_keys, read_field, refusal
+from lorikeet.server.protocol import parse_body
+from lorikeet.server.tools import ToolUse, read_tools
 
 # OpenAI's default for completions; a chat goes on to the end of the context.
 COMPLETION_MAX_TOKENS = 16
@@ -49,6 +53,7 @@ _NAMES = {
     "min_new_tokens": "min_tokens",
     "sampling_seed": "seed",
     "json_schema": "response_format",
+    "structural_tag": "tools",
 }
 _COMPLETION_NAMES = _NAMES | {
     "text": "prompt",
@@ -65,8 +70,6 @@ _FIELD = re.compile(r"^(?P<prefix>prompt \d+: )?(?:sampling_params\.)?(?P<name>[
 
 _NATIVE_NAMES = {*_SAMPLING.values(), "lora_path"}
 _FOREIGN = re.compile("|".join(rf"\b{name}\b" for name in (*_NAMES, "top_logprobs_num")))
-
-_MESSAGE_FIELDS = ("role", "content", "name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,11 @@ class ModelCall:
     named_by_model: bool
     names: Mapping[str, str]
 
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens that are seen in the text although those are skipped."""
+        return ()
+
     def in_own_words(self, error: RequestError) -> RequestError:
         """A refusal of the native API's as one of this API's."""
         return in_own_words(error, self.names)
@@ -99,10 +107,16 @@ class Call(ModelCall):
 
     Attributes:
         echo: the text of each prompt, if the choices begin with it.
+        tools: what the choices may call.
     """
 
     body: OpenAIBody
     echo: list[str] | None = None
+    tools: ToolUse | None = None
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return tuple(self.tools.form.markers) if self.tools else ()
 
     @property
     def num_samples(self) -> int:
@@ -110,17 +124,51 @@ class Call(ModelCall):
         return self.body.n or 1
 
 
+class ModelNames:
+    """Which adapter a body means.
+
+    Args:
+        base: the base's name.
+    """
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    def adapter_of(self, body: OpenAIBody | EmbeddingBody) -> str | None:
+        """The adapter that a body names, None if it is the base. Whether it exists is the engine's to say.
+
+        Raises:
+            RequestError: ``model`` is empty.
+        """
+        by_model = self.named_by_model(body.model)
+        return body.lora_path if by_model is None else by_model
+
+    def named_by_model(self, model: str) -> str | None:
+        """The adapter that ``model`` names; None if it is the base."""
+        if model == self._base:
+            return None
+        if model.startswith(f"{self._base}:"):
+            return model.removeprefix(f"{self._base}:") or None
+        if not model:
+            raise RequestError("model is empty; allowed: the name of a model", "model")
+        return model
+
+
 class CallReader:
     """Reads bodies.
 
     Args:
-        base: the base's name.
+        names: of the models.
         client: knows the tokenizer and the limits of the engine.
+        tool_call_parser: the value of ``--tool-call-parser``.
     """
 
-    def __init__(self, base: str, client: EngineClient) -> None:
-        self._base = base
+    def __init__(
+        self, names: ModelNames, client: EngineClient, tool_call_parser: str | None
+    ) -> None:
+        self._names = names
         self._client = client
+        self._tool_call_parser = tool_call_parser
 
     def completion(self, data: bytes) -> Call:
         """Read the body of ``POST /v1/completions``.
@@ -138,20 +186,13 @@ class CallReader:
         call = self._call(body, "cmpl", native, limit, _COMPLETION_NAMES)
         return self._with_echo(call, body) if body.echo else call
 
-    def chat(self, data: bytes) -> Call:
+    def chat(self, body: ChatBody) -> Call:
         """Read the body of ``POST /v1/chat/completions``.
 
         Raises:
             RequestError: names the field, its value and what is allowed.
         """
-        body = parse_body(ChatBody, data)
-        messages = [plain_message(item, index) for index, item in enumerate(body.messages)]
-        tokenizer = self._client.tokenizer
-        text = tokenizer.apply_chat_template(messages)
-        # The template has written BOS and the like itself.
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
-        if not token_ids:
-            raise RequestError("messages: the chat template makes no token of them", "messages")
+        token_ids, tools = self._render(body)
         native: dict[str, Any] = {"input_ids": token_ids}
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs: is only allowed with logprobs: true", "top_logprobs")
@@ -166,7 +207,33 @@ class CallReader:
         names = _CHAT_NAMES
         if other is None:
             names = names | {"max_new_tokens": "max_completion_tokens"}
-        return self._call(body, "chatcmpl", native, other if limit is None else limit, names)
+        limit = other if limit is None else limit
+        grammar = None if tools is None else tools.grammar
+        call = self._call(body, "chatcmpl", native, limit, names, structural_tag=grammar)
+        return replace(call, tools=tools)
+
+    def _render(self, body: ChatBody) -> tuple[list[int], ToolUse | None]:
+        """The messages and the tools as tokens."""
+        adapter = self._names.adapter_of(body)
+        own = None if adapter is None else self._client.adapter_templates.get(adapter)
+        tokenizer = self._client.tokenizer
+        templates = tokenizer.chat_templates(own)
+        source = templates.pick(has_tools=bool(body.tools))
+        tools = read_tools(body, self._tool_call_parser, source)
+        facts = read_facts(source)
+        if tools is not None and not facts.reads_tools:
+            raise RequestError("tools: the model's chat template does not read tools", "tools")
+        text = templates.render(
+            plain_messages(body.messages, facts),
+            add_generation_prompt=True,
+            tools=None if tools is None else tools.prompt,
+            chat_template=source,
+        )
+        # The template has written BOS and the like itself.
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if not token_ids:
+            raise RequestError("messages: the chat template makes no token of them", "messages")
+        return token_ids, tools
 
     def _call(
         self,
@@ -175,6 +242,7 @@ class CallReader:
         native: dict[str, Any],
         max_tokens: int | None,
         names: Mapping[str, str],
+        **more: Any,
     ) -> Call:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
@@ -183,10 +251,9 @@ class CallReader:
             for name, native_name in _SAMPLING.items()
             if (value := getattr(body, name)) is not None
         }
-        sampling["max_new_tokens"] = max_tokens
+        sampling |= {"max_new_tokens": max_tokens} | more
         sampling |= read_response_format(body.response_format)
-        by_model = self.adapter_of(body.model)
-        adapter = body.lora_path if by_model is None else by_model
+        by_model, adapter = self._names.named_by_model(body.model), self._names.adapter_of(body)
         call_id = f"{kind}-{uuid.uuid4().hex}"
         fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
         try:
@@ -202,16 +269,6 @@ class CallReader:
             named_by_model=by_model is not None,
             names=names,
         )
-
-    def adapter_of(self, model: str) -> str | None:
-        """The adapter that ``model`` names; None if it is the base. Whether it exists is the engine's to say."""
-        if model == self._base:
-            return None
-        if model.startswith(f"{self._base}:"):
-            return model.removeprefix(f"{self._base}:") or None
-        if not model:
-            raise RequestError("model is empty; allowed: the name of a model", "model")
-        return model
 
     def _with_echo(self, call: Call, body: CompletionBody) -> Call:
         if isinstance(body.prompt, str):
@@ -253,100 +310,21 @@ def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
     """
     if value is None:
         return {}
-    kind = value.get("type")
+    where, kind = "response_format", value.get("type")
     wanted = {"type", "json_schema"} if kind == "json_schema" else {"type"}
     if kind not in ("text", "json_object", "json_schema"):
-        raise RequestError(
-            f"response_format.type is {quote(kind)}; allowed: text, json_object, json_schema",
-            "response_format.type",
-        )
-    _check_keys(value, wanted, "response_format")
+        raise refusal(f"{where}.type", kind, "text, json_object, json_schema")
+    check_keys(value, wanted, where)
     if kind == "text":
         return {}
     if kind == "json_object":
         return {"json_schema": {"type": "object"}}
-    form = value.get("json_schema")
-    if not isinstance(form, Mapping):
-        raise RequestError(
-            f"response_format.json_schema is {quote(form)}; allowed: an object with name and schema",
-            "response_format.json_schema",
-        )
-    form = cast(Mapping[str, Any], form)
+    form = read_field(value, "json_schema", where, dict, "an object with name and schema")
+    where += ".json_schema"
     # A name and a description are for the model's eyes elsewhere; strict or not, the schema is always obeyed.
-    _check_keys(form, {"name", "description", "schema", "strict"}, "response_format.json_schema")
-    schema = form.get("schema")
-    if not isinstance(schema, Mapping):
-        raise RequestError(
-            f"response_format.json_schema.schema is {quote(schema)}; allowed: a JSON schema",
-            "response_format.json_schema.schema",
-        )
+    check_keys(form, {"name", "description", "schema", "strict"}, where)
+    schema = read_field(form, "schema", where, dict, "a JSON schema")
     try:
         return {"json_schema": orjson.dumps(schema).decode()}
     except orjson.JSONEncodeError as error:
-        raise RequestError(
-            f"response_format.json_schema.schema cannot be used: {error}",
-            "response_format.json_schema.schema",
-        ) from error
-
-
-def plain_message(message: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """A message as a chat template expects it: its content is one string.
-
-    Parts of a content are joined by line breaks.
-
-    Raises:
-        RequestError: a field or a part that is not supported.
-    """
-    where = f"messages[{index}]"
-    given = {name: value for name, value in message.items() if value is not None}
-    _check_keys(given, _MESSAGE_FIELDS, where)
-    for name in ("role", "content"):
-        if name not in given:
-            raise RequestError(f"{where}.{name}: is required", f"{where}.{name}")
-    for name in ("role", "name"):
-        if not isinstance(given.get(name, ""), str):
-            raise RequestError(
-                f"{where}.{name} is {quote(given[name])}; allowed: a string", f"{where}.{name}"
-            )
-    if given["role"] in ("tool", "function"):
-        raise RequestError(f"{where}.role: tools are not supported", f"{where}.role")
-    return given | {"content": _text_of(given["content"], f"{where}.content")}
-
-
-def _text_of(content: object, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(
-            f"{where} is {quote(content)}; allowed: a string or a list of text parts", where
-        )
-    texts: list[str] = []
-    for index, item in enumerate(cast(list[object], content)):
-        text = _text_part(item)
-        if text is None:
-            name = f"{where}[{index}]"
-            raise RequestError(
-                f'{name} is {quote(item)}; allowed: {{"type": "text", "text": a string}}', name
-            )
-        texts.append(text)
-    return "\n".join(texts)
-
-
-def _text_part(part: object) -> str | None:
-    """The text of a content's part; None if it is another kind of part."""
-    if not isinstance(part, Mapping):
-        return None
-    fields = cast(Mapping[str, object], part)
-    text = fields.get("text")
-    if set(fields) != {"type", "text"} or fields["type"] != "text" or not isinstance(text, str):
-        return None
-    return text
-
-
-def _check_keys(value: Mapping[str, Any], allowed: set[str] | tuple[str, ...], where: str) -> None:
-    for name, item in value.items():
-        if item is not None and name not in allowed:
-            raise RequestError(
-                f"{where}.{name}: is not supported; allowed: {', '.join(sorted(allowed))}",
-                f"{where}.{name}",
-            )
+        raise RequestError(f"{where}.schema cannot be used: {error}", f"{where}.schema") from error

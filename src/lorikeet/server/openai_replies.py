@@ -15,6 +15,7 @@ from lorikeet.engine.completion import Snapshot
 from lorikeet.engine.detokenizer import Detokenizer
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.server.openai_calls import Call
+from lorikeet.server.tool_replies import Speech
 
 Reply = dict[str, Any]
 
@@ -85,17 +86,17 @@ class ChatChoice:
         self._index = index
         self._tokenizer = tokenizer
         self._wants_logprobs = call.batch.requests[index].return_logprob
-        self._num_chars = 0
+        self._speech = Speech(call.tools)
         self._num_tokens = 0
         self._has_begun = False
 
     def whole(self, snapshot: Snapshot) -> Reply:
-        text, logprobs = self._advance(snapshot)
+        message = {"role": "assistant", "refusal": None} | self._speech.message(snapshot)
         return {
             "index": self._index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": logprobs,
-            "finish_reason": finish_reason(snapshot),
+            "message": message,
+            "logprobs": self._logprobs(snapshot),
+            "finish_reason": self._finish_reason(snapshot),
         }
 
     def chunks(self, snapshot: Snapshot) -> list[Reply]:
@@ -104,12 +105,19 @@ class ChatChoice:
         if not self._has_begun:
             self._has_begun = True
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
-        text, logprobs = self._advance(snapshot)
-        if text or (logprobs and logprobs["content"]):
-            chunks.append(self._chunk({"content": text}, logprobs=logprobs))
+        deltas, logprobs = self._speech.deltas(snapshot), self._logprobs(snapshot)
+        if not deltas and logprobs and logprobs["content"]:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            chunks.append(self._chunk(delta, logprobs=logprobs))
+            logprobs = None
         if snapshot.finish is not None:
-            chunks.append(self._chunk({}, finish=finish_reason(snapshot)))
+            chunks.append(self._chunk({}, finish=self._finish_reason(snapshot)))
         return chunks
+
+    def _finish_reason(self, snapshot: Snapshot) -> str:
+        reason = finish_reason(snapshot)
+        return "tool_calls" if reason == "stop" and self._speech.has_calls else reason
 
     def _chunk(
         self, delta: Reply, *, logprobs: Reply | None = None, finish: str | None = None
@@ -121,14 +129,13 @@ class ChatChoice:
             "finish_reason": finish,
         }
 
-    def _advance(self, snapshot: Snapshot) -> tuple[str, Reply | None]:
-        text = snapshot.text[self._num_chars :]
-        self._num_chars = len(snapshot.text)
+    def _logprobs(self, snapshot: Snapshot) -> Reply | None:
+        """Those of the tokens that are new, also where their text is no content."""
         if not self._wants_logprobs:
-            return text, None
+            return None
         new = snapshot.output_logprobs[self._num_tokens :]
         self._num_tokens += len(new)
-        return text, {"content": [self._position(item) for item in new], "refusal": None}
+        return {"content": [self._position(item) for item in new], "refusal": None}
 
     def _position(self, item: TokenLogprobs) -> Reply:
         top = [self._token(token_id, logprob) for logprob, token_id in item.top]

@@ -20,8 +20,10 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
         EngineFault: the engine failed, or has no room.
     """
     requests = call.batch.requests
+    groups = {item.rid: call.id for item in requests}
+    markers = client.tokenizer.ids_of(call.markers)
     try:
-        return await client.submit(requests, {item.rid: call.id for item in requests})
+        return await client.submit(requests, groups, markers=markers)
     except RequestError as error:
         # The engine says why, not which field: it may be the adapter, or a grammar.
         if call.adapter is None or await _is_served(client, call.adapter):

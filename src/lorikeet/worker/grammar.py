@@ -42,6 +42,10 @@ _MESSAGE_PREFIX = re.compile(r"^\[[\d:]+\] [^ ]+:\d+: (Check failed: \(.*?\) is 
 _CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 
 
+# Parts of structural tags in which only the JSON varies.
+_JSON_TAGS = ("structural_tag", "sequence", "tag", "tags_with_separator", "const_string")
+
+
 class _Vocabulary(NamedTuple):
     """Which tokens a kind of grammar may use at all."""
 
@@ -109,7 +113,8 @@ class GrammarCompiler:
     and the reply would lack it). Structural tags are the exception, since they are there to name such tokens.
 
     JSON has no raw control characters but line ends and tabs between its elements. XGrammar admits the others and tabs
-    in strings of limited length, so tokens that contain them are left out for ``json_schema``: no tabs for indentation.
+    in strings of limited length, so tokens that contain them are left out for ``json_schema``, and for structural tags
+    in which there is nothing but JSON between constants: no tabs for indentation.
 
     Args:
         tokenizer_dir: directory that holds ``tokenizer.json``.
@@ -155,8 +160,8 @@ class GrammarCompiler:
         kind, source = sampling.grammar
         if not self._eos_token_ids:
             raise _refuse(kind, "the model has no end-of-sequence token that could end the output")
-        vocabulary = _vocabulary(kind, skip_special_tokens=sampling.skip_special_tokens)
         try:
+            vocabulary = _vocabulary(kind, source, skip_special_tokens=sampling.skip_special_tokens)
             compiled = _COMPILE[kind](self._backend(kind, vocabulary), source)
         except (ValueError, RecursionError) as error:
             raise _refuse(kind, str(error)) from error
@@ -218,9 +223,21 @@ class GrammarCompiler:
         )
 
 
-def _vocabulary(kind: str, *, skip_special_tokens: bool) -> _Vocabulary:
+def _vocabulary(kind: str, source: str, *, skip_special_tokens: bool) -> _Vocabulary:
     special = kind == "structural_tag" or not skip_special_tokens
-    return _Vocabulary(special=special, control=kind != "json_schema")
+    is_json = kind == "json_schema" or (kind == "structural_tag" and _is_json(_parse_json(source)))
+    return _Vocabulary(special=special, control=not is_json)
+
+
+def _is_json(tag: object) -> bool:
+    """Whether a structural tag, or a part of it, has no free text."""
+    if isinstance(tag, list):
+        return all(map(_is_json, tag))
+    if not isinstance(tag, dict):
+        return True
+    if tag.get("type") == "json_schema":
+        return tag.get("style", "json") == "json"
+    return tag.get("type") in _JSON_TAGS and all(map(_is_json, tag.values()))
 
 
 def _compile_json_schema(backend: xgrammar.GrammarCompiler, source: str) -> Any:
