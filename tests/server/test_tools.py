@@ -211,7 +211,6 @@ NAMED = {"type": "function", "function": {"name": "add"}}
             True,
         ),
     ],
-    ids=str,
 )
 async def test_grammars(
     tmp_path: Path, body: Reply, names: set[str], free: bool, several: bool
@@ -450,7 +449,9 @@ BAD_MESSAGES: list[tuple[Edit, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("edit", "param", "words"), BAD_MESSAGES, ids=lambda value: str(value)[:40]
+    ("edit", "param", "words"),
+    BAD_MESSAGES,
+    ids=[f"{param}-{words}" for _, param, words in BAD_MESSAGES],
 )
 async def test_bad_messages(tmp_path: Path, edit: Edit, param: str, words: str) -> None:
     messages = history()
