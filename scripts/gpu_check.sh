@@ -92,9 +92,10 @@ gpu_tests() {
     echo "no test is marked gpu"
     return 1
   fi
-  # Most of the time goes into compiling kernels, which several processes do side by side; engines of tests are small.
+  # Most of the time goes into compiling kernels, which several processes do side by side; engines of tests are small, but
+  # each process has a context and workspaces of some GB.
   local jobs=()
-  if "$python" -c 'import xdist' 2>/dev/null; then jobs=(-n "${JOBS:-8}"); fi
+  if "$python" -c 'import xdist' 2>/dev/null; then jobs=(-n "${JOBS:-6}"); fi
   # Warnings are errors where the versions are pinned, which they are not here. tests/conftest.py leaves the kernels to
   # Triton's interpreter unless it is told of the GPU.
   LORIKEET_TEST_GPU=1 "$python" -m pytest "${jobs[@]}" -o addopts= -o filterwarnings=default -q -ra \

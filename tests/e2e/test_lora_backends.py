@@ -30,6 +30,19 @@ def test_by_the_interpreter(world: World, make_llm: Callable[..., LLM], backend:
     run(llm, world, ["qv", None, *names, "qv"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_by_the_interpreter(make_llm: Callable[..., LLM], backend: str) -> None:
+    names = ["qv", None, "head"]
+    vectors = [
+        make_llm("qv", "head", lora_backend=each).embed(
+            input_ids=prompts(len(names)), lora_path=names, pooling="mean"
+        )
+        for each in (backend, "torch")
+    ]
+    for got, wanted in zip(*vectors, strict=True):
+        assert got == pytest.approx(wanted, abs=2e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("options", [{}, {"disable_cuda_graph": True}], ids=["graphs", "eager"])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
@@ -32,6 +31,7 @@ from lorikeet.lora.residency import Residency
 from lorikeet.lora.resolver import Resolver
 from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.lora.targets import resolve_targets
+from lorikeet.models.decoder import Decoder
 from lorikeet.ops.lora.select import BackendName, make_backend
 from lorikeet.worker.memory import size_text
 
@@ -118,7 +118,7 @@ def naming(source: LoRAPath) -> Iterator[None]:
 
 
 def build_lora(
-    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], model: nn.Module
+    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], model: Decoder
 ) -> LoRAParts:
     """Make the pool, of the model's type and on its device, and put LoRA layers where the limits allow adapters."""
     weight = next(model.parameters())

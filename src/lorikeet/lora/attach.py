@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -14,13 +14,18 @@ from lorikeet.lora.layers import LoRAEmbedding, LoRALinear, LoRAStreams, SplitLa
 from lorikeet.ops.lora.api import LoRABackend
 
 
+class Model(Protocol):
+    """What :class:`lorikeet.models.decoder.Decoder` is to this module."""
+
+    def get_submodule(self, target: str, /) -> nn.Module: ...
+
+    def on_begin(self, begin: Callable[[ForwardBatch], None], /) -> None: ...
+
+
 def attach_lora(
-    model: nn.Module, sites: Sequence[LoRASite], pool: DevicePool, backend: LoRABackend[Any, Any]
+    model: Model, sites: Sequence[LoRASite], pool: DevicePool, backend: LoRABackend[Any, Any]
 ) -> list[str]:
     """Replace the module of every site that adapters may change, and let the model begin the backend's steps.
-
-    Args:
-        model: called with a :class:`ForwardBatch`.
 
     Returns:
         The paths of the replaced modules, in the order of the sites.
@@ -45,10 +50,9 @@ def attach_lora(
         setattr(parent, name, layer)
         replaced.append(site.path)
 
-    def begin(_: nn.Module, args: tuple[ForwardBatch, ...]) -> None:
-        # A hook, because it belongs to a forward pass wherever that is called, and into its CUDA graph.
-        if args[0].lora is not None:
-            backend.begin(args[0].lora)
+    def begin(batch: ForwardBatch) -> None:
+        if batch.lora is not None:
+            backend.begin(batch.lora)
 
-    model.register_forward_pre_hook(begin)
+    model.on_begin(begin)
     return replaced

@@ -5,6 +5,8 @@ Shape legend: T tokens of a step, N rows of T whose logits are wanted, D hidden 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -87,6 +89,12 @@ class Decoder(nn.Module):
         self._rotary = RotaryEmbedding(
             spec.rope, spec.head_dim, placement.device, spec.max_context_length
         )
+        self._begin: Callable[[ForwardBatch], None] | None = None
+
+    def on_begin(self, begin: Callable[[ForwardBatch], None]) -> None:
+        """Call ``begin`` with every batch before its first layer, in whatever way the batch is run, and so in the CUDA
+        graph of its pass."""
+        self._begin = begin
 
     def tie(self) -> None:
         """Let the LM head be the embedding table."""
@@ -107,6 +115,8 @@ class Decoder(nn.Module):
 
     def _states(self, batch: ForwardBatch, rows_N: torch.Tensor | None) -> torch.Tensor:
         """States behind the final norm, [N, D]; of all tokens for None."""
+        if self._begin is not None:
+            self._begin(batch)
         cos_sin_TH = self._rotary.cos_sin(batch)
         x_TD: torch.Tensor = self.embed_tokens(batch)
         delta_TD: torch.Tensor | None = None
