@@ -118,25 +118,25 @@ TEXTS: list[tuple[Parser, str]] = [
 ]
 
 # What is told of a call stays, what comes after its arguments is text.
-BROKEN: list[tuple[Parser, str, str, str, bool]] = [
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": x}', "}</tool_call> ok", False),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": NaN}', "}</tool_call>", False),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "\n"}', "}</tool_call>", False),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{}", "</tool_call>", False),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{}", ', "x": 1}</tool_call>', False),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "b', "", True),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "b\\', "", True),
-    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{", "", True),
-    (Llama3Parser, '{"name": "f", "parameters": ', "{}", ', "age": 3} years', False),
-    (Llama3Parser, '<|python_tag|>{"name": "f", "parameters": ', '{"a": ', "", True),
-    (MistralParser, "[TOOL_CALLS]f[ARGS]", "{]", "} x", False),
-    (MistralParser, '[TOOL_CALLS] [{"name": "f", "arguments": ', '{"a": [', "", True),
+BROKEN: list[tuple[Parser, str, str, str]] = [
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": x}', "}</tool_call> ok"),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": NaN}', "}</tool_call>"),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "\n"}', "}</tool_call>"),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{}", "</tool_call>"),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{}", ', "x": 1}</tool_call>'),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "b', ""),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', '{"a": "b\\', ""),
+    (HermesParser, '<tool_call>{"name": "f", "arguments": ', "{", ""),
+    (Llama3Parser, '{"name": "f", "parameters": ', "{}", ', "age": 3} years'),
+    (Llama3Parser, '<|python_tag|>{"name": "f", "parameters": ', '{"a": ', ""),
+    (MistralParser, "[TOOL_CALLS]f[ARGS]", "{]", "} x"),
+    (MistralParser, '[TOOL_CALLS] [{"name": "f", "arguments": ', '{"a": [', ""),
 ]
 
 
 def all_texts() -> list[tuple[Parser, str]]:
     calls = [(parser, text) for parser, text, _ in CALLS]
-    broken = [(parser, before + args + rest) for parser, before, args, rest, _ in BROKEN]
+    broken = [(parser, before + args + rest) for parser, before, args, rest in BROKEN]
     return [*calls, *TEXTS, *broken]
 
 
@@ -150,11 +150,9 @@ def test_what_is_no_call_is_text(parser: Parser, text: str) -> None:
     assert read(parser, text) == ([Text(text)] if text else [])
 
 
-@pytest.mark.parametrize(("parser", "before", "arguments", "rest", "is_cut"), BROKEN)
-def test_a_call_that_breaks(
-    parser: Parser, before: str, arguments: str, rest: str, is_cut: bool
-) -> None:
-    begun = [Begin("f"), Arguments(arguments), Broken(before + arguments, is_cut)]
+@pytest.mark.parametrize(("parser", "before", "arguments", "rest"), BROKEN)
+def test_a_call_that_breaks(parser: Parser, before: str, arguments: str, rest: str) -> None:
+    begun = [Begin("f"), Arguments(arguments), Broken()]
     assert read(parser, before + arguments + rest) == begun + ([Text(rest)] if rest else [])
 
 

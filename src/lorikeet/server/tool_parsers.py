@@ -47,15 +47,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The call that has begun does not go on as a call.
-
-    Attributes:
-        source: everything the model wrote of it up to the end of the arguments that were told; the rest follows as text.
-        is_cut: it is the output that ended, not the call that is malformed.
-    """
-
-    source: str
-    is_cut: bool
+    """The call that has begun does not go on as a call; what follows its arguments is text."""
 
 
 Event = Text | Begin | Arguments | End | Broken
@@ -80,7 +72,6 @@ class ToolCallParser(TextReader, ABC):
         self._names = names
         super().__init__()
         self._start = 0  # everything before it has been told
-        self._source = 0  # where the call that was told last begins
         self._has_begun = False  # a call was told that has not ended
         self._call_end = -1  # where the last complete call ended
         self._name: str | None = None  # of the call that is read
@@ -111,7 +102,7 @@ class ToolCallParser(TextReader, ABC):
                 continue
             if self._has_begun:
                 # Up to self._start the arguments have been told: what follows them is text.
-                self._events.append(Broken(self.text[self._source : self._start], self.ran_out))
+                self._events.append(Broken())
                 self._has_begun = False
             # A marker in what was no call may begin one.
             self.pos = max(self._start, marker_end)
@@ -152,7 +143,6 @@ class ToolCallParser(TextReader, ABC):
             self._start += len(text)
 
     def _begin(self, name: str) -> None:
-        self._source = self._start
         self._has_begun = True
         self._events.append(Begin(name))
 

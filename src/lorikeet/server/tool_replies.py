@@ -14,8 +14,8 @@ Reply = dict[str, Any]
 class Speech:
     """One choice's message.
 
-    In a stream a call that turns out to be malformed cannot be taken back; in a whole message it is content. One that is
-    only cut off, by ``max_tokens``, stays a call in both, with the arguments as far as they go.
+    A call that breaks stays one with its arguments as far as they go: a stream has told it already, and the whole message
+    says what a stream says.
 
     Args:
         tools: what it may call; None: its content is the text.
@@ -49,9 +49,6 @@ class Speech:
                     calls.append(self._new_call(name))
                 case Arguments(text):
                     calls[-1]["function"]["arguments"] += text
-                case Broken(source, is_cut) if not (is_cut and _is_cut_off(snapshot)):
-                    calls.pop()
-                    content.append(source)
                 case End() | Broken():
                     pass
         if not calls:
@@ -86,7 +83,3 @@ class Speech:
 
     def _call(self, fields: Reply) -> Reply:
         return {"tool_calls": [{"index": self._num_begun - 1} | fields]}
-
-
-def _is_cut_off(snapshot: Snapshot) -> bool:
-    return snapshot.finish is not None and snapshot.finish.kind == "length"
