@@ -19,8 +19,8 @@ import aiohttp
 import pytest
 
 from lorikeet import demo
-from lorikeet.utils import launch_server_cmd, terminate_process, wait_for_server
 from tests.support import bench_client
+from tests.support.served import served
 
 ADAPTERS = ("json", "lines", "pirate", "sql")
 NUM_PROMPTS = 12
@@ -37,15 +37,10 @@ ASSIGNMENTS = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    process, port = launch_server_cmd(
-        "python -m lorikeet.launch_server --model-path demo --served-model-name parrot"
-        " --lora-paths demo --max-total-tokens 8192"
-    )
-    try:
-        wait_for_server(f"http://127.0.0.1:{port}", timeout=120, process=process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        terminate_process(process)
+    with served(
+        "--model-path demo --served-model-name parrot --lora-paths demo --max-total-tokens 8192"
+    ) as url:
+        yield url
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from lorikeet.utils import free_port, launch_server_cmd, terminate_process, wait_for_server
+from tests.support.served import served
 
 QUESTION = "What is the capital of France?"
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
@@ -20,17 +20,10 @@ PROMPT: dict[str, Any] = {"prompt": QUESTION, "temperature": 0, "max_tokens": 32
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port = free_port()
-    process, port = launch_server_cmd(
-        "python -m lorikeet.launch_server --model-path demo --served-model-name parrot"
-        " --lora-paths demo --max-total-tokens 8192",
-        port=port,
-    )
-    try:
-        wait_for_server(f"http://127.0.0.1:{port}", timeout=120, process=process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        terminate_process(process)
+    with served(
+        "--model-path demo --served-model-name parrot --lora-paths demo --max-total-tokens 8192"
+    ) as url:
+        yield url
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import httpx
 import openai
 import pytest
 
-from lorikeet.utils import free_port, launch_server_cmd, terminate_process, wait_for_server
 from tests.e2e.conftest import World
 from tests.server.test_live import send
 from tests.support.live_server import LiveServer, wait_until
+from tests.support.served import served
 
 SAMPLING = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
 BODY = {"text": "one two", "sampling_params": SAMPLING}
@@ -25,19 +25,11 @@ LONG = {"text": "x", "sampling_params": SAMPLING | {"max_new_tokens": 400, "n": 
 @pytest.fixture(scope="module")
 def url(world: World) -> Iterator[str]:
     """One sequence runs, two wait."""
-    process, port = launch_server_cmd(
-        f"python -m lorikeet.launch_server --model-path {world.model} --max-total-tokens 8192"
-        f" --served-model-name base --lora-paths a={world.adapters['qv']}"
-        " --max-running-requests 1 --max-queued-requests 2",
-        port=free_port(),
-    )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_server(base, timeout=120, process=process)
-        yield base
-    finally:
-        terminate_process(process)
-    assert process.returncode == 0
+    with served(
+        f"--model-path {world.model} --max-total-tokens 8192 --served-model-name base"
+        f" --lora-paths a={world.adapters['qv']} --max-running-requests 1 --max-queued-requests 2"
+    ) as url:
+        yield url
 
 
 def stats(url: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lorikeet.server.adapters import ADMIN_PATHS
 from lorikeet.server.document import REPLIES
-from lorikeet.utils import launch_server_cmd, terminate_process, wait_for_server
+from tests.support.served import served
 
 # Ten tokens a second would do: what waits longer hangs.
 SECONDS = 30
@@ -54,15 +54,11 @@ OPERATIONS = [(path, "post" if path in POSTS else "get") for path in REPLIES]
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     # A short context bounds what a request can ask for.
-    process, port = launch_server_cmd(
-        "python -m lorikeet.launch_server --model-path demo --served-model-name parrot"
-        " --lora-paths demo --context-length 64 --enable-metrics"
-    )
-    try:
-        wait_for_server(f"http://127.0.0.1:{port}", timeout=120, process=process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        terminate_process(process)
+    with served(
+        "--model-path demo --served-model-name parrot --lora-paths demo --context-length 64"
+        " --enable-metrics"
+    ) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -13,30 +13,21 @@ import openai
 import pytest
 
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.utils import free_port, launch_server_cmd, terminate_process, wait_for_server
 from tests.e2e.conftest import World
 from tests.support.peft_adapters import peft_generate, peft_states
+from tests.support.served import served
 
 GREEDY = {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def url(world: World) -> Iterator[str]:
-    """The issue's own command: two adapters, two of them in a batch at most."""
-    port = free_port()
-    process, port = launch_server_cmd(
-        f"python -m lorikeet.launch_server --model-path {world.model} --enable-lora"
-        f" --lora-paths a={world.adapters['qv']} b={world.adapters['big']} --max-loras-per-batch 2"
-        " --max-total-tokens 8192",
-        port=port,
-    )
-    base = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_server(base, timeout=120, process=process)
-        yield base
-    finally:
-        terminate_process(process)
-    assert process.returncode == 0
+    """Two adapters, two of them in a batch at most."""
+    with served(
+        f"--model-path {world.model} --enable-lora --lora-paths a={world.adapters['qv']}"
+        f" b={world.adapters['big']} --max-loras-per-batch 2 --max-total-tokens 8192"
+    ) as url:
+        yield url
 
 
 def post(url: str, **body: object) -> httpx.Response:

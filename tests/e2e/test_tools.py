@@ -17,7 +17,7 @@ import pytest
 from openai import OpenAI
 
 from lorikeet import demo
-from lorikeet.utils import free_port, launch_server_cmd, terminate_process, wait_for_server
+from tests.support.served import served
 from tests.support.tool_templates import HERMES
 
 QUESTION = "What is the capital of France?"
@@ -61,17 +61,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(world: Path) -> Iterator[str]:
-    port = free_port()
-    process, port = launch_server_cmd(
-        f"python -m lorikeet.launch_server --model-path {world}/base --served-model-name parrot"
-        f" --lora-paths pirate={demo.adapter_paths()['pirate']} own={world}/own --max-total-tokens 8192",
-        port=port,
-    )
-    try:
-        wait_for_server(f"http://127.0.0.1:{port}", timeout=120, process=process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        terminate_process(process)
+    with served(
+        f"--model-path {world}/base --served-model-name parrot"
+        f" --lora-paths pirate={demo.adapter_paths()['pirate']} own={world}/own --max-total-tokens 8192"
+    ) as url:
+        yield url
 
 
 @pytest.fixture

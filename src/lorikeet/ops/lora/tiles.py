@@ -1,5 +1,5 @@
-"""Tile sizes of the LoRA kernels: data. ``scripts/tune_lora.py`` measures them; marked lines were measured on an H100, the
-others are carried over from their neighbours.
+"""Tile sizes of the LoRA kernels: data. ``scripts/tune_lora.py`` measures them. Lines for ranks up to 16 were measured on an
+H100, the others are carried over from their neighbours.
 
 A table is read from the top: the first line whose limits hold is taken. ``block_rows`` are the rows of a tile (M), ``ranks``
 the largest rank of the pool, ``tiles`` those of the launch (J, with the ones that pad).
