@@ -69,7 +69,38 @@ def test_a_completion_is_what_the_native_api_says(client: OpenAI, url: str) -> N
     assert reply.usage.completion_tokens == native["meta_info"]["completion_tokens"]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "seed": 3}, {"stop": "ar"}], ids=str)
+# Every sampling option; hot ones write whatever there is, halves of characters among it.
+HOT = {"temperature": 1.6, "seed": 3}
+SAMPLING: list[dict[str, Any]] = [
+    {},
+    HOT,
+    {"stop": "ar"},
+    {"stop": ["ar", "zz"], "extra_body": {"no_stop_trim": True}},
+    HOT | {"top_p": 0.9},
+    HOT | {"extra_body": {"top_k": 50}},
+    HOT | {"extra_body": {"min_p": 0.01}},
+    HOT | {"extra_body": {"repetition_penalty": 1.3}},
+    HOT | {"presence_penalty": 1.0, "frequency_penalty": 0.7},
+    HOT | {"logit_bias": {"300": 4.0, "301": -100}},
+    HOT | {"extra_body": {"min_tokens": 30}},
+    HOT | {"extra_body": {"ignore_eos": True, "skip_special_tokens": False}},
+    HOT | {"extra_body": {"spaces_between_special_tokens": False, "ignore_eos": True}},
+    HOT | {"extra_body": {"stop_token_ids": [260, 270, 280, 290]}},
+    HOT | {"extra_body": {"stop_regex": "[aeiou]{2}"}},
+    HOT | {"extra_body": {"regex": "[a-zé€😀 ]{5,40}"}},
+    HOT | {"extra_body": {"ebnf": 'root ::= "é" [a-z]+ "€"'}},
+    HOT | {"response_format": {"type": "json_object"}},
+    HOT
+    | {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"type": "array", "items": {"type": "string"}}},
+        }
+    },
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 def test_a_streamed_chat_adds_up(client: OpenAI, sampling: dict[str, Any]) -> None:
     body = {**CHAT, **sampling, "max_tokens": 40, "logprobs": True, "top_logprobs": 2, "n": 2}
     whole = client.chat.completions.create(model="pirate", **body)
