@@ -165,7 +165,7 @@ def main() -> None:
         for line in lines
         if op != "gated" or line.batch[0] > LARGEST_DECODE
     }
-    print(f"# {torch.cuda.get_device_name()}", flush=True)
+    print(f"# {torch.cuda.get_device_name()}, {torch.cuda.get_device_capability()}", flush=True)
     # Compiling takes nearly all of the time, and has to be done by other processes: a GPU is timed by one alone.
     everything = [job for group in jobs.values() for job in group]
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:

@@ -61,16 +61,16 @@ def cases() -> Iterator[tuple[str, int]]:
         shape = {"K": 4096, "M": block, "C": ranks, "P": ranks // 16, "PAGE": 16, "ALIGN": 16}
         shape |= {"R": tiles.rank_block(ranks), "O0": 14336, "O1": 14336, "O2": 0, "H": 1}
         name = f"rank {ranks}, {block} rows"
-        tile = tiles.shrink_tile(block, ranks, count)
+        tile = tiles.table_of(None).shrink(block, ranks, count)
         span = min(tile.span, 4096)
         values = {**shape, "B": tile.block_k, "SPAN": span, "ADD": span < 4096}
         yield f"shrink, {name}", compile_kernel(shrink._shrink, values, tile)
-        tile = tiles.expand_tile(block, ranks, count)
+        tile = tiles.table_of(None).expand(block, ranks, count)
         parts = {"AT0": 0, "AT1": 14336, "AT2": 0, "PART0": 0, "PART1": 1, "PART2": -1}
         for add in (True, False):
             values = {**shape, **parts, "B": tile.block_n, "ALIGN_O": 16, "ADD": add}
             yield f"expand, {name}", compile_kernel(expand._expand, values, tile)
-        tile = tiles.gated_tile(block, ranks, count)
+        tile = tiles.table_of(None).gated(block, ranks, count)
         values = {**shape, "HALF": 14336, "GATE": 0, "UP": 1, "B": tile.block_n}
         yield f"gated, {name}", compile_kernel(gated._silu_mul, values, tile)
         yield f"gather, {name}", compile_kernel(shrink._gather, {**shape, "R": 16}, plain)

@@ -1,5 +1,5 @@
-"""Tile sizes of the LoRA kernels: data. ``scripts/tune_lora.py`` measures them. Lines for ranks up to 16 were measured on an
-H100, the others are carried over from their neighbours.
+"""Tile sizes of the LoRA kernels: data, by architecture. ``scripts/tune_lora.py`` measures them. Lines for ranks up to 16 were
+measured on an H100, the others are carried over from their neighbours.
 
 A table is read from the top: the first line whose limits hold is taken. ``block_rows`` are the rows of a tile (M), ``ranks``
 the largest rank of the pool, ``tiles`` those of the launch (J, with the ones that pad).
@@ -7,9 +7,11 @@ the largest rank of the pool, ``tiles`` those of the launch (J, with the ones th
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import le
+from typing import Generic, TypeVar
 
 # Rows of a tile while a step has few rows for each adapter, and the least that a matrix unit takes.
 DECODE_BLOCK_ROWS = 16
@@ -44,13 +46,13 @@ class ExpandTile:
     num_stages: int
 
 
-# Look-ups that are remembered: sizes of batches and of tables that one process meets.
-_CACHED = 4096
+Tile = TypeVar("Tile", ShrinkTile, ExpandTile)
+
 # No limit.
 ANY = 1 << 30
 
 # (block_rows, ranks, tiles) at most.
-_SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
+_HOPPER_SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
     (16, 16, 4, ShrinkTile(128, 256, 4, 3)),
     (16, 16, 16, ShrinkTile(128, 256, 4, 3)),
     (16, 16, ANY, ShrinkTile(128, 512, 4, 3)),
@@ -66,7 +68,7 @@ _SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
     (64, ANY, ANY, ShrinkTile(128, ANY, 4, 3)),
     (ANY, ANY, ANY, ShrinkTile(64, ANY, 8, 3)),
 )
-_EXPAND: tuple[tuple[int, int, int, ExpandTile], ...] = (
+_HOPPER_EXPAND: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (16, 16, 4, ExpandTile(64, 4, 1)),
     (16, 16, 16, ExpandTile(128, 4, 1)),
     (16, 16, ANY, ExpandTile(128, 4, 1)),
@@ -82,7 +84,7 @@ _EXPAND: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (ANY, ANY, ANY, ExpandTile(128, 8, 1)),
 )
 # Of the expand that ends in silu-mul; prefill only.
-_GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
+_HOPPER_GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (16, ANY, ANY, ExpandTile(256, 4, 1)),
     (32, ANY, ANY, ExpandTile(128, 4, 1)),
     (64, 16, 32, ExpandTile(128, 8, 1)),
@@ -93,22 +95,40 @@ _GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
 )
 
 
-@functools.lru_cache(_CACHED)
-def shrink_tile(block_rows: int, ranks: int, tiles: int) -> ShrinkTile:
-    """Sizes for a shrink launch."""
-    return next(row[3] for row in _SHRINK if _holds(row[:3], block_rows, ranks, tiles))
+class Sizes(Generic[Tile]):
+    """A table; what it found is remembered, since one process meets few sizes, and those in every launch."""
+
+    def __init__(self, lines: Sequence[tuple[int, int, int, Tile]]) -> None:
+        self._lines = lines
+        self._found: dict[tuple[int, int, int], Tile] = {}
+
+    def __call__(self, block_rows: int, ranks: int, tiles: int) -> Tile:
+        """The sizes for a launch."""
+        key = (block_rows, ranks, tiles)
+        tile = self._found.get(key)
+        if tile is None:
+            fits = (line[3] for line in self._lines if all(map(le, key, line[:3])))
+            tile = self._found[key] = next(fits)
+        return tile
 
 
-@functools.lru_cache(_CACHED)
-def expand_tile(block_rows: int, ranks: int, tiles: int) -> ExpandTile:
-    """Sizes for an expand launch."""
-    return next(row[3] for row in _EXPAND if _holds(row[:3], block_rows, ranks, tiles))
+@dataclass(frozen=True, slots=True)
+class TileTable:
+    """Sizes of all kernels on one architecture."""
+
+    shrink: Sizes[ShrinkTile]
+    expand: Sizes[ExpandTile]
+    gated: Sizes[ExpandTile]
 
 
-@functools.lru_cache(_CACHED)
-def gated_tile(block_rows: int, ranks: int, tiles: int) -> ExpandTile:
-    """Sizes for an expand launch that ends in silu-mul."""
-    return next(row[3] for row in _GATED if _holds(row[:3], block_rows, ranks, tiles))
+_HOPPER = TileTable(Sizes(_HOPPER_SHRINK), Sizes(_HOPPER_EXPAND), Sizes(_HOPPER_GATED))
+TABLES: dict[tuple[int, int], TileTable] = {(9, 0): _HOPPER}
+"""Compute capability -> sizes."""
+
+
+def table_of(capability: tuple[int, int] | None) -> TileTable:
+    """The sizes for a device of this compute capability (None: no GPU); Hopper's where nobody has measured."""
+    return _HOPPER if capability is None else TABLES.get(capability, _HOPPER)
 
 
 def rank_block(max_rank: int) -> int:
@@ -125,7 +145,3 @@ def prefill_block(num_rows: int, num_adapters: int, largest: int) -> int:
     """
     few = num_rows < num_adapters * 3 * DECODE_BLOCK_ROWS
     return min(DECODE_BLOCK_ROWS if few else PREFILL_BLOCK_ROWS, largest)
-
-
-def _holds(limits: tuple[int, int, int], *values: int) -> bool:
-    return all(value <= limit for value, limit in zip(values, limits, strict=True))

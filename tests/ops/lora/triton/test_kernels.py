@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 
 from lorikeet.ops.activation import silu_mul_torch
 from lorikeet.ops.lora import tiles as tile_table
-from lorikeet.ops.lora.tiles import ExpandTile, ShrinkTile
+from lorikeet.ops.lora.tiles import ANY, ExpandTile, ShrinkTile, table_of
 from lorikeet.ops.lora.triton.resolve import resolve_tiles
 from lorikeet.ops.lora.triton.site import SiteShape, regions_of
 from tests.support.lora_tables import assert_close, random_site
@@ -18,8 +19,6 @@ from tests.support.lora_tiles import KernelCase, tiles_of
 K = 48
 QKV = (32, 8, 16)
 MIXED_RANKS = {1: (1, 8, 16), 2: (17, 0, 40), 3: (64, 100, 256), 4: (0, 0, 5), 5: (33, 33, 33)}
-# As they are outside of these tests.
-SHRINK_TILE, EXPAND_TILE = tile_table.shrink_tile, tile_table.expand_tile
 # Of 8 rows each.
 POPULARITY = {
     "none": [0] * 8,
@@ -33,8 +32,12 @@ POPULARITY = {
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs and several iterations at the sizes of these tests."""
-    monkeypatch.setattr(tile_table, "shrink_tile", lambda *_: ShrinkTile(16, 32, 1, 1))
-    monkeypatch.setattr(tile_table, "expand_tile", lambda *_: ExpandTile(16, 1, 1))
+    small = tile_table.TileTable(
+        tile_table.Sizes([(ANY, ANY, ANY, ShrinkTile(16, 32, 1, 1))]),
+        tile_table.Sizes([(ANY, ANY, ANY, ExpandTile(16, 1, 1))]),
+        tile_table.table_of(None).gated,
+    )
+    monkeypatch.setattr(tile_table, "table_of", lambda _: small)
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -216,9 +219,19 @@ def test_operands_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("ranks", [1, 16, 17, 64, 65, 256])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("tiles", [1, 8, 37, 500])
-def test_every_launch_has_sizes(ranks, block, tiles):
-    shrink = SHRINK_TILE(block, ranks, tiles)
+@pytest.mark.parametrize("capability", [None, (9, 0), (8, 0), (12, 0)])
+def test_every_launch_has_sizes(ranks, block, tiles, capability):
+    table = table_of(capability)
+    shrink = table.shrink(block, ranks, tiles)
     assert shrink.span % shrink.block_k == 0
-    assert EXPAND_TILE(block, ranks, tiles).block_n >= 16
-    assert tile_table.gated_tile(block, ranks, tiles).block_n >= 16
+    assert table.expand(block, ranks, tiles).block_n >= 16
+    assert table.gated(block, ranks, tiles).block_n >= 16
     assert 16 <= tile_table.rank_block(ranks) <= 64
+
+
+def test_the_first_line_that_fits_is_taken():
+    lines = [(16, 8, 4, 1), (16, ANY, 4, 2), (ANY, 8, ANY, 3), (ANY, ANY, ANY, 4)]
+    sizes: Any = tile_table.Sizes(lines)  # pyright: ignore[reportArgumentType]
+    found = [sizes(*key) for key in ((16, 8, 4), (16, 9, 4), (16, 8, 5), (17, 9, 4))]
+    assert found == [1, 2, 3, 4]
+    assert sizes(16, 8, 4) == 1, "remembered"

@@ -67,6 +67,10 @@ class TritonBackend:
         self._shrink_tile, self._expand_tile = shrink_tile, expand_tile
         self._table = table
         self._max_rank = table.max_pages * page_ranks
+        device = table.words_SLW.device
+        self._sizes = tiles.table_of(
+            torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        )
         self._rank_block = tiles.rank_block(self._max_rank)
         self._deterministic = deterministic
         self._steps: list[_Step] = []
@@ -82,7 +86,7 @@ class TritonBackend:
     def shrink(self, x_TK: torch.Tensor, site: SiteTable, rows: Tiles) -> ShrunkTiles:
         step = self._find(rows)
         launch = self._launch(step, site)
-        tile = self._shrink_tile or tiles.shrink_tile(*self._size_of(rows))
+        tile = self._shrink_tile or self._sizes.shrink(*self._size_of(rows))
         num_parts = cdiv(launch.in_features, tile.span)
         h_HNTC = self._sums(step, launch) if num_parts > 1 else None
         if h_HNTC is None:
@@ -109,7 +113,7 @@ class TritonBackend:
     def silu_mul(
         self, y_T2I: torch.Tensor, h: ShrunkTiles, site: SiteTable, rows: Tiles
     ) -> torch.Tensor:
-        tile = self._expand_tile or tiles.gated_tile(*self._size_of(rows))
+        tile = self._expand_tile or self._sizes.gated(*self._size_of(rows))
         return expand_silu_mul(
             y_T2I, h.h_HNTC, h.launch, self._shape(site).regions(y_T2I.shape[1]), tile
         )
@@ -122,7 +126,7 @@ class TritonBackend:
     ) -> None:
         if add and not rows.num_used:
             return
-        tile = self._expand_tile or tiles.expand_tile(*self._size_of(rows))
+        tile = self._expand_tile or self._sizes.expand(*self._size_of(rows))
         regions = self._shape(site).regions(y_TO.shape[1])
         expand_tiles(y_TO, h.h_HNTC, h.launch, regions, tile, add=add)
 
