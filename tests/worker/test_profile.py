@@ -6,7 +6,7 @@ import torch
 
 from lorikeet.ops.draw import draw_tokens_torch
 from lorikeet.ops.triton.sampling import draw_tokens_triton
-from lorikeet.worker.profile import warm_up_draw
+from lorikeet.worker.profile import graph_bytes, warm_up_draw
 
 
 def test_a_draw_that_nobody_keeps() -> None:
@@ -15,3 +15,9 @@ def test_a_draw_that_nobody_keeps() -> None:
         sampled_L = torch.tensor([7, 8])
         warm_up_draw(draw, 40, torch.float16, sampled_L)
         assert sampled_L.tolist() == [7, 8]
+
+
+def test_graphs_of_small_models_are_small() -> None:
+    assert graph_bytes(0, 32) == 0
+    assert graph_bytes(10, 32) == 400_000_000
+    assert graph_bytes(10, 2) == 25_000_000

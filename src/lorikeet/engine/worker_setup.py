@@ -35,8 +35,8 @@ from lorikeet.worker.memory import (
 )
 from lorikeet.worker.profile import (
     FIXED_RESERVE_BYTES,
-    GRAPH_BYTES,
     SAMPLING_BYTES_PER_LOGIT,
+    graph_bytes,
     measure_step,
     warm_up,
     warm_up_draw,
@@ -208,18 +208,19 @@ def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
         context_length=target.context_length,
     )
     sampling = num_rows * target.spec.vocab_size * SAMPLING_BYTES_PER_LOGIT
-    return activations + sampling + _graph_bytes(config, lora) + FIXED_RESERVE_BYTES
+    graphs = graph_bytes(_num_graphs(config, lora), target.spec.num_layers)
+    return activations + sampling + graphs + FIXED_RESERVE_BYTES
 
 
-def _graph_bytes(config: ServerConfig, lora: LoRAParts | None) -> int:
-    """About what the graphs will take: some sizes have several lengths, and with adapters two numbers of tiles beside
-    the graph without."""
+def _num_graphs(config: ServerConfig, lora: LoRAParts | None) -> int:
+    """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
+    tiles beside the graph without."""
     if config.disable_cuda_graph:
         return 0
     with_adapters = lora is not None and lora.backend != "torch"
     decode = len(_graph_sizes(config)) * (3 if with_adapters else 1) * 5 // 4
     prompts = len(_prompt_sizes(config)) * (2 if with_adapters else 1)
-    return (decode + prompts) * GRAPH_BYTES
+    return decode + prompts
 
 
 def make_worker(

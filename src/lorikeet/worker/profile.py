@@ -24,8 +24,13 @@ from lorikeet.worker.staging import int_type, upload
 SAMPLING_BYTES_PER_LOGIT = 36
 # Kernels that are loaded when first used, fragments between allocations.
 FIXED_RESERVE_BYTES = 500_000_000
-# What the driver keeps for one graph of some 400 launches.
-GRAPH_BYTES = 40_000_000
+# What the driver keeps for one graph of 32 layers, some 400 launches.
+_GRAPH_BYTES, _GRAPH_LAYERS = 40_000_000, 32
+
+
+def graph_bytes(num_graphs: int, num_layers: int) -> int:
+    """About what captured passes of a model take, in one graph each or in pieces."""
+    return num_graphs * _GRAPH_BYTES * num_layers // _GRAPH_LAYERS
 
 
 def measure_step(
