@@ -570,6 +570,22 @@ def test_requests_whose_name_is_looked_up_can_be_aborted_or_refused(make_rig: Ma
     assert rig.names() == {}
 
 
+def test_what_has_to_leave_may_still_be_there(make_rig: MakeRig) -> None:
+    """A step that wants an adapter makes room for it at once; the bytes of who leaves go with the next step."""
+    rig = make_rig(max_host=2)
+    for name in "abc":
+        rig.load(name, name)
+    gate = rig.block("/a")
+    rid = rig.submit("a")
+    for _ in range(4):
+        rig.step()
+        rig.core.check_integrity()
+    gate.set()
+    rig.until(lambda: rig.is_over(rid))
+    rig.finish()
+    rig.core.check_integrity()
+
+
 class Churn:
     """Random commands about a few names, and what the last one that succeeded left of each."""
 

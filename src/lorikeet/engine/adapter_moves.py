@@ -85,6 +85,8 @@ class HostMoves:
             self._host.drop(version)
 
     def check_integrity(self) -> None:
+        # Who has left since the last poll may still be here.
+        self._drop_evicted()
         for version in self._known:
             in_host = self._residency.tier(version) in IN_MEMORY
             assert in_host == (version in self._host), f"version {version}: bytes and tier differ"
