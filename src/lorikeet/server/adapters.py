@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Awaitable
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from lorikeet.server.protocol import (
     UnloadAdapterBody,
     body_schema,
     parse_body,
+    read_large,
 )
 from lorikeet.server.replies import JSONReply, until_disconnect
 
@@ -41,8 +41,6 @@ LARGE_PATHS = ("/load_lora_adapter_from_tensors",)
 Description = dict[str, Any]
 _AnyBody = TypeVar("_AnyBody", bound=Body)
 
-# A body larger than this is read on a thread, so that other requests need not wait for it.
-LARGE_BODY = 16 * 1024
 # Characters decoded at once: a multiple of 4, which is a whole number of bytes.
 BASE64_PIECE = 1 << 19
 # The safetensors format: this many bytes of little-endian length, then a JSON header of at most MAX_HEADER bytes.
@@ -122,10 +120,7 @@ class AdapterRoutes:
         async def work() -> Description:
             data = await request.body()
             self._check_enabled()
-            if len(data) > LARGE_BODY:
-                body, tensors = await asyncio.to_thread(_read_tensors, data)
-            else:
-                body, tensors = _read_tensors(data)
+            body, tensors = await read_large(data, _read_tensors)
             self._check_name(body.lora_name)
             return await self._load(
                 request,

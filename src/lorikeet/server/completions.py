@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -17,7 +16,6 @@ from lorikeet.engine.completion import Snapshot
 from lorikeet.engine.stream import CompletionStream
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.server.errors import describe
-from lorikeet.server.native import LARGE_BODY
 from lorikeet.server.openai_bodies import ChatBody, CompletionBody
 from lorikeet.server.openai_calls import Call, CallReader, ModelNames
 from lorikeet.server.openai_replies import (
@@ -28,11 +26,9 @@ from lorikeet.server.openai_replies import (
     Reply,
 )
 from lorikeet.server.openai_submit import check_finish, submit
-from lorikeet.server.protocol import body_schema, parse_body
+from lorikeet.server.protocol import body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +88,16 @@ class CompletionRoutes:
             stream.close()
 
     async def _read_completion(self, data: bytes) -> Call:
-        return await _read(data, lambda: self._reader.completion(data))
+        return await read_large(data, self._reader.completion)
 
     async def _read_chat(self, data: bytes) -> Call:
-        body = await _read(data, lambda: parse_body(ChatBody, data))
+        body = await read_large(data, partial(parse_body, ChatBody))
         adapter = self._names.adapter_of(body)
         if adapter is not None and adapter not in self._client.adapter_templates:
             # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
             with suppress(UserError):
                 await self._client.command("find_adapter", name=adapter)
-        return await _read(data, lambda: self._reader.chat(body))
+        return await read_large(data, lambda _: self._reader.chat(body))
 
     async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
@@ -139,11 +135,6 @@ class CompletionRoutes:
         except (UserError, EngineFault) as error:
             yield frame(describe(error)[1])
         yield DONE
-
-
-async def _read(data: bytes, read: Callable[[], _Result]) -> _Result:
-    """Read a body; a large one on a thread, so that other requests need not wait for it."""
-    return await asyncio.to_thread(read) if len(data) > LARGE_BODY else read()
 
 
 def _envelope(call: Call, form: _Form) -> Envelope:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import uuid
 from dataclasses import dataclass
@@ -17,11 +16,10 @@ from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.reply import vector_floats
 from lorikeet.errors import RequestError
-from lorikeet.server.native import LARGE_BODY
 from lorikeet.server.openai_bodies import EmbeddingBody
-from lorikeet.server.openai_calls import ModelCall, ModelNames, in_own_words
+from lorikeet.server.openai_calls import ModelCall, ModelNames, in_own_words, prompt_field
 from lorikeet.server.openai_submit import check_finish, submit
-from lorikeet.server.protocol import body_schema, parse_body
+from lorikeet.server.protocol import body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
 
 _FIELD_NAMES = {"text": "input", "input_ids": "input"}
@@ -49,18 +47,16 @@ class EmbeddingRoutes:
     async def embed(self, request: Request) -> Response:
         """Turn prompts into vectors."""
         data = await request.body()
-        is_large = len(data) > LARGE_BODY
-        call = await asyncio.to_thread(self._read, data) if is_large else self._read(data)
+        call = await read_large(data, self._read)
         return JSONReply(await until_disconnect(request.receive, self._answer(call)))
 
     def _read(self, data: bytes) -> _EmbeddingCall:
         body = parse_body(EmbeddingBody, data)
         self._check_dimensions(body.dimensions)
-        is_text = isinstance(body.input, str) or any(isinstance(it, str) for it in body.input)
         adapter = self._names.adapter_of(body)
         call_id = f"embd-{uuid.uuid4().hex}"
         fields = {
-            "text" if is_text else "input_ids": body.input,
+            prompt_field(body.input): body.input,
             "lora_path": adapter,
             "rid": call_id,
             "sampling_params": {"max_new_tokens": 0},

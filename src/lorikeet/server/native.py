@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -16,12 +15,9 @@ from lorikeet.engine.reply import native_reply
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.errors import EngineFault, RequestError
 from lorikeet.server.errors import describe
-from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body
+from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
-
-# A body larger than this is tokenised on a thread, so that other requests need not wait for it.
-LARGE_BODY = 16 * 1024
 
 
 class NativeRoutes:
@@ -46,10 +42,7 @@ class NativeRoutes:
     async def generate(self, request: Request) -> Response:
         """Complete prompts, each with its own adapter."""
         data = await request.body()
-        if len(data) > LARGE_BODY:
-            body, batch = await asyncio.to_thread(self._read, data)
-        else:
-            body, batch = self._read(data)
+        body, batch = await read_large(data, self._read)
         work = self._client.submit(batch.requests, _groups(body, batch))
         stream = await until_disconnect(request.receive, work)
         if body.stream:

@@ -124,6 +124,12 @@ class Call(ModelCall):
         return self.body.n or 1
 
 
+def prompt_field(value: str | list[Any]) -> str:
+    """The native API's field for prompts that may be text or token ids."""
+    is_text = isinstance(value, str) or any(isinstance(item, str) for item in value)
+    return "text" if is_text else "input_ids"
+
+
 class ModelNames:
     """Which adapter a body means.
 
@@ -177,8 +183,7 @@ class CallReader:
             RequestError: names the field, its value and what is allowed.
         """
         body = parse_body(CompletionBody, data)
-        is_text = isinstance(body.prompt, str) or any(isinstance(it, str) for it in body.prompt)
-        native: dict[str, Any] = {"text" if is_text else "input_ids": body.prompt}
+        native: dict[str, Any] = {prompt_field(body.prompt): body.prompt}
         if body.logprobs is not None:
             native |= {"return_logprob": True, "top_logprobs_num": body.logprobs}
             native |= {"logprob_start_len": 0} if body.echo else {}

@@ -7,7 +7,9 @@ not have are ignored: clients of the native API send many. (Those of ``openai_bo
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -19,6 +21,10 @@ from lorikeet.core.request import RANGES, SamplingParams
 from lorikeet.errors import RequestError
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_Read = TypeVar("_Read")
+
+# Bytes of a body whose reading, with its tokenising, other requests would notice.
+LARGE_BODY = 16 * 1024
 
 # Longest quotation of a wrong value in a message.
 MAX_QUOTE = 60
@@ -153,6 +159,11 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
     except ValidationError as error:
         # A union reports each of its members; the deepest report is about the member that the client meant.
         raise _refusal(model, max(error.errors(), key=_depth)) from None
+
+
+async def read_large(data: bytes, read: Callable[[bytes], _Read]) -> _Read:
+    """``read(data)``; of a large body on a thread, so that other requests need not wait for it."""
+    return await asyncio.to_thread(read, data) if len(data) > LARGE_BODY else read(data)
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:
