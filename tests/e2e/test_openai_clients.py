@@ -303,9 +303,8 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
             statuses.append(message["status"])
 
     async def ask(given: bytes) -> None:
-        keys = middleware.ApiKeys(
-            app, api_key=KEY, admin_api_key=None, admin_paths=(), open_paths=()
-        )
+        rules = middleware.KeyRules(api_key=KEY, admin_api_key=None, admin_paths=(), open_paths=())
+        keys = middleware.ApiKeys(app, rules=rules)
         headers = [(b"authorization", b"Bearer " + given)]
         await keys({"type": "http", "path": "/v1/models", "headers": headers}, None, send)  # pyright: ignore[reportArgumentType]
 

@@ -26,7 +26,7 @@ from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
 from lorikeet.server.limits import BodyLimits, Limits
-from lorikeet.server.middleware import AccessLog, ApiKeys
+from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai import OpenAIRoutes
 
@@ -69,25 +69,19 @@ def make_app(
     if config.enable_metrics:
         app.include_router(metrics_router(registry))
     errors.install(app)
-    document.install(app, needs_key=lambda path: _needs_key(config, path))
-    app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
-    # The last one added is the outermost: requests that are refused have an access line, too.
-    app.add_middleware(
-        ApiKeys,
+    rules = KeyRules(
         api_key=config.api_key,
         admin_api_key=config.admin_api_key,
         admin_paths=ADMIN_PATHS,
         open_paths=OPEN_PATHS,
     )
+    document.install(app, needs_key=lambda path: rules.key_of(path) is not None)
+    app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
+    # The last one added is the outermost: requests that are refused have an access line, too.
+    app.add_middleware(ApiKeys, rules=rules)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
     app.add_middleware(AccessLog)
     return app
-
-
-def _needs_key(config: ServerConfig, path: str) -> bool:
-    if config.admin_api_key is not None and path in ADMIN_PATHS:
-        return True
-    return config.api_key is not None and path not in OPEN_PATHS
 
 
 def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:

@@ -9,6 +9,7 @@ import hmac
 import logging
 import time
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,39 +61,41 @@ class AccessLog:
             )
 
 
-class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRules:
+    """Which key a path needs.
 
     ``admin_paths`` need the admin key, or the ordinary one if there is no admin key. Other paths need the ordinary key
     (not the admin key), or nothing if there is none. ``open_paths`` never need one: they are for probes.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        api_key: str | None,
-        admin_api_key: str | None,
-        admin_paths: Collection[str],
-        open_paths: Collection[str],
-    ) -> None:
+    api_key: str | None = field(repr=False)
+    admin_api_key: str | None = field(repr=False)
+    admin_paths: Collection[str]
+    open_paths: Collection[str]
+
+    def key_of(self, path: str) -> str | None:
+        """The key, or None if anybody may ask."""
+        if path in self.open_paths:
+            return None
+        if path in self.admin_paths and self.admin_api_key is not None:
+            return self.admin_api_key
+        return self.api_key
+
+
+class ApiKeys:
+    """Asks for ``Authorization: Bearer KEY``, by ``rules``."""
+
+    def __init__(self, app: ASGIApp, *, rules: KeyRules) -> None:
         self._app = app
-        self._api_key = api_key
-        self._admin_api_key = admin_api_key
-        self._admin_paths = frozenset(admin_paths)
-        self._open_paths = frozenset(open_paths)
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app if scope["type"] != "http" or self._allows(scope) else _REFUSAL
         await app(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        path = scope["path"]
-        if path in self._open_paths:
-            return True
-        key = self._api_key
-        if path in self._admin_paths and self._admin_api_key is not None:
-            key = self._admin_api_key
+        key = self._rules.key_of(scope["path"])
         return key is None or hmac.compare_digest(_bearer(scope), key.encode())
 
 
