@@ -189,6 +189,18 @@ def test_only_the_wanted_rows_in_their_order(tmp_path: Path) -> None:
     assert_close(some, everything[[8, 2, 2]])
 
 
+def test_past_the_last_attention_only_wanted_rows_are_computed(tmp_path: Path) -> None:
+    model = load_model(make_tiny_model(tmp_path))
+    seen: list[int] = []
+    for layer in model.layers:
+        layer.get_submodule("mlp").register_forward_pre_hook(
+            lambda _, operands: seen.append(len(operands[0]))
+        )
+    logits = PagedRunner(model).step({0: [5, 6, 7, 8], 1: [9, 4]}, rows=[3, 5])
+    assert (seen, len(logits)) == ([6, 2], 2)
+    assert len(PagedRunner(model).step({0: [5, 6, 7]}, rows=[])) == 0
+
+
 def test_states_of_other_rows_beside_logits(tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path, "llama")
     ids = [7, 311, 4, 90, 256]

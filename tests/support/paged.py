@@ -111,6 +111,8 @@ class PagedRunner:
                 kv_lens_N=torch.tensor(kv_lens),
             ),
             kv=self.kv,
-            logits_rows_N=torch.tensor(range(len(ids)) if rows is None else rows),
+            logits_rows_N=torch.tensor(
+                range(len(ids)) if rows is None else rows, dtype=torch.int64
+            ),
             rope_lengths_T=None if rope_lengths is None else torch.tensor(rope_lengths),
         )

@@ -74,10 +74,18 @@ class Attention(nn.Module):
             self._qk_norm = QKNorm(self.q_norm.weight, self.k_norm.weight, shape.qk_norm_eps)
 
     def forward(
-        self, x_TD: torch.Tensor, cos_sin_TH: torch.Tensor, batch: ForwardBatch
+        self,
+        x_TD: torch.Tensor,
+        cos_sin_TH: torch.Tensor,
+        batch: ForwardBatch,
+        rows_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[T, D] -> [T, D], and a delta that is still to be added to it; stores the tokens' keys and values in
-        ``batch.kv``."""
+        ``batch.kv``.
+
+        Args:
+            rows_N: ``batch.logits_rows_N`` to get those rows alone, [N, D].
+        """
         qkv_TO, delta_TO = self.qkv_proj.forward_split(x_TD, batch)
         # The storage may be wider than a head (see AttentionBackend.storage_head_dim).
         size = self._heads.head_dim
@@ -94,4 +102,6 @@ class Attention(nn.Module):
         o_TQH = self._backend.forward(
             q_TQH, k_TKH, v_TKH, batch.kv, self._layer, batch.attn, self._window
         )
-        return self.o_proj.forward_split(o_TQH.flatten(1), batch)
+        if rows_N is None:
+            return self.o_proj.forward_split(o_TQH.flatten(1), batch)
+        return self.o_proj.forward_split(o_TQH.index_select(0, rows_N).flatten(1), batch.narrowed())

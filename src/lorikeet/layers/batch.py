@@ -5,7 +5,7 @@ Shape legend: T tokens of the step, N rows of T whose logits are wanted, P rows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -47,3 +47,9 @@ class ForwardBatch:
         ids_T = self.input_ids_T
         sampled_T = self.sampled_L.index_select(0, (-1 - ids_T).clamp_min(0))
         return torch.where(ids_T < 0, sampled_T.to(ids_T.dtype), ids_T)
+
+    def narrowed(self) -> ForwardBatch:
+        """The batch as layers without attention see it once only the rows whose logits are wanted are left of T."""
+        if self.lora is None:
+            return self
+        return replace(self, lora=replace(self.lora, tokens=self.lora.logits))

@@ -58,10 +58,18 @@ class DecoderLayer(nn.Module):
         residual_TD: torch.Tensor | None,
         cos_sin_TH: torch.Tensor,
         batch: ForwardBatch,
+        rows_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(output, a delta of it, residual stream), which the next norm adds up, as this one does."""
+        """(output, a delta of it, residual stream), which the next norm adds up, as this one does.
+
+        Args:
+            rows_N: ``batch.logits_rows_N`` for a last layer, of which nobody reads other rows: past attention it computes
+                those alone, [N, D].
+        """
         x_TD, sum_TD = self.input_norm(x_TD, residual_TD, delta_TD)
-        x_TD, delta_TD = self.attention(x_TD, cos_sin_TH, batch)
+        x_TD, delta_TD = self.attention(x_TD, cos_sin_TH, batch, rows_N)
+        if rows_N is not None:
+            sum_TD, batch = sum_TD.index_select(0, rows_N), batch.narrowed()
         x_TD, sum_TD = self.mlp_norm(x_TD, sum_TD, delta_TD)
         x_TD, delta_TD = self.mlp(x_TD, batch)
         return x_TD, delta_TD, sum_TD
@@ -109,12 +117,12 @@ class Decoder(nn.Module):
         """:meth:`forward`, and the states behind the final norm of the rows that are pooled, [P, D]."""
         assert batch.logits_rows_N is not None
         assert batch.pooled_rows_P is not None
-        num_logits = len(batch.logits_rows_N)
-        x_MD = self._states(batch, torch.cat((batch.logits_rows_N, batch.pooled_rows_P)))
-        return self.lm_head(x_MD[:num_logits], batch), x_MD[num_logits:]
+        x_TD = self._states(batch)
+        logits_NV = self.lm_head(x_TD.index_select(0, batch.logits_rows_N), batch)
+        return logits_NV, x_TD.index_select(0, batch.pooled_rows_P)
 
-    def _states(self, batch: ForwardBatch, rows_N: torch.Tensor | None) -> torch.Tensor:
-        """States behind the final norm, [N, D]; of all tokens for None."""
+    def _states(self, batch: ForwardBatch, rows_N: torch.Tensor | None = None) -> torch.Tensor:
+        """States behind the final norm, [T, D]; of ``batch.logits_rows_N`` alone if those are given, [N, D]."""
         if self._begin is not None:
             self._begin(batch)
         cos_sin_TH = self._rotary.cos_sin(batch)
@@ -122,9 +130,8 @@ class Decoder(nn.Module):
         delta_TD: torch.Tensor | None = None
         residual_TD: torch.Tensor | None = None
         for layer in self.layers:
-            x_TD, delta_TD, residual_TD = layer(x_TD, delta_TD, residual_TD, cos_sin_TH, batch)
-        assert residual_TD is not None
-        if rows_N is not None:
-            x_TD, residual_TD = x_TD.index_select(0, rows_N), residual_TD.index_select(0, rows_N)
-            delta_TD = None if delta_TD is None else delta_TD.index_select(0, rows_N)
+            rows = rows_N if layer is self.layers[-1] else None
+            x_TD, delta_TD, residual_TD = layer(
+                x_TD, delta_TD, residual_TD, cos_sin_TH, batch, rows
+            )
         return self.norm(x_TD, residual_TD, delta_TD)[0]
