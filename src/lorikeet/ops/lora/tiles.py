@@ -1,5 +1,4 @@
-"""Tile sizes of the LoRA kernels: data, by architecture. ``scripts/tune_lora.py`` measures them. Lines for ranks up to 16 were
-measured on an H100, the others are carried over from their neighbours.
+"""Tile sizes of the LoRA kernels: data, by architecture. ``scripts/tune_lora.py`` measures them. Measured on an H100.
 
 A table is read from the top: the first line whose limits hold is taken. ``block_rows`` are the rows of a tile (M), ``ranks``
 the largest rank of the pool, ``tiles`` those of the launch (J, with the ones that pad).
@@ -56,42 +55,42 @@ _HOPPER_SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
     (16, 16, 4, ShrinkTile(128, 256, 4, 3)),
     (16, 16, 16, ShrinkTile(128, 256, 4, 3)),
     (16, 16, ANY, ShrinkTile(128, 512, 4, 3)),
-    (16, 32, 4, ShrinkTile(256, 512, 4, 3)),
-    (16, 32, ANY, ShrinkTile(256, 1024, 4, 3)),
-    (16, ANY, 4, ShrinkTile(128, 512, 4, 4)),
-    (16, ANY, ANY, ShrinkTile(128, 1024, 4, 4)),
+    (16, 32, 4, ShrinkTile(128, 256, 4, 3)),
+    (16, 32, ANY, ShrinkTile(128, 256, 4, 3)),
+    (16, ANY, 4, ShrinkTile(128, 256, 4, 3)),
+    (16, ANY, ANY, ShrinkTile(128, 512, 4, 3)),
     (32, ANY, ANY, ShrinkTile(128, 2048, 4, 3)),
     # Longer than what shrink alone likes best: expand reads every part.
     (64, 16, 32, ShrinkTile(128, 2048, 4, 3)),
     (64, 16, ANY, ShrinkTile(128, ANY, 4, 3)),
     (64, ANY, 32, ShrinkTile(128, 1024, 4, 3)),
     (64, ANY, ANY, ShrinkTile(128, ANY, 4, 3)),
-    (ANY, ANY, ANY, ShrinkTile(64, ANY, 8, 3)),
+    (ANY, ANY, ANY, ShrinkTile(128, ANY, 4, 3)),
 )
 _HOPPER_EXPAND: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (16, 16, 4, ExpandTile(64, 4, 1)),
     (16, 16, 16, ExpandTile(128, 4, 1)),
     (16, 16, ANY, ExpandTile(128, 4, 1)),
-    (16, 32, 4, ExpandTile(256, 4, 1)),
-    (16, 32, ANY, ExpandTile(512, 4, 1)),
-    (16, ANY, 4, ExpandTile(128, 4, 1)),
-    (16, ANY, ANY, ExpandTile(256, 4, 1)),
+    (16, 32, 4, ExpandTile(128, 4, 1)),
+    (16, 32, ANY, ExpandTile(128, 4, 1)),
+    (16, ANY, 4, ExpandTile(64, 4, 1)),
+    (16, ANY, ANY, ExpandTile(128, 4, 1)),
     (32, ANY, ANY, ExpandTile(256, 4, 1)),
     (64, 16, 32, ExpandTile(128, 4, 1)),
     (64, 16, ANY, ExpandTile(128, 4, 1)),
-    (64, ANY, 32, ExpandTile(128, 4, 1)),
-    (64, ANY, ANY, ExpandTile(128, 4, 1)),
-    (ANY, ANY, ANY, ExpandTile(128, 8, 1)),
+    (64, ANY, 32, ExpandTile(256, 8, 1)),
+    (64, ANY, ANY, ExpandTile(256, 4, 1)),
+    (ANY, ANY, ANY, ExpandTile(128, 4, 1)),
 )
 # Of the expand that ends in silu-mul; prefill only.
 _HOPPER_GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (16, ANY, ANY, ExpandTile(256, 4, 1)),
-    (32, ANY, ANY, ExpandTile(128, 4, 1)),
+    (32, ANY, ANY, ExpandTile(256, 4, 1)),
     (64, 16, 32, ExpandTile(128, 8, 1)),
     (64, 16, ANY, ExpandTile(128, 8, 1)),
-    (64, ANY, 32, ExpandTile(64, 4, 1)),
-    (64, ANY, ANY, ExpandTile(64, 4, 1)),
-    (ANY, ANY, ANY, ExpandTile(64, 8, 1)),
+    (64, ANY, 32, ExpandTile(256, 8, 1)),
+    (64, ANY, ANY, ExpandTile(128, 4, 1)),
+    (ANY, ANY, ANY, ExpandTile(128, 8, 1)),
 )
 
 

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 
 from lorikeet.ops.lora.tiles import ExpandTile
-from lorikeet.ops.lora.triton.launch import load_rank, load_scale, rank_rows
+from lorikeet.ops.lora.triton.launch import delta_of_tile, load_rank
 from lorikeet.ops.lora.triton.site import MAX_REGIONS, WIDEST_LOAD, Region, SiteLaunch
 from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
@@ -135,26 +135,14 @@ def _expand(
             return
     row_size = tl.multiple_of(K + size, ALIGN)
     n_1B = (begin + tl.arange(0, B))[None, :]
-    is_n_1B = n_1B < size
     is_row_M1 = (row_M >= 0)[:, None]
     h_M1_ptr = h_ptr + tl.maximum(part, 0) * h_slice_stride + row_M[:, None] * C
-    y_MB = tl.zeros([M, B], tl.float32)
-    for first_rank in range(0, rank, R):
-        rank_R = first_rank + tl.arange(0, R)
-        is_rank_R = rank_R < rank
-        b_R1_ptr = pool_ptr + rank_rows(record_ptr, rank_R, is_rank_R, row_size, PAGE)[:, None]
-        b_RB = tl.load(b_R1_ptr + K + n_1B, mask=is_rank_R[:, None] & is_n_1B, other=0.0)
-        h_MR = tl.zeros([M, R], tl.float32)
-        for number in tl.static_range(H):  # pyright: ignore[reportGeneralTypeIssues]
-            h_MR += tl.load(
-                h_M1_ptr + number * h_part_stride + rank_R[None, :],
-                mask=is_row_M1 & is_rank_R[None, :],
-                other=0.0,
-            )
-        y_MB = tl.dot(h_MR.to(b_RB.dtype), b_RB, y_MB, input_precision="ieee")
-    y_MB *= load_scale(record_ptr, P)
+    y_MB = delta_of_tile(
+        pool_ptr, record_ptr, rank, h_M1_ptr, h_part_stride, is_row_M1, n_1B, size, row_size,
+        K, PAGE, P, H, M, R, B,
+    )  # fmt: skip
     y_MB_ptr = y_ptr + row_M[:, None] * y_stride + at + n_1B
-    mask_MB = is_row_M1 & is_n_1B
+    mask_MB = is_row_M1 & (n_1B < size)
     if ADD:
         y_MB += tl.load(y_MB_ptr, mask=mask_MB, other=0.0).to(tl.float32)
     tl.store(y_MB_ptr, y_MB.to(y_ptr.dtype.element_ty), mask=mask_MB)

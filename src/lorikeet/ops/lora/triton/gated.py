@@ -8,11 +8,10 @@ parts whose sum is h, C ranks that a slot may have; in kernels also R ranks of o
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from lorikeet.ops.lora.tiles import ExpandTile
-from lorikeet.ops.lora.triton.launch import load_rank, load_scale, rank_rows
+from lorikeet.ops.lora.triton.launch import delta_of_tile, load_rank
 from lorikeet.ops.lora.triton.site import Region, SiteLaunch
 from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
@@ -68,43 +67,6 @@ def expand_silu_mul(
     return out_TI
 
 
-@triton.jit
-def _delta(
-    pool_ptr,
-    record_ptr,
-    h_M1_ptr,
-    h_part_stride,
-    is_row_M1,
-    n_1B,
-    K: tl.constexpr,
-    HALF: tl.constexpr,
-    PAGE: tl.constexpr,
-    P: tl.constexpr,
-    H: tl.constexpr,
-    M: tl.constexpr,
-    R: tl.constexpr,
-    B: tl.constexpr,
-):
-    """scale B h of one tile and slice, [M, B]."""
-    rank = load_rank(record_ptr, P)
-    row_size: tl.constexpr = K + HALF
-    y_MB = tl.zeros([M, B], tl.float32)
-    for first_rank in range(0, rank, R):
-        rank_R = first_rank + tl.arange(0, R)
-        is_rank_R = rank_R < rank
-        b_R1_ptr = pool_ptr + rank_rows(record_ptr, rank_R, is_rank_R, row_size, PAGE)[:, None]
-        b_RB = tl.load(b_R1_ptr + K + n_1B, mask=is_rank_R[:, None] & (n_1B < HALF), other=0.0)
-        h_MR = tl.zeros([M, R], tl.float32)
-        for number in tl.static_range(H):  # pyright: ignore[reportGeneralTypeIssues]
-            h_MR += tl.load(
-                h_M1_ptr + number * h_part_stride + rank_R[None, :],
-                mask=is_row_M1 & is_rank_R[None, :],
-                other=0.0,
-            )
-        y_MB = tl.dot(h_MR.to(b_RB.dtype), b_RB, y_MB, input_precision="ieee")
-    return y_MB * load_scale(record_ptr, P)
-
-
 @kernel("num_tiles", "first_slice")
 def _silu_mul(
     y_ptr,
@@ -139,17 +101,18 @@ def _silu_mul(
     h_M1_ptr = h_ptr + row_M1 * C
     gate_MB = tl.load(y_MB_ptr, mask=mask_MB, other=0.0).to(tl.float32)
     up_MB = tl.load(y_MB_ptr + HALF, mask=mask_MB, other=0.0).to(tl.float32)
+    ROW: tl.constexpr = K + HALF
     if GATE >= 0:
-        record = ((first_slice + GATE) * num_tiles + tile).to(tl.int64)
-        gate_MB += _delta(
-            pool_ptr, words_ptr + record * (P + 1), h_M1_ptr + GATE * h_slice_stride, h_part_stride,
-            is_row_M1, n_1B, K, HALF, PAGE, P, H, M, R, B,
+        record_ptr = words_ptr + ((first_slice + GATE) * num_tiles + tile).to(tl.int64) * (P + 1)
+        gate_MB += delta_of_tile(
+            pool_ptr, record_ptr, load_rank(record_ptr, P), h_M1_ptr + GATE * h_slice_stride,
+            h_part_stride, is_row_M1, n_1B, HALF, ROW, K, PAGE, P, H, M, R, B,
         )  # fmt: skip
     if UP >= 0:
-        record = ((first_slice + UP) * num_tiles + tile).to(tl.int64)
-        up_MB += _delta(
-            pool_ptr, words_ptr + record * (P + 1), h_M1_ptr + UP * h_slice_stride, h_part_stride,
-            is_row_M1, n_1B, K, HALF, PAGE, P, H, M, R, B,
+        record_ptr = words_ptr + ((first_slice + UP) * num_tiles + tile).to(tl.int64) * (P + 1)
+        up_MB += delta_of_tile(
+            pool_ptr, record_ptr, load_rank(record_ptr, P), h_M1_ptr + UP * h_slice_stride,
+            h_part_stride, is_row_M1, n_1B, HALF, ROW, K, PAGE, P, H, M, R, B,
         )  # fmt: skip
     out_MB = gate_MB / (1.0 + tl.exp(-gate_MB)) * up_MB
     tl.store(out_ptr + row_M1 * HALF + n_1B, out_MB.to(out_ptr.dtype.element_ty), mask=mask_MB)
