@@ -63,7 +63,14 @@ def cases() -> Iterator[tuple[str, int]]:
         name = f"rank {ranks}, {block} rows"
         tile = tiles.table_of(None).shrink(block, ranks, count)
         span = min(tile.span, 4096)
-        values = {**shape, "B": tile.block_k, "SPAN": span, "ADD": span < 4096}
+        values = {
+            **shape,
+            "B": tile.block_k,
+            "SPAN": span,
+            "ADD": span < 4096,
+            "EARLY": True,
+            "LINES": 4 if block == 16 else 0,
+        }
         yield f"shrink, {name}", compile_kernel(shrink._shrink, values, tile)
         tile = tiles.table_of(None).expand(block, ranks, count)
         parts = {"AT0": 0, "AT1": 14336, "AT2": 0, "PART0": 0, "PART1": 1, "PART2": -1}

@@ -6,8 +6,8 @@ holds them.
 The delta is added between ``local`` and ``finish`` of the base layer, so a row-parallel layer (and a divided embedding)
 needs no second all-reduce: each rank adds the part of the delta that its share of A makes, and one sum completes both.
 
-In captured decode steps (``LoRABatch.is_beside``) the delta is computed on a stream of its own, while the base layer's
-matmul runs, and where nothing reduces in between it is not added at all: it travels beside the output to the op that
+In captured decode steps (``LoRABatch.is_beside``) the delta is computed while the base layer's matmul runs on a stream of
+its own, and where nothing reduces in between it is not added at all: it travels beside the output to the op that
 reads that next (:meth:`LoRALinear.forward_split`).
 """
 
@@ -42,21 +42,24 @@ class SplitLayer(Protocol):
 
 
 class LoRAStreams:
-    """The stream on which deltas are computed beside base layers; its work is ordered, so one serves all layers."""
+    """The stream on which base layers run beside their deltas; its work is ordered, so one serves all layers."""
 
     def __init__(self, device: torch.device) -> None:
         self._side = torch.cuda.Stream(device)
         self._forked = torch.cuda.Event()
         self._joined = torch.cuda.Event()
 
+    def fork(self) -> None:
+        """What is queued on the current stream from now on may run beside what :meth:`beside` queues."""
+        self._forked.record()
+
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is queued inside runs behind everything queued so far, and beside what the current stream gets next.
+        """What is queued inside runs behind everything that was queued before the last :meth:`fork`.
 
         Tensors made inside may be freed after :meth:`join`: their memory serves this stream again only behind the next
         fork, which is behind whatever read them.
         """
-        self._forked.record()
         self._side.wait_event(self._forked)
         with torch.cuda.stream(self._side):
             yield
@@ -134,9 +137,12 @@ class LoRALinear(nn.Module):
         if self._streams is None:
             delta_TO = self._delta(x_TD, rows)
             return self.base.local(x_TD), delta_TO
+        # The delta stays on the current stream: there its first kernel may begin before x is done (``ops/triton/early.py``),
+        # which it could not behind the event that the other stream waits for.
+        self._streams.fork()
+        delta_TO = self._delta(x_TD, rows)
         with self._streams.beside():
-            delta_TO = self._delta(x_TD, rows)
-        y_TO = self.base.local(x_TD)
+            y_TO = self.base.local(x_TD)
         self._streams.join()
         return y_TO, delta_TO
 

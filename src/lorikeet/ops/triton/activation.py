@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from lorikeet.ops.triton.early import early, follow
 from lorikeet.ops.triton.launcher import cdiv, kernel
 from lorikeet.ops.triton.operands import check_rows
 
@@ -39,6 +40,7 @@ def silu_mul_triton(
         0 if delta_T2I is None else delta_T2I.stride(0),
         HALF=half,
         B=block,
+        **early(gate_up_T2I.device),
         num_warps=_NUM_WARPS,
     )
     return y_TI
@@ -53,7 +55,9 @@ def _silu_mul(
     delta_stride,
     HALF: tl.constexpr,
     B: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     token = tl.program_id(0).to(tl.int64)
     at_B = tl.program_id(1) * B + tl.arange(0, B)
     mask_B = at_B < HALF

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from lorikeet.ops.triton.early import early, follow
 from lorikeet.ops.triton.launcher import kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
@@ -51,6 +52,7 @@ def rms_norm_triton(
         eps,
         D=features,
         B=block,
+        **early(x_TD.device),
         num_warps=min(_MAX_WARPS, max(1, block // _ELEMENTS_PER_WARP)),
     )
     return y_TD, x_TD if total_TD is None else total_TD
@@ -70,12 +72,14 @@ def _rms_norm(
     eps,
     D: tl.constexpr,
     B: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     at_B = tl.arange(0, B)
     mask_B = at_B < D
     # Asked for before the row is summed, so that it arrives while the row is on its way.
     weight_B = tl.load(weight_ptr + at_B, mask=mask_B, other=0.0).to(tl.float32)
+    follow(EARLY)
     x_B = tl.load(x_ptr + token * x_stride + at_B, mask=mask_B, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         x_B += tl.load(delta_ptr + token * delta_stride + at_B, mask=mask_B, other=0.0)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from lorikeet.ops.rope import HeadShape, QKNorm
+from lorikeet.ops.triton.early import early, follow
 from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
@@ -71,6 +72,7 @@ def rope_store_triton(
         H=shape.head_dim,
         G=_HEADS_PER_PROGRAM,
         F=block_half,
+        **early(qkv_TO.device),
         num_warps=max(1, _HEADS_PER_PROGRAM * block_half // _ELEMENTS_PER_WARP),
     )
     return q_TQH, kv_TXH[:, : shape.num_kv_heads], kv_TXH[:, shape.num_kv_heads :]
@@ -142,7 +144,9 @@ def _rope_store(
     H: tl.constexpr,
     G: tl.constexpr,
     F: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    follow(EARLY)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from lorikeet.ops.lora.tiles import ShrinkTile
+from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, ShrinkTile
 from lorikeet.ops.lora.triton.launch import load_rank, rank_rows
 from lorikeet.ops.lora.triton.site import SiteLaunch
-from lorikeet.ops.triton.launcher import cdiv, kernel
+from lorikeet.ops.triton.early import CACHE_LINE, early, follow, prefetch
+from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
 
@@ -35,6 +36,7 @@ def shrink_tiles(
     num_tiles, block = launch.rows_JM.shape
     span = min(tile.span, cdiv(num_inputs, tile.block_k) * tile.block_k)
     num_parts = cdiv(num_inputs, span)
+    line = CACHE_LINE // launch.pool_E.element_size()
     if h_HNTC.shape[0] not in (1, num_parts):
         raise ValueError(f"h has {h_HNTC.shape[0]} parts, {num_parts} programs share a row")
     _shrink[(launch.num_used, launch.num_slices, num_parts)](
@@ -61,6 +63,8 @@ def shrink_tiles(
         B=tile.block_k,
         SPAN=span,
         ADD=num_parts > 1 and h_HNTC.shape[0] == 1,
+        LINES=next_power_of_2(cdiv(span, line)) if block <= DECODE_BLOCK_ROWS else 0,
+        **early(x_TK.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -91,16 +95,27 @@ def _shrink(
     B: tl.constexpr,
     SPAN: tl.constexpr,
     ADD: tl.constexpr,
+    LINES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
     part = tl.program_id(1)
     span = tl.program_id(2)
     record_ptr = words_ptr + ((first_slice + part) * num_tiles + tile).to(tl.int64) * (P + 1)
     rank = load_rank(record_ptr, P)
-    if rank == 0:
-        return
     row_size = K + tl.where(part == 0, O0, tl.where(part == 1, O1, O2))
     row_size = tl.multiple_of(row_size, ALIGN)
+    if EARLY and LINES > 0:
+        # A comes out of memory while x is still made.
+        line_1L = span * SPAN + tl.arange(0, LINES)[None, :] * (SPAN // LINES)
+        line_1L = tl.minimum(line_1L, K - 1)
+        for first_rank in range(0, rank, R):
+            rank_R = first_rank + tl.arange(0, R)
+            a_R_ptr = pool_ptr + rank_rows(record_ptr, rank_R, rank_R < rank, row_size, PAGE)
+            prefetch(a_R_ptr[:, None] + line_1L)
+    follow(EARLY)
+    if rank == 0:
+        return
     row_M = tl.load(rows_ptr + tile * M + tl.arange(0, M)).to(tl.int64)
     is_row_M1 = (row_M >= 0)[:, None]
     x_M1_ptr = x_ptr + row_M[:, None] * x_stride
