@@ -183,6 +183,7 @@ def test_kinds():
         "nvjet_tst_64x8_64x16_4x2_h_bz_TNT": "gemm",
         "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>": "attention",
         "void flashinfer::BatchDecodeWithPagedKVCacheKernel<...>": "attention",
+        "_attend": "attention",
         "_rms_norm_kernel": "norm",
         "rope_and_store_kv_kernel": "rope",
         "silu_mul_kernel": "silu-mul",

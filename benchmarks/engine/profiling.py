@@ -27,7 +27,7 @@ from lorikeet.engine.core import EngineCore
 KINDS: dict[str, str] = {
     "lora": "lora shrink _expand expand_kernel _resolve sgmv bgmv",
     "attention": "attention attn batchdecode batchprefill pagedkv mergestate flash fmha "
-    "persistentvariablelength kernel_mha",
+    "persistentvariablelength kernel_mha _attend",
     "norm": "rms_norm rmsnorm layer_norm layernorm norm_kernel _norm",
     "rope": "rope rotary kv_store store_kv",
     "silu-mul": "silu",

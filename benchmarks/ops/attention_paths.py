@@ -158,6 +158,20 @@ def _xqa(sm_factor: int, max_pages: int = 0) -> Callable[[Case], Prepared]:
     return prepare
 
 
+def _triton(case: Case) -> Prepared:
+    """Our own."""
+    from lorikeet.ops.triton.attention import decode_attention_triton
+
+    def run(i: int) -> torch.Tensor:
+        out = torch.empty_like(case.q[i])
+        kv = (case.k[i], case.v[i])
+        table, lens = case.page_table_NP, case.kv_lens_N
+        decode_attention_triton(case.q[i], kv, table, lens, H**-0.5, None, out)
+        return out
+
+    return Prepared(run)
+
+
 def _paged_prefill(backend: str) -> Callable[[Case], Prepared]:
     def prepare(case: Case) -> Prepared:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -283,6 +297,7 @@ PATHS = [
     Path("xqa-wide", "decode", _xqa(1, max_pages=8192), "xqa-16"),
     Path("xqa-split2", "decode", _xqa(2), "xqa-16"),
     Path("xqa-split4", "decode", _xqa(4), "xqa-16"),
+    Path("triton", "decode", _triton),
     Path("fa2-tc", "decode", _fa2_tc, "prefill-fa2"),
     Path("fa2", "decode", _fa2, "decode-fa2"),
     Path("fa3-paged", "prefill", _paged_prefill("fa3"), "prefill-fa3"),

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lorikeet.attention.flashinfer import DECODE_PATHS, FlashInferBackend
+from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.flashinfer_plan import Planned
+from lorikeet.attention.triton_decode import TritonDecode
 from lorikeet.errors import ConfigError
 from tests.support import fake_flashinfer
 from tests.support.attention_steps import DECODE_STEPS, STEPS, WINDOWS, Heads, Step
 
+# The library's; our own has a file for itself.
+DECODE_PATHS = ("xqa", "fa2-tc", "fa2")
 PAGE = 16
 SMALL = Heads(4, 2, 64, 64)
 
@@ -149,6 +152,14 @@ def test_lengths_worth_a_graph() -> None:
     assert backend.graph_kv_lens(4, 2**17) == (256, 2**17)
     assert backend.graph_kv_lens(16, 2**17) == (2**17,)
     assert backend.graph_kv_lens(1, 700) == (256, 700)
+    mixed: Any = make_backend(LLAMA, decode="xqa")
+    mixed._paths = ("triton", "xqa")
+    mixed._decoders["triton"] = TritonDecode(mixed._shape)
+    mixed._decoders["xqa"]._num_blocks = 132
+    assert mixed.graph_kv_lens(1, 2**17) == (256, 1024, 2**17)
+    assert mixed.graph_kv_lens(16, 2**17) == (256, 2**17)
+    assert mixed.graph_kv_lens(32, 2**17) == (2**17,)
+    assert mixed.graph_kv_lens(1, 256) == (256,)
     assert make_backend(decode="fa2").graph_kv_lens(1, 2**17) == (2**17,)
 
 
@@ -185,11 +196,13 @@ def test_refuses_large_heads() -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_refuses_a_decode_path() -> None:
-    with pytest.raises(ConfigError, match="no decode path 'best'; there are: xqa, fa2-tc, fa2"):
+    with pytest.raises(
+        ConfigError, match="no decode path 'best'; there are: triton, xqa, fa2-tc, fa2"
+    ):
         make_backend(decode="best")
     with pytest.raises(ConfigError, match="not 8"):
         make_backend(decode="xqa", page_size=8)
-    assert make_backend(page_size=8).decode == ("fa2-tc", "fa2-tc")
+    assert make_backend(page_size=8)._paths == ("fa2-tc", "fa2-tc")
 
 
 def test_tells_how_to_get_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +236,9 @@ def compiled() -> None:
         (heads, _BF16, None, None) for heads in HEADS.values()
     ]
     wanted += [(LLAMA, _BF16, 6, None), (LLAMA, torch.float16, None, None)]
-    wanted += [(LLAMA, _BF16, window, path) for path in ("fa2-tc", "fa2") for window in (None, 6)]
+    wanted += [
+        (LLAMA, _BF16, window, path) for path in ("xqa", "fa2-tc", "fa2") for window in (None, 6)
+    ]
 
     def once(heads: Heads, dtype: torch.dtype, window: int | None, decode: str | None) -> None:
         step = make_step(STEPS["one-of-each"], heads, dtype, "cuda")
@@ -245,7 +260,7 @@ class TestOnGPU:
         step = make_step(GPU_STEPS[name], HEADS[heads], device="cuda")
         check(step.run(make_backend(HEADS[heads], device="cuda"), None), step.wanted(None))
 
-    @pytest.mark.parametrize("decode", [None, "fa2-tc", "fa2"])
+    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc", "fa2"])
     @pytest.mark.parametrize("window", [1, 6, 500])
     @pytest.mark.parametrize("name", GPU_STEPS)
     def test_windows(self, name: str, window: int, decode: str | None) -> None:
@@ -257,7 +272,7 @@ class TestOnGPU:
         step = make_step(GPU_STEPS["mixed"], LLAMA, torch.float16, "cuda")
         check(step.run(make_backend(LLAMA, torch.float16, "cuda"), None), step.wanted(None))
 
-    @pytest.mark.parametrize("decode", [None, "fa2-tc", "fa2"])
+    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc", "fa2"])
     def test_a_captured_step_follows_its_tensors(self, decode: str | None) -> None:
         """Captured with rows that pad, replayed with sequences, for two layers of different windows."""
         backend = make_backend(LLAMA, device="cuda", decode=decode)

@@ -1,11 +1,11 @@
 """Attention by FlashInfer: paged keys and values on an NVIDIA GPU.
 
-Prompt chunks go through its paged prefill kernels, rows that decode through one of three ways; a step with both uses
-both, each on its own rows. The kernels are compiled when they are first used, and kept on disk. Which way is taken when
-was measured: docs/decisions/0009-attention-on-a-gpu.md.
+Prompt chunks go through its paged prefill kernels, rows that decode through one of its ways or through a kernel of our
+own; a step with both uses both, each on its own rows. The library's kernels are compiled when they are first used, and
+kept on disk. Which way is taken when was measured: docs/decisions/0009-attention-on-a-gpu.md and 0013.
 
 What a step needs beside its tensors (a *plan*: how the work is cut into parts) is worked out on the host, once for each
-window size; XQA needs none.
+window size; XQA and our own kernel need none.
 
 Shape legend: T tokens of the step, N sequences, P pages of the longest page table, Q query heads, K key/value heads,
 H head size, W head size as it is stored, C token places in the cache, B pages of the storage, S places of a page,
@@ -26,13 +26,13 @@ from lorikeet.attention.flashinfer_plan import Pages, Planned, Shape, Turns, on_
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 
-DECODE_PATHS = ("xqa", "fa2-tc", "fa2")
+DECODE_PATHS = ("triton", "xqa", "fa2-tc", "fa2")
 PREFILL_PATHS = ("fa2", "fa3")
 
-# From this many rows on, FlashAttention-2 on plain cores beats XQA: enough rows to fill the device without cutting any.
-_FA2_ROWS = 128
-# Query heads that share a key head, as its kernels on plain cores are made for.
-_FA2_GROUPS = (1, 2, 3, 4, 8)
+# Our own kernel is taken up to this many keys, and from this many rows on for any number: between, a device needs XQA's
+# way of cutting sequences to be busy.
+_SHORT_KEYS = 256
+_MANY_ROWS = 32
 
 # What the prefill kernels are made for; other heads are stored with zeros behind them.
 _STORED_HEAD_DIMS = (64, 128, 256)
@@ -49,7 +49,7 @@ _XQA_SEMAPHORE_BYTES = 2**20
 _FA2_WORKSPACE_BYTES = 384 * 2**20
 
 
-class _Decoder(Protocol):
+class Decoder(Protocol):
     """Rows with one query each."""
 
     def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]: ...
@@ -73,8 +73,8 @@ class FlashInferBackend:
         num_heads, num_kv_heads: of this rank.
         page_size: of the storage.
         dtype: of queries, keys and values.
-        decode: one of ``DECODE_PATHS``; None takes XQA where it runs (Hopper, pages of 16 to 128) and ``fa2`` for many
-            rows, else ``fa2-tc``.
+        decode: one of ``DECODE_PATHS``; None takes the fastest for each step where XQA runs (Hopper, pages of 16 to 128),
+            else ``fa2-tc``.
         prefill: one of ``PREFILL_PATHS``; ``fa3`` is for Hopper, and takes minutes to compile.
 
     Raises:
@@ -111,18 +111,12 @@ class FlashInferBackend:
                 "--attention-backend fa3 needs a GPU of the Hopper generation (compute capability 9.0); allowed on this "
                 "one: flashinfer, sdpa"
             )
-        few, many = _decode_paths(decode, self._shape, is_hopper=is_hopper)
+        self._paths = _decode_paths(decode, self._shape, is_hopper=is_hopper)
         workspace = torch.empty(_FA2_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._prefill = _Prefill(library, self._shape, workspace, prefill)
-        self._decoders: dict[str, _Decoder] = {}
-        for path in {few, many}:
-            if path == "xqa":
-                self._decoders[path] = _XQA(self._shape)
-            else:
-                self._decoders[path] = _FA2Decode(
-                    library, self._shape, workspace, tensor_cores=path == "fa2-tc"
-                )
-        self.decode = (few, many)
+        self._decoders = {
+            path: _make_decoder(path, library, self._shape, workspace) for path in set(self._paths)
+        }
         self._inputs: AttentionInputs | None = None
 
     def storage_head_dim(self, head_dim: int) -> int:
@@ -135,12 +129,17 @@ class FlashInferBackend:
         )
 
     def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
-        return self._decoder_of(bucket).graph_kv_lens(bucket, longest)
+        lengths = self._decoders[self._path_of(bucket, longest)].graph_kv_lens(bucket, longest)
+        if longest <= _SHORT_KEYS or self._path_of(bucket, _SHORT_KEYS) == self._path_of(
+            bucket, longest
+        ):
+            return lengths
+        return (_SHORT_KEYS, *(length for length in lengths if length > _SHORT_KEYS))
 
     def prepare(self, inputs: AttentionInputs) -> None:
         self._inputs = inputs
         self._prefill.prepare()
-        self._decoder_of(_num_rows(inputs)).prepare(inputs)
+        self._decoder_of(inputs).prepare(inputs)
 
     def forward(
         self,
@@ -164,13 +163,17 @@ class FlashInferBackend:
         if first > 0:
             self._prefill.run(q_TQW[:first], kv_BSKW, inputs, window, out_TQW[:first])
         if first < len(q_TQW):
-            self._decoder_of(_num_rows(inputs)).run(
-                q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:]
-            )
+            self._decoder_of(inputs).run(q_TQW[first:], kv_BSKW, inputs, window, out_TQW[first:])
         return out_TQW[..., : shape.head_dim].contiguous()
 
-    def _decoder_of(self, num_rows: int) -> _Decoder:
-        return self._decoders[self.decode[num_rows >= _FA2_ROWS]]
+    def _path_of(self, num_rows: int, num_keys: int) -> str:
+        usual, long_few = self._paths
+        return long_few if num_keys > _SHORT_KEYS and num_rows < _MANY_ROWS else usual
+
+    def _decoder_of(self, inputs: AttentionInputs) -> Decoder:
+        # A graph serves all lengths that its page table has room for.
+        num_keys = inputs.page_table_NP.shape[1] * self._shape.page_size
+        return self._decoders[self._path_of(len(inputs.kv_lens) - inputs.num_chunks, num_keys)]
 
 
 class _Prefill:
@@ -357,11 +360,6 @@ class _FA2Decode:
         )
 
 
-def _num_rows(inputs: AttentionInputs) -> int:
-    """Sequences that decode."""
-    return len(inputs.kv_lens) - inputs.num_chunks
-
-
 def _load_library() -> Any:
     try:
         return importlib.import_module("flashinfer")
@@ -373,12 +371,10 @@ def _load_library() -> Any:
 
 
 def _decode_paths(decode: str | None, shape: Shape, *, is_hopper: bool) -> tuple[str, str]:
-    """The paths for few and for many rows; raises ConfigError if ``decode`` cannot be taken."""
+    """The paths for most steps, and for few rows with many keys; raises ConfigError if ``decode`` cannot be taken."""
     fits_xqa = shape.page_size in _XQA_PAGE_SIZES
     if decode is None:
-        if not (is_hopper and fits_xqa):
-            return "fa2-tc", "fa2-tc"
-        return "xqa", "fa2" if shape.num_heads // shape.num_kv_heads in _FA2_GROUPS else "xqa"
+        return ("triton", "xqa") if is_hopper and fits_xqa else ("fa2-tc", "fa2-tc")
     if decode not in DECODE_PATHS:
         raise ConfigError(f"no decode path {decode!r}; there are: {', '.join(DECODE_PATHS)}")
     if decode == "xqa" and not fits_xqa:
@@ -386,3 +382,14 @@ def _decode_paths(decode: str | None, shape: Shape, *, is_hopper: bool) -> tuple
             f"XQA serves pages of {', '.join(map(str, _XQA_PAGE_SIZES))} tokens, not {shape.page_size}"
         )
     return decode, decode
+
+
+def _make_decoder(path: str, library: Any, shape: Shape, workspace: torch.Tensor) -> Decoder:
+    if path == "triton":
+        # Triton need not be there where the library alone is used.
+        from lorikeet.attention.triton_decode import TritonDecode
+
+        return TritonDecode(shape)
+    if path == "xqa":
+        return _XQA(shape)
+    return _FA2Decode(library, shape, workspace, tensor_cores=path == "fa2-tc")
