@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,3 +48,14 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poison():
         yield
+
+
+@pytest.fixture(autouse=True)
+def returned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Test processes share a GPU: what a test leaves in torch's cache, no other process gets."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()

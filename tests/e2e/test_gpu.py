@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +37,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "disable_radix_cache": True,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def clean_device() -> Iterator[None]:
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def engine(path: Path, **options: Any) -> LLM:
