@@ -24,6 +24,7 @@ settings.register_profile("lorikeet", derandomize=True, deadline=None, database=
 settings.load_profile("lorikeet")
 
 POISONED = {"ops", "lora", "worker"}
+KEPT_GPU_BYTES = 2**30
 
 
 @contextmanager
@@ -57,5 +58,6 @@ def returned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("gpu"):
         import torch
 
-        gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.memory_reserved() > KEPT_GPU_BYTES:
+            gc.collect()
+            torch.cuda.empty_cache()
