@@ -185,6 +185,15 @@ class ToolCallParser(TextReader, ABC):
             if not (yield from self.literal(",")):
                 return False
 
+    def _listed_call(self) -> Step[bool]:
+        """Read a whole call that nothing but its object marks, and white space around it."""
+        yield from self.space()
+        if not (yield from self._object()):
+            return False
+        self._end()
+        yield from self.space()
+        return True
+
     def _member(self, key: object) -> Step[bool]:
         """Read the value of one key of a call; False if it does not belong there."""
         if key == "name" and self._name is None:
@@ -240,11 +249,8 @@ class Llama3Parser(ToolCallParser):
         if self.text[self.pos - 1] == "{":
             self.pos -= 1
         while True:
-            yield from self.space()
-            if not (yield from self._object()):
+            if not (yield from self._listed_call()):
                 return False
-            self._end()
-            yield from self.space()
             if not (yield from self.literal(";")):
                 return True
 
@@ -260,11 +266,8 @@ class MistralParser(ToolCallParser):
         if not (yield from self.literal("[")):
             return (yield from self._named_call())
         while True:
-            yield from self.space()
-            if not (yield from self._object()):
+            if not (yield from self._listed_call()):
                 return False
-            self._end()
-            yield from self.space()
             if (yield from self.literal("]")):
                 self._start = self._call_end = self.pos
                 return True
