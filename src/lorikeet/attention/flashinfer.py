@@ -129,10 +129,9 @@ class FlashInferBackend:
         )
 
     def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
-        lengths = self._decoders[self._path_of(bucket, longest)].graph_kv_lens(bucket, longest)
-        if longest <= _SHORT_KEYS or self._path_of(bucket, _SHORT_KEYS) == self._path_of(
-            bucket, longest
-        ):
+        path = self._path_of(bucket, longest)
+        lengths = self._decoders[path].graph_kv_lens(bucket, longest)
+        if path == self._path_of(bucket, _SHORT_KEYS):
             return lengths
         return (_SHORT_KEYS, *(length for length in lengths if length > _SHORT_KEYS))
 

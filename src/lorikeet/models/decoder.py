@@ -129,8 +129,9 @@ class Decoder(nn.Module):
         x_TD: torch.Tensor = self.embed_tokens(batch)
         delta_TD: torch.Tensor | None = None
         residual_TD: torch.Tensor | None = None
+        last = self.layers[-1]
         for layer in self.layers:
-            rows = rows_N if layer is self.layers[-1] else None
+            rows = rows_N if layer is last else None
             x_TD, delta_TD, residual_TD = layer(
                 x_TD, delta_TD, residual_TD, cos_sin_TH, batch, rows
             )

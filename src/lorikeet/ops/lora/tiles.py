@@ -59,8 +59,8 @@ _HOPPER_SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
     (16, 32, ANY, ShrinkTile(128, 256, 4, 3)),
     (16, ANY, 4, ShrinkTile(128, 256, 4, 3)),
     (16, ANY, ANY, ShrinkTile(128, 512, 4, 3)),
+    # From here on longer than what shrink alone likes best: expand reads every part.
     (32, ANY, ANY, ShrinkTile(128, 2048, 4, 3)),
-    # Longer than what shrink alone likes best: expand reads every part.
     (64, 16, 32, ShrinkTile(128, 2048, 4, 3)),
     (64, 16, ANY, ShrinkTile(128, ANY, 4, 3)),
     (64, ANY, 32, ShrinkTile(128, 1024, 4, 3)),
