@@ -140,7 +140,7 @@ def machine() -> dict[str, Any]:
         "copy_tb_s": 2 * source.nbytes / seconds / 1e12,
         "command": sys.argv,
     }
-    for package in ("flashinfer-python", "flash-attn-4", "nvidia-cutlass-dsl"):
+    for package in ("flashinfer-python", "sglang-kernel", "flash-attn-4", "nvidia-cutlass-dsl"):
         found[package] = installed_version(package)
     print(f"[machine] {found}", flush=True)
     return found

@@ -257,6 +257,25 @@ def _fa4(case: Case) -> Prepared:
     return Prepared(run)
 
 
+def _sgl_fa3(case: Case) -> Prepared:
+    """FlashAttention-3 as ``sglang-kernel`` ships it, compiled; it chooses its parts by itself."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    def run(i: int) -> torch.Tensor:
+        return flash_attn_with_kvcache(
+            case.q[i],
+            case.k[i],
+            case.v[i],
+            page_table=case.page_table_NP,
+            cache_seqlens=case.kv_lens_N,
+            cu_seqlens_q=case.query_starts,
+            max_seqlen_q=max(case.shape.queries),
+            causal=True,
+        )
+
+    return Prepared(run)
+
+
 def _sdpa(case: Case) -> Prepared:
     """The oracle of the tests: gathers, then torch's own kernels, one sequence after the other."""
     from torch.nn.functional import scaled_dot_product_attention
@@ -306,6 +325,9 @@ PATHS = [
     Path("xqa-page64", "decode", _xqa(1), "xqa-64", page_size=64),
     Path("fa4", "decode", _fa4),
     Path("fa4-paged", "prefill", _fa4),
+    Path("sgl-fa3", "decode", _sgl_fa3),
+    Path("sgl-fa3-page64", "decode", _sgl_fa3, page_size=64),
+    Path("sgl-fa3-paged", "prefill", _sgl_fa3),
     Path("fa3-dec", "decode", _fa3_decode, "prefill-fa3"),
     Path("holistic", "decode", _holistic, "holistic"),
     Path("fa3-ragged", "prefill", _ragged_prefill("fa3"), "prefill-fa3"),
