@@ -70,6 +70,19 @@ def test_many_rows_take_smaller_iterations(monkeypatch) -> None:
     check(run(monkeypatch, step, None), step.wanted(None))
 
 
+def test_any_number_of_prompts_before_the_rows_takes_the_same_kernel(monkeypatch) -> None:
+    """Else the first steps with so many of them would wait for a compiler."""
+    keys = set()
+    launcher = kernels._attend
+    monkeypatch.setattr(launcher, "_is_compiled", True)
+    monkeypatch.setattr(
+        launcher, "_launch", lambda _, *operands, **more: keys.add(launcher._key(operands, more))
+    )
+    for num_prompts in range(4):
+        run(monkeypatch, make_step([(3, 20)] * num_prompts + [(1, 30)] * 2), None)
+    assert len(keys) == 1
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     q_NQW = torch.zeros(2, 4, 64)
     pages = torch.zeros(3, PAGE, 2, 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import torch
 
 from lorikeet.ops.draw import draw_tokens_torch
@@ -15,6 +17,14 @@ def test_a_draw_that_nobody_keeps() -> None:
         sampled_L = torch.tensor([7, 8])
         warm_up_draw(draw, 40, torch.float16, sampled_L)
         assert sampled_L.tolist() == [7, 8]
+
+
+def test_draws_from_every_place_that_a_row_may_begin_at() -> None:
+    draw = Mock(side_effect=draw_tokens_torch)
+    warm_up_draw(draw, 331, torch.bfloat16, torch.tensor([7, 8]))
+    places = [call.args[0].data_ptr() % 16 for call in draw.call_args_list]
+    assert places[0] == 0
+    assert places[1] != 0
 
 
 def test_graphs_of_small_models_are_small() -> None:

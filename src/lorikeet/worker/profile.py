@@ -97,7 +97,7 @@ def warm_up(
 def warm_up_draw(
     draw: DrawOp, vocab_size: int, dtype: torch.dtype, sampled_L: torch.Tensor
 ) -> None:
-    """Draw a token that nobody keeps.
+    """Draw tokens that nobody keeps.
 
     Args:
         dtype: of the logits.
@@ -105,14 +105,17 @@ def warm_up_draw(
     """
     device = sampled_L.device
     nothing = np.zeros(1, dtype=np.int64)
-    draw(
-        torch.zeros((1, vocab_size), dtype=dtype, device=device),
-        torch.zeros(1, device=device),
-        upload(nothing, device),
-        upload(nothing, device),
-        upload(np.full(1, -1, dtype=int_type(device)), device),
-        sampled_L,
-    )
+    logits_2V = torch.zeros((2, vocab_size), dtype=dtype, device=device)
+    # Of an odd vocabulary the second row begins where wide loads may not, which takes a kernel of its own.
+    for logits_1V in logits_2V.split(1):
+        draw(
+            logits_1V,
+            torch.zeros(1, device=device),
+            upload(nothing, device),
+            upload(nothing, device),
+            upload(np.full(1, -1, dtype=int_type(device)), device),
+            sampled_L,
+        )
 
 
 def _add_prompt(plan: StepPlan, seq: int, size: int, pages: list[int], slot: int = 0) -> None:

@@ -37,7 +37,7 @@ def function() -> Function:
 
 @pytest.fixture
 def launcher(function: Function) -> Launcher:
-    made = Launcher(function, ("count",))
+    made = Launcher(function, ("count",), ("y_ptr",))
     made._is_compiled = True
     return made
 
@@ -106,6 +106,14 @@ def test_a_varying_integer_is_not_looked_at(
     launch(launcher)
     launch(launcher, X, X, 64, count)
     assert len(function.compiled) == 1
+
+
+def test_a_shifting_pointer_is_not_looked_at(launcher: Launcher, function: Function) -> None:
+    launch(launcher)
+    launch(launcher, X, X[1:])
+    assert len(function.compiled) == 1
+    launch(launcher, X, X[1:].half())
+    assert len(function.compiled) == 2, "its type is"
 
 
 def test_the_interpreter_launches_by_itself(function: Function) -> None:

@@ -76,7 +76,8 @@ def decode_attention_triton(
     )
 
 
-@kernel("table_stride")
+# A step's prompts come first: where the rows that decode begin depends on their number.
+@kernel("table_stride", shifting=("table_ptr", "lens_ptr"))
 def _attend(
     q_ptr,
     k_ptr,

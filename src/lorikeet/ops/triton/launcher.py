@@ -40,13 +40,17 @@ class Launcher:
     Args:
         function: what ``triton.jit`` made.
         varying: names of integers that Triton was told not to specialise on.
+        shifting: likewise of pointers whose alignment it was told not to look at.
     """
 
-    def __init__(self, function: Any, varying: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, function: Any, varying: tuple[str, ...] = (), shifting: tuple[str, ...] = ()
+    ) -> None:
         self._function = function
         self._is_compiled = isinstance(function, JITFunction)  # else Triton's interpreter
         self._names: list[str] = list(function.arg_names)
         self._varying = frozenset(self._names.index(name) for name in varying)
+        self._shifting = frozenset(self._names.index(name) for name in shifting)
         # Compiled kernels, each with the constants that its launcher takes behind the operands.
         self._kernels: dict[tuple[object, ...], tuple[Any, list[object]]] = {}
 
@@ -70,7 +74,8 @@ class Launcher:
         for index, operand in enumerate(operands):
             if isinstance(operand, torch.Tensor):
                 parts.append(operand.dtype)
-                parts.append(operand.data_ptr() % _ALIGNMENT == 0)
+                if index not in self._shifting:
+                    parts.append(operand.data_ptr() % _ALIGNMENT == 0)
             elif isinstance(operand, int):
                 parts.append(operand > _LARGEST_INT32)
                 if index not in self._varying:
@@ -81,14 +86,18 @@ class Launcher:
         return (*parts, *constants.values())
 
 
-def kernel(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+def kernel(*varying: str, shifting: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
     """Declare a kernel that is launched from Python (one that other kernels call is a plain ``triton.jit``).
 
     Args:
         varying: integers that change from step to step: no compilation of their own for 1 or for a multiple of 16.
+        shifting: pointers into a tensor's middle, at another place in each step: none for a multiple of 16 bytes.
     """
 
     def declare(function: Callable[..., Any]) -> Launcher:
-        return Launcher(triton.jit(do_not_specialize=list(varying))(function), varying)
+        compiled = triton.jit(
+            do_not_specialize=list(varying), do_not_specialize_on_alignment=list(shifting)
+        )
+        return Launcher(compiled(function), varying, shifting)
 
     return declare
