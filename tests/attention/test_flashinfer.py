@@ -18,7 +18,7 @@ from tests.support import fake_flashinfer
 from tests.support.attention_steps import DECODE_STEPS, STEPS, WINDOWS, Heads, Step
 
 # The library's; our own has a file for itself.
-DECODE_PATHS = ("xqa", "fa2-tc", "fa2")
+DECODE_PATHS = ("xqa", "fa2-tc")
 PAGE = 16
 SMALL = Heads(4, 2, 64, 64)
 
@@ -98,8 +98,7 @@ def test_a_step_for_a_graph(name: str, decode: str) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-@pytest.mark.parametrize("decode", ["fa2-tc", "fa2"])
-def test_a_replay_is_planned_without_forward(decode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_is_planned_without_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a bucket's layers used when they were captured is planned again for each replay, and nothing else."""
     plans: list[int | None] = []
     plan = Planned.plan
@@ -108,7 +107,7 @@ def test_a_replay_is_planned_without_forward(decode: str, monkeypatch: pytest.Mo
         plans.append(window)
         return plan(self, *indices, window=window, **options)
 
-    backend = make_backend(decode=decode)
+    backend = make_backend(decode="fa2-tc")
     step = make_step(STEPS["decode-ragged"])
     inputs = step.static(8, 64)
     for window in (None, 6):
@@ -160,7 +159,7 @@ def test_lengths_worth_a_graph() -> None:
     assert mixed.graph_kv_lens(16, 2**17) == (256, 2**17)
     assert mixed.graph_kv_lens(32, 2**17) == (2**17,)
     assert mixed.graph_kv_lens(1, 256) == (256,)
-    assert make_backend(decode="fa2").graph_kv_lens(1, 2**17) == (2**17,)
+    assert make_backend(decode="fa2-tc").graph_kv_lens(1, 2**17) == (2**17,)
 
 
 @pytest.mark.usefixtures("fake")
@@ -196,9 +195,7 @@ def test_refuses_large_heads() -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_refuses_a_decode_path() -> None:
-    with pytest.raises(
-        ConfigError, match="no decode path 'best'; there are: triton, xqa, fa2-tc, fa2"
-    ):
+    with pytest.raises(ConfigError, match="no decode path 'best'; there are: triton, xqa, fa2-tc"):
         make_backend(decode="best")
     with pytest.raises(ConfigError, match="not 8"):
         make_backend(decode="xqa", page_size=8)
@@ -236,9 +233,7 @@ def compiled() -> None:
         (heads, _BF16, None, None) for heads in HEADS.values()
     ]
     wanted += [(LLAMA, _BF16, 6, None), (LLAMA, torch.float16, None, None)]
-    wanted += [
-        (LLAMA, _BF16, window, path) for path in ("xqa", "fa2-tc", "fa2") for window in (None, 6)
-    ]
+    wanted += [(LLAMA, _BF16, window, path) for path in ("xqa", "fa2-tc") for window in (None, 6)]
 
     def once(heads: Heads, dtype: torch.dtype, window: int | None, decode: str | None) -> None:
         step = make_step(STEPS["one-of-each"], heads, dtype, "cuda")
@@ -260,7 +255,7 @@ class TestOnGPU:
         step = make_step(GPU_STEPS[name], HEADS[heads], device="cuda")
         check(step.run(make_backend(HEADS[heads], device="cuda"), None), step.wanted(None))
 
-    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc", "fa2"])
+    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc"])
     @pytest.mark.parametrize("window", [1, 6, 500])
     @pytest.mark.parametrize("name", GPU_STEPS)
     def test_windows(self, name: str, window: int, decode: str | None) -> None:
@@ -272,7 +267,7 @@ class TestOnGPU:
         step = make_step(GPU_STEPS["mixed"], LLAMA, torch.float16, "cuda")
         check(step.run(make_backend(LLAMA, torch.float16, "cuda"), None), step.wanted(None))
 
-    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc", "fa2"])
+    @pytest.mark.parametrize("decode", [None, "triton", "xqa", "fa2-tc"])
     def test_a_captured_step_follows_its_tensors(self, decode: str | None) -> None:
         """Captured with rows that pad, replayed with sequences, for two layers of different windows."""
         backend = make_backend(LLAMA, device="cuda", decode=decode)

@@ -26,8 +26,7 @@ from lorikeet.attention.flashinfer_plan import Pages, Planned, Shape, Turns, on_
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 
-DECODE_PATHS = ("triton", "xqa", "fa2-tc", "fa2")
-PREFILL_PATHS = ("fa2", "fa3")
+DECODE_PATHS = ("triton", "xqa", "fa2-tc")
 
 # Our own kernel is taken up to this many keys, and from this many rows on for any number: between, a device needs XQA's
 # way of cutting sequences to be busy.
@@ -75,7 +74,7 @@ class FlashInferBackend:
         dtype: of queries, keys and values.
         decode: one of ``DECODE_PATHS``; None takes the fastest for each step where XQA runs (Hopper, pages of 16 to 128),
             else ``fa2-tc``.
-        prefill: one of ``PREFILL_PATHS``; ``fa3`` is for Hopper, and takes minutes to compile.
+        prefill: ``fa2``, or ``fa3``, which is for Hopper and takes minutes to compile.
 
     Raises:
         ConfigError: FlashInfer is not installed, or does not serve such a type, head size or page size on this device.
@@ -288,13 +287,10 @@ class _FA2Decode:
     A captured step keeps using the wrapper that it was captured with, so each bucket and window has its own.
     """
 
-    def __init__(
-        self, library: Any, shape: Shape, workspace: torch.Tensor, *, tensor_cores: bool
-    ) -> None:
+    def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor) -> None:
         self._library = library
         self._shape = shape
         self._workspace = workspace
-        self._options: dict[str, Any] = {"use_tensor_cores": tensor_cores, "backend": "fa2"}
         self._turns: dict[int | None, Turns] = {}
         self._captured: dict[tuple[int, int | None], Planned] = {}
         self._page_buffer = torch.empty(0, dtype=torch.int32, device=shape.device)
@@ -342,7 +338,8 @@ class _FA2Decode:
 
     def _new(self, **more: Any) -> Planned:
         make = self._library.BatchDecodeWithPagedKVCacheWrapper
-        return Planned(make(self._workspace, "NHD", **self._options, **more), self._shape)
+        options = {"use_tensor_cores": True, "backend": "fa2", **more}
+        return Planned(make(self._workspace, "NHD", **options), self._shape)
 
     def _new_captured(self, inputs: AttentionInputs) -> Planned:
         bucket = len(inputs.kv_lens)
@@ -391,4 +388,4 @@ def _make_decoder(path: str, library: Any, shape: Shape, workspace: torch.Tensor
         return TritonDecode(shape)
     if path == "xqa":
         return _XQA(shape)
-    return _FA2Decode(library, shape, workspace, tensor_cores=path == "fa2-tc")
+    return _FA2Decode(library, shape, workspace)

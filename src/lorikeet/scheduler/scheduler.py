@@ -65,11 +65,6 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def num_in_flight(self) -> int:
-        """Plans that are not committed."""
-        return len(self._state.in_flight)
-
-    @property
     def has_copies_in_flight(self) -> bool:
         """True if adapters are on their way to the device: steps are needed to learn of their end."""
         return self._residency.has_copies_in_flight
