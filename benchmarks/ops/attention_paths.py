@@ -276,6 +276,31 @@ def _sgl_fa3(case: Case) -> Prepared:
     return Prepared(run)
 
 
+def _varlen(case: Case) -> Prepared:
+    """Torch's own, over pages from torch 2.13 on: FlashAttention-2, unless another one is installed and activated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    kv_starts = torch.nn.functional.pad(case.kv_lens_N.cumsum(0), (1, 0)).to(torch.int32)
+
+    def run(i: int) -> torch.Tensor:
+        found: Any = varlen_attn(
+            case.q[i],
+            case.k[i],
+            case.v[i],
+            case.query_starts,
+            kv_starts,
+            max(case.shape.queries),
+            max(case.shape.keys),
+            window_size=(-1, 0),
+            enable_gqa=True,
+            seqused_k=case.kv_lens_N,
+            block_table=case.page_table_NP,
+        )
+        return found
+
+    return Prepared(run)
+
+
 def _sdpa(case: Case) -> Prepared:
     """The oracle of the tests: gathers, then torch's own kernels, one sequence after the other."""
     from torch.nn.functional import scaled_dot_product_attention
@@ -328,6 +353,9 @@ PATHS = [
     Path("sgl-fa3", "decode", _sgl_fa3),
     Path("sgl-fa3-page64", "decode", _sgl_fa3, page_size=64),
     Path("sgl-fa3-paged", "prefill", _sgl_fa3),
+    Path("varlen", "decode", _varlen),
+    Path("varlen-page256", "decode", _varlen, page_size=256),
+    Path("varlen-page256-paged", "prefill", _varlen, page_size=256),
     Path("fa3-dec", "decode", _fa3_decode, "prefill-fa3"),
     Path("holistic", "decode", _holistic, "holistic"),
     Path("fa3-ragged", "prefill", _ragged_prefill("fa3"), "prefill-fa3"),
