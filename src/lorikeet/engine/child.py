@@ -56,8 +56,10 @@ STATS_INTERVAL_S = 1.0
 
 def main(config: ServerConfig, address: EngineAddress, parent: int) -> None:
     """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
-    # Ctrl-C in a terminal reaches every process of the group; the parent decides when the engine ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal and a supervisor may signal every process of a group; the parent decides when the engine ends, after the
+    # requests that it lets finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     setup_logging(config.log_level)
     endpoint = EngineEndpoint(address)
     try:

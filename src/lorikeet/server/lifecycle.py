@@ -22,7 +22,7 @@ from lorikeet.server.limits import MAX_HEAD, Connection, Limits
 
 logger = logging.getLogger(__name__)
 
-# How long the engine process may take to end after it was told to, before it is terminated, and then killed.
+# How long the engine process may take to end after it was told to, before it is killed.
 ENGINE_EXIT_S = 5.0
 # How long the last words of requests that were cut off may take to reach clients that read slowly.
 FLUSH_S = 5
@@ -141,8 +141,9 @@ async def run_server(
     try:
         starting = asyncio.ensure_future(client.start())
         await _first(starting, stop.asked.wait())
-        if not starting.done():
-            process.terminate()  # an engine that loads does not read messages
+        # The same signal may have ended an engine that had hardly begun: not a failure then.
+        if stop.asked.is_set() or not starting.done():
+            process.kill()  # an engine that loads does not read messages
             await _cancelled(starting)
             return
         starting.result()
@@ -210,10 +211,8 @@ async def _cancelled(future: asyncio.Future[Any]) -> None:
 
 def end_process(process: BaseProcess) -> None:
     """Wait for the engine process, by force if it must be."""
-    for force in (process.terminate, process.kill):
-        process.join(ENGINE_EXIT_S)
-        if process.exitcode is not None:
-            return
-        logger.warning("the engine process has not ended after %.0f s; forcing it", ENGINE_EXIT_S)
-        force()
-    process.join()
+    process.join(ENGINE_EXIT_S)
+    if process.exitcode is None:
+        logger.warning("the engine process has not ended after %.0f s; killed", ENGINE_EXIT_S)
+        process.kill()
+        process.join()
