@@ -338,8 +338,8 @@ class _FA2Decode:
 
     def _new(self, **more: Any) -> Planned:
         make = self._library.BatchDecodeWithPagedKVCacheWrapper
-        options = {"use_tensor_cores": True, "backend": "fa2", **more}
-        return Planned(make(self._workspace, "NHD", **options), self._shape)
+        wrapper = make(self._workspace, "NHD", use_tensor_cores=True, backend="fa2", **more)
+        return Planned(wrapper, self._shape)
 
     def _new_captured(self, inputs: AttentionInputs) -> Planned:
         bucket = len(inputs.kv_lens)

@@ -141,8 +141,8 @@ async def run_server(
     try:
         starting = asyncio.ensure_future(client.start())
         await _first(starting, stop.asked.wait())
-        # The same signal may have ended an engine that had hardly begun: not a failure then.
-        if stop.asked.is_set() or not starting.done():
+        # Also where the start is over: the same signal may have ended an engine that had hardly begun.
+        if stop.asked.is_set():
             process.kill()  # an engine that loads does not read messages
             await _cancelled(starting)
             return
