@@ -18,12 +18,27 @@ PACKAGE = Path(errors.__file__).parent
 ROOT = PACKAGE.parent.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Lines with code on them: comments, docstrings and blank lines explain, and explaining is free.
-# Raised from 13,000 when adapters learnt to come and go: sources, tiers, endpoints and metrics of their own; and from
-# 15,000 for the GPU: kernels beside their torch forms, attention, graphs, memory; and from 17,500 for the OpenAI API: tool
-# calls in three dialects, embeddings, templates of adapters, limits on what clients send, an honest OpenAPI document.
-MAX_PACKAGE_CODE_LINES = 19_800
-MAX_FILE_LINES = 400
+# Lines with code on them, by package, so that a feature shows which part of the house grew: comments, docstrings and blank
+# lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
+# simplify first; one that is raised says in the commit what for.
+MAX_CODE_LINES = {
+    ".": 2_200,
+    "attention": 900,
+    "core": 700,
+    "demo": 180,
+    "engine": 5_600,
+    "kv": 550,
+    "layers": 500,
+    "lora": 3_900,
+    "models": 900,
+    "ops": 2_500,
+    "parallel": 50,
+    "scheduler": 1_100,
+    "server": 3_700,
+    "worker": 2_900,
+}
+# A higher number invites files that are several things, a lower one cuts objects in halves that share private state.
+MAX_FILE_LINES = 600
 MAX_TEST_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 # A kernel is one function by the nature of the compiler.
@@ -73,8 +88,14 @@ def functions(path: Path) -> list[tuple[str, int]]:
     ]
 
 
-def test_package():
-    assert sum(num_code_lines(path) for path in FILES) <= MAX_PACKAGE_CODE_LINES
+def test_packages():
+    sizes: dict[str, int] = dict.fromkeys(MAX_CODE_LINES, 0)
+    for path in FILES:
+        package = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else "."
+        sizes[package] = sizes.get(package, 0) + num_code_lines(path)
+    assert not {
+        name: size for name, size in sizes.items() if size > MAX_CODE_LINES.get(name, 0)
+    }
 
 
 def test_files():
