@@ -396,9 +396,9 @@ class HostileServer:
         return False
 
     def _log_problems(self, start: int) -> list[str]:
-        with self._log_file.open("rb") as file:
-            file.seek(start)
-            text = file.read().decode(errors="backslashreplace")
+        data = self._log_file.read_bytes()
+        # From the beginning of the line that was being written.
+        text = data[data.rfind(b"\n", 0, start) + 1 :].decode(errors="backslashreplace")
         found = ["the log has the secret"] if "S3CRET" in text else []
         strange = [line for line in text.split("\n") if line and not _LOG_LINE.fullmatch(line)]
         return found + [f"the log has {line[:200]!r}" for line in strange[-3:]]
