@@ -282,6 +282,7 @@ class HostileServer:
         self._others: tuple[_Asker, ...] = ()
         self._peak = 0
         self._killed_at = 0
+        self._is_spoilt = False  # work of a case goes on, and would be blamed on the next one
         self._is_over = threading.Event()
         self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -307,9 +308,20 @@ class HostileServer:
         found: list[str] = []
         with self.watched(found), ThreadPoolExecutor(case.at_once) as pool:
             replies = list(pool.map(lambda call: send(self.port, call, seconds), calls))
+            if case.leaves is not None:
+                found += self._is_worked_on()
         for reply in replies if case.leaves is None else []:
             found += _reply_problems(reply, case)
         return list(dict.fromkeys(found))
+
+    def _is_worked_on(self) -> list[str]:
+        """Whether what a client has left behind is in the way of another grammar."""
+        body = {"text": "Hi", "sampling_params": {"regex": "[ab]+", "max_new_tokens": 1}}
+        reply = send(self.port, Call("/generate", json.dumps(body).encode()), FROZEN_SECONDS)
+        if reply.status == 200:
+            return []
+        self._is_spoilt = True
+        return [f"a grammar after it got {reply.status}: {reply.text[:200]}"]
 
     @contextmanager
     def watched(self, found: list[str]) -> Iterator[None]:
@@ -333,8 +345,8 @@ class HostileServer:
         elif self._peak > MEMORY_BYTES:
             found.append(f"the server took {self._peak / 1e9:.1f} GB")
         found += self._log_problems(log_start)
-        # What others notice would be blamed on the next case.
-        if noticed or self._process.poll() is not None or self._measure() > RESTART_BYTES:
+        self._is_spoilt |= bool(noticed) or self._measure() > RESTART_BYTES
+        if self._is_spoilt or self._process.poll() is not None:
             self._end()
 
     def _start(self) -> None:
@@ -375,7 +387,7 @@ class HostileServer:
             _kill(processes)  # what outlives its parent
         for other in self._others:
             other.join()
-        self._process, self._others = None, ()
+        self._process, self._others, self._is_spoilt = None, (), False
 
     def _put_adapters(self, call: Call) -> None:
         for name, files in call.adapters.items():
