@@ -203,13 +203,8 @@ def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]
         value = given.get(name)
         if value is None:
             continue
-        kind, allowed = (int, "an integer") if name == "top_k" else (int | float, "a number")
-        # An integer may be larger than any float.
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kind)
-            or not abs(value) < sys.float_info.max
-        ):
+        if not _is_number(value, whole=name == "top_k"):
+            allowed = "an integer" if name == "top_k" else "a number"
             raise ModelError(f"{file}: {name} is {value!r:.40}; allowed: {allowed} or null")
         # No bound, in the words of transformers.
         found[name] = -1 if name == "top_k" and value == 0 else value
@@ -221,6 +216,12 @@ def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]
             f"{file}: {message}. With --sampling-defaults openai the file's values are not used"
         ) from error
     return found
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return abs(value) < sys.float_info.max  # an integer may be larger than any float
 
 
 def parse_model_config(
