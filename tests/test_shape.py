@@ -30,7 +30,7 @@ MAX_CODE_LINES = {
     "kv": 550,
     "layers": 500,
     "lora": 3_900,
-    "models": 900,
+    "models": 930,
     "ops": 2_500,
     "parallel": 50,
     "scheduler": 1_100,

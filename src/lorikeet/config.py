@@ -72,6 +72,11 @@ class ServerConfig:
     tool_call_parser: str | None = _option(
         None, "form of the model's tool calls", auto="from the chat template", choices=_TOOL_PARSERS
     )
+    sampling_defaults: Literal["model", "openai"] = _option(
+        "model",
+        "what OpenAI requests get that do not say: temperature, top_p, top_k, min_p and repetition_penalty of the model's "
+        "generation_config.json, or OpenAI's own",
+    )
     dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
         "auto",
         "of weights, adapters and K/V; auto is float32 on a CPU, the checkpoint's own on a GPU (float16 for float32)",

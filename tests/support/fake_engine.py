@@ -65,6 +65,7 @@ class Knobs:
         templates: path of an adapter -> chat templates that lie there.
         refuse_grammar: why a structural tag is refused.
         findable: name -> path of adapters that a resolver finds.
+        sampling_defaults: what OpenAI requests get that do not say.
     """
 
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
@@ -89,6 +90,7 @@ class Knobs:
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
     findable: dict[str, str] = field(default_factory=dict)
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -167,6 +169,7 @@ class FakeEngine:
             "lora_target_modules": ["q_proj"],
             "lora_enabled": self.knobs.lora_enabled,
             "adapters": self.knobs.adapters,
+            "sampling_defaults": self.knobs.sampling_defaults,
         }
 
     def _is_over(self) -> bool:

@@ -31,7 +31,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
 from lorikeet.models.build import build_model
 from lorikeet.models.source import locate_model
-from lorikeet.models.spec import ModelSpec, read_model_spec
+from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from lorikeet.worker.grammar import GrammarCompiler
@@ -73,6 +73,7 @@ def _build(
     progress: bool,
 ) -> EngineCore:
     context_length = resolve_context_length(config, spec)
+    defaults = _sampling_defaults(config, directory, spec)
     assert config.device in ("cpu", "cuda"), "the configuration is resolved"
     dtype, device = resolve_dtype(config, spec), torch.device(config.device)
     target = Target(
@@ -116,9 +117,21 @@ def _build(
         adapters=lora.store if lora else NoAdapters(),
         compile_grammar=grammars.compile,
         seeds=_seed_source(config.random_seed),
-        info=_info(target, parts, lora),
+        info=_info(target, parts, lora) | {"sampling_defaults": defaults},
         on_close=worker.close,
     )
+
+
+def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -> dict[str, float]:
+    """What OpenAI requests get that do not say."""
+    if config.sampling_defaults != "model":
+        return {}
+    defaults = read_sampling_defaults(directory, spec.vocab_size)
+    if defaults:
+        logger.info(
+            "Defaults of OpenAI requests, from the model's generation_config.json: %s", defaults
+        )
+    return defaults
 
 
 def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:

@@ -251,7 +251,7 @@ class CallReader:
     ) -> Call:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
-        sampling = {
+        sampling: dict[str, Any] = self._client.info["sampling_defaults"] | {
             native_name: value
             for name, native_name in _SAMPLING.items()
             if (value := getattr(body, name)) is not None
