@@ -103,6 +103,8 @@ def test_what_a_message_quotes_cannot_make_a_line_of_its_own(capsys):
     text = capsys.readouterr().err
     found = [line for line in text.splitlines() if LINE.match(line)]
     assert len(found) == 2
-    assert found[0].endswith(r"Adapter x\n2026-01-01 00:00:00.000 INFO    server  forged\x1b[31m loaded")
+    assert found[0].endswith(
+        r"Adapter x\n2026-01-01 00:00:00.000 INFO    server  forged\x1b[31m loaded"
+    )
     assert "\x1b" not in text
     assert "Traceback" in text

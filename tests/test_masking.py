@@ -37,7 +37,13 @@ def test_mask(text, shown):
 
 @pytest.mark.parametrize(
     "text",
-    ["a." * 500_000, "://" * 300_000, "a://x:" * 200_000, "a://" + "@" * 500_000, "a://1" + "1" * 500_000],
+    [
+        "a." * 500_000,
+        "://" * 300_000,
+        "a://x:" * 200_000,
+        "a://" + "@" * 500_000,
+        "a://1" + "1" * 500_000,
+    ],
     ids=["schemes", "slashes", "users", "ats", "port"],
 )
 def test_masking_takes_time_in_proportion_to_the_text(text):

@@ -50,7 +50,9 @@ class _LineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        return "\n".join(f"    {printable(line)}" for line in super().formatException(ei).splitlines())
+        return "\n".join(
+            f"    {printable(line)}" for line in super().formatException(ei).splitlines()
+        )
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):

@@ -39,7 +39,9 @@ def slow_answer(how: str, expressions: list[str], path: str) -> int:
     return -1
 
 
-@pytest.mark.parametrize("pattern", [UNSLOTH, LOOKAHEAD, BACKREFERENCE, r"(?i:MODEL)\..*", r".*\.1\.\w+.q_proj\Z"])
+@pytest.mark.parametrize(
+    "pattern", [UNSLOTH, LOOKAHEAD, BACKREFERENCE, r"(?i:MODEL)\..*", r".*\.1\.\w+.q_proj\Z"]
+)
 def test_a_process_gives_what_re_gives(pattern):
     (found,) = match_patterns([("target_modules", "whole", [pattern])], PATHS)
     assert found == [slow_answer("whole", [pattern], path) for path in PATHS]
@@ -63,7 +65,11 @@ def test_several_questions_at_once():
 names = st.text("ab.0", min_size=1, max_size=6)
 
 
-@given(st.sampled_from(["whole", "end", "layer"]), st.lists(names, max_size=4), st.lists(names, max_size=4))
+@given(
+    st.sampled_from(["whole", "end", "layer"]),
+    st.lists(names, max_size=4),
+    st.lists(names, max_size=4),
+)
 def test_plain_patterns_without_compiling_as_with(how, expressions, paths):
     assert all(map(is_plain, expressions))
     assert answer(how, expressions, paths) == [slow_answer(how, expressions, p) for p in paths]

@@ -200,9 +200,13 @@ class _Reader:
             try:
                 f"{name}{json.dumps(value, ensure_ascii=False)}".encode()
             except UnicodeEncodeError:
-                raise self.fail(f"{shortened(name)} holds half of a surrogate pair, which is no text") from None
+                raise self.fail(
+                    f"{shortened(name)} holds half of a surrogate pair, which is no text"
+                ) from None
             except (TypeError, ValueError, RecursionError) as error:
-                raise self.fail(f"{shortened(name)} cannot be read: {printable(str(error))}") from None
+                raise self.fail(
+                    f"{shortened(name)} cannot be read: {printable(str(error))}"
+                ) from None
 
     def check_bias(self) -> None:
         if self._data.get("bias", "none") != "none":

@@ -118,7 +118,9 @@ def main() -> None:
     seconds = request["seconds"]
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"takes too long: all patterns of an adapter may take {seconds} s together")
+        raise TimeoutError(
+            f"takes too long: all patterns of an adapter may take {seconds} s together"
+        )
 
     resource.setrlimit(resource.RLIMIT_AS, (request["bytes"], request["bytes"]))
     # re looks at signals while it matches. The second limit ends whatever does not.

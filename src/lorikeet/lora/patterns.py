@@ -42,7 +42,9 @@ def match_patterns(questions: Sequence[Question], paths: Sequence[str]) -> list[
     Raises:
         AdapterError: names the field and the pattern that is wrong or exceeds the limits, and these.
     """
-    if all(pattern_matcher.is_plain(pattern) for _, _, patterns in questions for pattern in patterns):
+    if all(
+        pattern_matcher.is_plain(pattern) for _, _, patterns in questions for pattern in patterns
+    ):
         return [_answer(field, how, patterns, paths) for field, how, patterns in questions]
     request = json.dumps(
         {
