@@ -23,6 +23,19 @@ _MAX_SHOWN = 200
 _MAX_PATH = 4096
 
 
+# The directories of an absolute path, up to its last component; no URL's.
+_DIRECTORIES = re.compile(r"(?<![\w:/.~*+@-])(?:~|\.\.?)?/(?:[^\s/'\":;,()]++/)*+")
+
+
+def without_paths(text: str, *known: str) -> str:
+    """``text`` with the last component in place of each absolute path, and of each that begins with one of ``known``."""
+    for path in known:
+        directory, slash, _ = path.rstrip("/").rpartition("/")
+        if slash:
+            text = text.replace(f"{directory}/", "")
+    return _DIRECTORIES.sub("", text)
+
+
 def mask(text: str) -> str:
     """``text`` with the user information and the query of every URL in it replaced by ``***``. Rather too much than too
     little: a query ends only at a blank, a quote or an angle bracket."""

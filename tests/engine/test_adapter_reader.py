@@ -21,9 +21,11 @@ class Hub(Disk):
         super().__init__()
         self.asked: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
         self.asked.append(path)
-        adapter = super().load(name, path, trusted=trusted, is_first=is_first)
+        adapter = super().load(name, path, trust=trust, is_first=is_first, transfer=transfer)
         return replace(adapter, path=f"/cache/snapshots/{COMMIT}")
 
 

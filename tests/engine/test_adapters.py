@@ -324,7 +324,7 @@ def test_host_memory_full_of_pins_refuses_the_next(make_rig: MakeRig) -> None:
 
 @pytest.mark.parametrize("content", [None, "something else"])
 def test_files_that_change_or_vanish_fail_their_requests_alone(
-    make_rig: MakeRig, content: str | None
+    make_rig: MakeRig, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = make_rig(max_host=2)
     versions = {name: rig.load(name, name) for name in "abc"}
@@ -335,7 +335,10 @@ def test_files_that_change_or_vanish_fail_their_requests_alone(
     waiting = [rig.submit("a"), rig.submit("a")]
     other = rig.submit("c")
     for rid in waiting:
-        assert "/a" in rig.refusal(rid)
+        # Where the files lie is for the log.
+        assert "/a" not in rig.refusal(rid)
+        assert ("does not exist" if content is None else "have changed") in rig.refusal(rid)
+    assert "/a" in caplog.text
     assert "/a" in rig.refusal(rig.submit("a"))  # and at once, from now on
     rig.finish()
     assert rig.tokens(other) == expected_tokens(versions["c"], PROMPT, 4)

@@ -45,7 +45,9 @@ def put(web, name, config=b'{"r": 4}', data=None):
 
 @pytest.fixture
 def options(tmp_path):
-    return SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=100_000)
+    return SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=100_000, allow_private_hosts=True
+    )
 
 
 def refused(path, options):
@@ -266,12 +268,16 @@ def test_a_full_disk(web, options, monkeypatch):
 
 def test_a_cache_directory_that_is_a_file(web, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    options = SourceOptions(cache_dir=tmp_path / "file", cache_bytes=10_000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "file", cache_bytes=10_000, allow_private_hosts=True
+    )
     assert "cannot be written" in refused(f"{web.url}/a", options)
 
 
 def test_the_least_recently_used_adapter_leaves(web, tmp_path):
-    options = SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=10_000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=10_000, allow_private_hosts=True
+    )
     for name in "abcd":
         put(web, name)
     a, b, c = (resolve_source(f"{web.url}/{name}", options) for name in "abc")
@@ -281,7 +287,9 @@ def test_the_least_recently_used_adapter_leaves(web, tmp_path):
 
 
 def test_an_adapter_that_is_being_read_stays(web, tmp_path):
-    options = SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=7000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=7000, allow_private_hosts=True
+    )
     put(web, "b")
     put(web, "c")
     with open_source(f"{web.url}/a", options) as a:

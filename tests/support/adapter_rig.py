@@ -58,9 +58,11 @@ class Disk:
         self.num_reads = 0
         self.untrusted: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
         self.num_reads += 1
-        if not trusted:
+        if trust == "request":
             self.untrusted.append(path)
         gate = self.gates.get(path)
         if gate is not None:
