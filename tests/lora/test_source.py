@@ -222,7 +222,8 @@ def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for options in (SourceOptions(), inside):
-        assert refused(path, options).startswith("adapter path")
+        # Of what is not below a root nothing is said, so it may be a hub id.
+        assert refused(path, options).startswith(("adapter path", "loop/a is no local directory"))
 
 
 @pytest.mark.parametrize("path", ["file:///etc", "FILE:/etc", "ftp://h/a", "simplecache::s3://b/a"])
