@@ -792,14 +792,14 @@ def test_a_name_that_no_directory_has_is_not_looked_up(make_rig: MakeRig, name: 
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the store sees pass, besides the real ones."""
     added, real = [0.0], time.monotonic
     monkeypatch.setattr(
         "lorikeet.engine.adapter_moves.time",
         SimpleNamespace(monotonic=lambda: real() + added[0]),
     )
-    yield added
+    return added
 
 
 def test_an_adapter_that_could_not_be_read_is_read_again_after_a_while(

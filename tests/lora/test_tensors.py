@@ -377,5 +377,5 @@ def test_numbers_of_a_header_are_bounded_before_anything_is_computed_with_them(s
 
 def test_a_pointer_of_git_lfs_is_called_by_its_name():
     data = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-    with pytest.raises(AdapterError, match="pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(AdapterError, match=r"pointer of Git LFS.*git lfs pull"):
         parse(data)

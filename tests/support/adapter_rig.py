@@ -23,6 +23,7 @@ from lorikeet.lora.host_cache import HostCache
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.registry import AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.transfer import Transfer
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 

@@ -199,15 +199,18 @@ class AdapterReader:
         reply: Future[T] = Future()
 
         def run(transfer: Transfer) -> None:
+            host = None
             self._transfers[reply] = transfer
             try:
                 # After the line above: whoever cancels it from now on finds the transfer.
                 if not reply.cancelled():
                     _answer(reply, transfer, job)
             except NeedsNetworkError as error:
-                self._downloads.submit(run_far, error.host)
+                host = error.host
             finally:
                 del self._transfers[reply]
+            if host is not None:
+                self._downloads.submit(run_far, host)
 
         def run_far() -> None:
             run(Transfer(Reach.NETWORK, self._download_seconds))
