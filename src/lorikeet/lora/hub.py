@@ -121,7 +121,8 @@ def _check_size(
 
     api = huggingface_hub.HfApi(endpoint=options.endpoint or envs.HF_ENDPOINT.get())
     try:
-        info = api.model_info(identity.repo, revision=identity.revision, files_metadata=True)
+        revision = identity.revision or huggingface_hub.constants.DEFAULT_REVISION
+        info = api.model_info(identity.repo, revision=revision, files_metadata=True)
     except failures:
         return
     sizes = {
@@ -142,7 +143,7 @@ def _stopper(transfer: Transfer) -> type[Any]:
     """A progress bar that shows nothing and stops the download at its end."""
     from tqdm import tqdm
 
-    class Stopper(tqdm):  # pyright: ignore[reportMissingTypeArgument, reportUntypedBaseClass]
+    class Stopper(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **kwargs | {"disable": True})

@@ -468,7 +468,8 @@ def _refuse(error: Exception, name: str) -> None:
         raise _RefusedError(f"{name}: {addresses.REFUSAL}") from None
     status = getattr(error, "status", None) or getattr(error, "code", None)
     is_client_error = isinstance(status, int) and 400 <= status < 500
-    if isinstance(error, PermissionError) or (is_client_error and status not in _ASK_AGAIN):
+    # A ValueError is a URL that is none.
+    if isinstance(error, PermissionError | ValueError) or (is_client_error and status not in _ASK_AGAIN):
         raise _RefusedError(f"{name}: {_reason(error)}") from None
 
 
