@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lorikeet.engine import adapter_moves
 from lorikeet.engine.adapter_reader import TENSORS_PATH
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
@@ -324,7 +327,7 @@ def test_host_memory_full_of_pins_refuses_the_next(make_rig: MakeRig) -> None:
 
 @pytest.mark.parametrize("content", [None, "something else"])
 def test_files_that_change_or_vanish_fail_their_requests_alone(
-    make_rig: MakeRig, content: str | None
+    make_rig: MakeRig, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = make_rig(max_host=2)
     versions = {name: rig.load(name, name) for name in "abc"}
@@ -335,13 +338,16 @@ def test_files_that_change_or_vanish_fail_their_requests_alone(
     waiting = [rig.submit("a"), rig.submit("a")]
     other = rig.submit("c")
     for rid in waiting:
-        assert "/a" in rig.refusal(rid)
-    assert "/a" in rig.refusal(rig.submit("a"))  # and at once, from now on
+        # Where the files lie is for the log.
+        assert "/a" not in rig.refusal(rid)
+        assert ("does not exist" if content is None else "have changed") in rig.refusal(rid)
+    assert "/a" in caplog.text
+    assert "cannot be served" in rig.refusal(rig.submit("a"))  # and at once, from now on
     rig.finish()
     assert rig.tokens(other) == expected_tokens(versions["c"], PROMPT, 4)
     view = rig.view("a")
     assert (view["state"], view["tier"]) == ("failed", "failed")
-    assert "/a" in view["reason"]
+    assert "/a" not in view["reason"]
     version = rig.load("a", "a newer one")
     assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
     assert rig.view("a")["state"] == "loaded"
@@ -716,3 +722,131 @@ def test_closing_does_not_wait_for_a_download(make_rig: MakeRig) -> None:
     closing.join(5)
     assert not closing.is_alive()
     gate.set()
+
+
+# ---- requests that wait for a load ----
+
+
+def test_a_load_whose_client_leaves_goes_on_for_the_requests_that_wait(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "a")
+    waiting = [rig.submit("a"), rig.submit("a")]
+    looked_up = rig.command("find_adapter", name="a")
+    rig.step()
+    assert load.cancel()  # the client of the load has gone, as a command's cancel does it
+    for _ in range(3):
+        rig.step()
+    assert rig.names() == {"a": "loading"}
+    gate.set()
+    rig.until(lambda: all(rig.is_over(rid) for rid in waiting))
+    assert rig.tokens(waiting[0]) == rig.tokens(waiting[1])
+    assert looked_up.result() is None
+    assert rig.names() == {"a": "loaded"}
+    rig.finish()
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_dropped(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "a")
+    waiting = rig.submit("a")
+    looked_up = rig.command("find_adapter", name="a")
+    assert load.cancel()
+    assert looked_up.cancel()
+    rig.core.abort(waiting, "the client left")
+    rig.step()
+    assert rig.names() == {}
+    gate.set()
+    rig.finish()
+    assert rig.names() == {}
+
+
+def test_requests_hear_why_a_load_failed_without_the_places_of_files(
+    make_rig: MakeRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/secret/place")
+    load = rig.command("load_adapter", name="a", path="/secret/place")
+    waiting = rig.submit("a")
+    rig.step()
+    gate.set()
+    assert rig.refusal(waiting) == "adapter path place does not exist"
+    with pytest.raises(AdapterError, match="/secret/place"):
+        load.result()
+    assert "/secret/place" in caplog.text
+    rig.finish()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a." * 100_000, "x\ny", "../x", "\x1b[31m"])
+def test_a_name_that_no_directory_has_is_not_looked_up(make_rig: MakeRig, name: str) -> None:
+    rig = make_rig(resolver=True)
+    message = rig.refusal(rig.submit(name))
+    assert "has never been loaded" in message
+    assert message.isprintable()
+    assert len(message) < 400
+    assert rig.names() == {}
+
+
+# ---- another try ----
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the store sees pass, besides the real ones."""
+    added, real = [0.0], time.monotonic
+    monkeypatch.setattr(
+        "lorikeet.engine.adapter_moves.time",
+        SimpleNamespace(monotonic=lambda: real() + added[0]),
+    )
+    return added
+
+
+def test_an_adapter_that_could_not_be_read_is_read_again_after_a_while(
+    make_rig: MakeRig, clock: list[float]
+) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abc"}
+    del rig.disk.contents["/a"]
+    rig.refusal(rig.submit("a"))
+    rig.write("/a", "a")
+    num_reads = rig.disk.num_reads
+    assert "does not exist" in rig.refusal(rig.submit("a"))  # the reason, meanwhile
+    assert rig.disk.num_reads == num_reads
+    clock[0] += adapter_moves.FIRST_RETRY_S
+    assert rig.ask("a") == expected_tokens(versions["a"], PROMPT, 4)
+    rig.finish()
+
+
+def test_each_try_waits_longer_than_the_one_before(make_rig: MakeRig, clock: list[float]) -> None:
+    rig = make_rig(max_host=2)
+    for name in "abc":
+        rig.load(name, name)
+    del rig.disk.contents["/a"]
+    waits: list[float] = []
+    for _ in range(9):
+        num_reads = rig.disk.num_reads
+        waits.append(0.0)
+        while rig.disk.num_reads == num_reads:
+            rig.refusal(rig.submit("a"))
+            clock[0] += adapter_moves.FIRST_RETRY_S
+            waits[-1] += adapter_moves.FIRST_RETRY_S
+    first, last = adapter_moves.FIRST_RETRY_S, adapter_moves.LAST_RETRY_S
+    assert waits[1:6] == [first, 2 * first, 4 * first, 8 * first, 16 * first]
+    assert waits[-1] == last
+    rig.finish()
+
+
+def test_a_pin_whose_copy_failed_is_placed_again(make_rig: MakeRig, clock: list[float]) -> None:
+    rig = make_rig()
+    version = 1
+    rig.failing_copies.add(version)
+    assert rig.load("a", "a", pinned=True) == version
+    rig.finish()
+    assert rig.view("a")["tier"] == "host"
+    rig.failing_copies.clear()
+    rig.finish()
+    assert rig.view("a")["tier"] == "host"
+    clock[0] += adapter_moves.PINS_S
+    rig.until(lambda: rig.view("a")["tier"] == "device")
+    rig.finish()

@@ -23,6 +23,7 @@ from lorikeet.lora.host_cache import HostCache
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.registry import AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.transfer import Transfer
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 
@@ -58,9 +59,11 @@ class Disk:
         self.num_reads = 0
         self.untrusted: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
         self.num_reads += 1
-        if not trusted:
+        if trust == "request":
             self.untrusted.append(path)
         gate = self.gates.get(path)
         if gate is not None:

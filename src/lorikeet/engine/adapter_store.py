@@ -23,8 +23,9 @@ class AdapterStore(Protocol):
 
     def release(self, version: int, rid: str) -> None: ...
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
-        """Look for a name that is not loaded; None if there is nowhere to look."""
+    def find(self, name: str | None) -> Future[None] | None:
+        """Look for a name that is not loaded; None if there is nowhere to look. The future is the caller's own: it ends
+        when the search does, with its error, and may be cancelled at any time."""
         ...
 
     def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]: ...
@@ -87,7 +88,7 @@ class NoAdapters:
     def release(self, version: int, rid: str) -> None:
         assert version == BASE_VERSION
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
+    def find(self, name: str | None) -> Future[None] | None:
         return None
 
     def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]:

@@ -30,11 +30,12 @@ from lorikeet.engine.adapter_store import BASE_VERSION
 from lorikeet.engine.adapter_templates import TemplateNews, Templates
 from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
 from lorikeet.engine.adapter_views import loaded_view, loading_view, unloading_view
-from lorikeet.errors import AdapterError, RequestError
+from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
 from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.resolver import is_name
 from lorikeet.lora.source import public_path
 from lorikeet.lora.tiers import Tier
 
@@ -86,7 +87,7 @@ class LoadedAdapters:
             AdapterError: it cannot be served exactly, or the name is taken.
         """
         self._check_name(source.name, replace=False)
-        origin = Origin(source.path, trusted=True)
+        origin = Origin(source.path, trust="operator")
         load = self._begin(source, self._reader.load(source.name, origin), replace=False)
         load.read.exception()  # waits
         self._finish_load(load)
@@ -119,16 +120,19 @@ class LoadedAdapters:
         source = LoRAPath(name, TENSORS_PATH, pinned=pinned)
         return self._begin(source, read, replace=False).reply
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
+    def find(self, name: str | None) -> Future[None] | None:
         if name is None or not self._reader.can_find or name in self._unloaded:
             return None
-        if self._registry.get(name) is not None:
+        if not is_name(name) or self._registry.get(name) is not None:
             return None
         load = self._loads.get(name)
         if load is None:
             load = self._begin(LoRAPath(name, name), self._reader.find(name), replace=False)
             load.found = True
-        return load.reply
+        # One of its own: others wait for the same, and whoever leaves must not take them along.
+        waiter: Future[None] = Future()
+        load.waiting.append(waiter)
+        return waiter
 
     def start_unload(self, name: str, *, timeout: float | None = None) -> Future[LoadOutcome]:
         """Hide a name at once. The future is resolved when its last request has ended and its memory is free.
@@ -162,7 +166,7 @@ class LoadedAdapters:
             return BASE_VERSION
         version = self._registry.lease(name)
         reason = self._residency.failure(version)
-        if reason is not None:
+        if reason is not None and not self._moves.retry(version):
             self._registry.release(version)
             raise RequestError(f"adapter {name!r} cannot be served: {reason}", "lora_path")
         known = self._known[version]
@@ -298,22 +302,23 @@ class LoadedAdapters:
 
     def _finish_load(self, load: Load) -> None:
         del self._loads[load.name]
-        if load.reply.cancelled():
+        if load.is_abandoned:
             self._reader.discard(load.read)
             logger.info("Adapter %s: loading was cancelled", load.name)
             return
         error = load.read.exception()
         if error is None:
             try:
-                load.reply.set_result(self._register(load, load.read.result()))
+                load.succeed(self._register(load, load.read.result()))
             except AdapterError as refusal:
                 self._reader.discard(load.read)
                 error = refusal
         if error is not None:
             if not load.found:
                 self._counters.load_failures += 1
+            if not isinstance(error, AdapterNotFoundError):
                 logger.warning("Adapter %s not loaded: %s", load.name, error)
-            load.reply.set_exception(as_fault(error, load.name))
+            load.fail(as_fault(error, load.name))
 
     def _register(self, load: Load, read: ReadAdapter) -> LoadOutcome:
         """Place what was read and let the name mean it; nothing has changed if that is refused."""

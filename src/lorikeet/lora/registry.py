@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from typing import NotRequired, TypedDict, Unpack
 
 from lorikeet.errors import AdapterError, AdapterNotFoundError
+from lorikeet.masking import shortened
 
 # Digests of dropped versions that are remembered, so that a reload of the same bytes finds its prefix cache again.
 MAX_REMEMBERED = 4096
 _MAX_LISTED = 20
+# Characters of each that a message shows.
+_MAX_NAME = 64
 
 
 class Content(TypedDict):
@@ -169,11 +172,11 @@ class AdapterRegistry:
         info = self._names.get(name)
         if info is None:
             names = sorted(self._names)
-            listed = ", ".join(names[:_MAX_LISTED]) or "none"
+            listed = ", ".join(shortened(name, _MAX_NAME) for name in names[:_MAX_LISTED]) or "none"
             if len(names) > _MAX_LISTED:
                 listed += f" and {len(names) - _MAX_LISTED} more"
             raise AdapterNotFoundError(
-                f"adapter {name!r} has never been loaded or was unloaded; loaded adapters: {listed}",
+                f"adapter '{shortened(name)}' has never been loaded or was unloaded; loaded adapters: {listed}",
                 "lora_path",
             )
         return info

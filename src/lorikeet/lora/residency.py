@@ -5,7 +5,7 @@
     DISK --take_reads--> READING --read_done--> HOST --admit, prefetch, pin--> COPYING --copies_done--> DEVICE
       ^                     |                    | ^                             |                        |
       +-----eviction--------|--------------------+ +--------copy failed----------+--------eviction--------+
-                            +--read_failed--> FAILED
+                            +--read_failed--> FAILED --retry--> DISK
 
 A version is usable on the device only. What is on the device is in host memory, too. Both tiers keep to the queue's
 order (``want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
@@ -334,6 +334,27 @@ class Residency:
         self._host.fail(self._entries[version], reason)
         return True
 
+    def retry(self, version: int) -> None:
+        """FAILED -> DISK: whatever was in the way of reading it may have gone.
+
+        Raises:
+            ValueError: the version is not there, or has not failed.
+        """
+        entry = self._find(version)
+        entry.enter(Tier.DISK)
+        entry.reason = None
+        if entry.pinned:
+            self._unplaced_pins.add(version)
+        self._ledger.num_changes += 1
+
+    def retry_pins(self) -> None:
+        """Place pinned versions again whose copy has failed."""
+        self._unplaced_pins.update(
+            entry.version
+            for entry in self._entries.values()
+            if entry.pinned and not entry.removed and entry.tier in (Tier.DISK, Tier.HOST)
+        )
+
     def take_failures(self) -> dict[int, str]:
         """Versions that became FAILED since the last call, and why."""
         return self._host.take_failures()
@@ -380,7 +401,7 @@ class Residency:
             if entry.tier is Tier.HOST:
                 self._device.place(entry)
             if entry.tier in (Tier.COPYING, Tier.DEVICE):
-                # A pin whose copy fails later is not tried again until a request asks for it.
+                # A pin whose copy fails later is tried again by ``retry_pins``.
                 self._unplaced_pins.discard(version)
 
     def _end_copy(self, version: int, *, ok: bool) -> None:

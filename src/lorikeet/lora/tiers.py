@@ -19,7 +19,7 @@ class Tier(Enum):
     COPYING = "copying"
     #: On the device (and in host memory). Sequences may run.
     DEVICE = "device"
-    #: It could not be read again. It holds nothing; only new bytes bring it back.
+    #: It could not be read again. It holds nothing; new bytes bring it back, or another try.
     FAILED = "failed"
 
 
@@ -30,7 +30,7 @@ LEGAL_MOVES: dict[Tier, frozenset[Tier]] = {
     Tier.HOST: frozenset({Tier.COPYING, Tier.DISK}),
     Tier.COPYING: frozenset({Tier.DEVICE, Tier.HOST}),
     Tier.DEVICE: frozenset({Tier.HOST}),
-    Tier.FAILED: frozenset({Tier.READING}),
+    Tier.FAILED: frozenset({Tier.READING, Tier.DISK}),
 }
 
 #: Tiers that take a place in host memory: what is on the device is in host memory, too.
