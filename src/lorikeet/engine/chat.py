@@ -156,7 +156,9 @@ def _plain(value: object, where: str, depth: int = 0) -> object:
         )
     if isinstance(value, Mapping):
         items = cast(Mapping[object, object], value).items()
-        return {str(key): _plain(item, _at(where, f".{key!s:.60}"), depth + 1) for key, item in items}
+        return {
+            str(key): _plain(item, _at(where, f".{key!s:.60}"), depth + 1) for key, item in items
+        }
     if isinstance(value, list | tuple):
         entries = cast(Sequence[object], value)
         return [_plain(item, _at(where, f"[{i}]"), depth + 1) for i, item in enumerate(entries)]
