@@ -138,6 +138,7 @@ class Intake:
 
     def _read_texts(self, value: object) -> tuple[list[list[int]], bool]:
         if isinstance(value, str):
+            self._check_text(value, "text")
             return [self._encode(value, "text")], False
         allowed = "a string or a list of strings"
         if not _is_list(value):
@@ -154,10 +155,12 @@ class Intake:
                 f"text has {num:,} characters in {len(texts):,} prompts; allowed: {MAX_TEXTS:,} in one call",
                 "text",
             )
+        for index, item in enumerate(texts):
+            self._check_text(item, f"text[{index}]")
         return [self._encode(item, f"text[{index}]") for index, item in enumerate(texts)], True
 
     def _encode(self, text: str, name: str) -> list[int]:
-        token_ids = self.encode(text, name)
+        token_ids = self._tokenizer.encode(text)
         if not token_ids:
             raise RequestError(
                 f"{name} is {shown(text)}, which has no tokens; allowed: at least one character",
@@ -166,15 +169,17 @@ class Intake:
         self._check_ids(token_ids, name)
         return token_ids
 
-    def encode(self, text: str, name: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a prompt. One that cannot fit into the context is refused for its length.
-
-        Args:
-            name: the field that it comes from, for messages.
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokenize a rendered conversation, which has the special tokens in it.
 
         Raises:
             RequestError: it is too long, or no text.
         """
+        self._check_text(text, "text")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _check_text(self, text: str, name: str) -> None:
+        """Refuse a prompt that cannot fit into the context, for its length."""
         if self._is_bounded and len(text) > MAX_TEXT:
             raise RequestError(
                 f"{name} has {len(text):,} characters; allowed: {MAX_TEXT:,} in one prompt", "text"
@@ -185,7 +190,6 @@ class Intake:
                 f"{name} has at least {least} tokens; allowed: at most {self._context_length}, the context length",
                 "text",
             )
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _read_ids(self, value: object) -> tuple[list[list[int]], bool]:
         allowed = "a list of token ids or a list of such lists"

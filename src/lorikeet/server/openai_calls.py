@@ -257,9 +257,8 @@ class CallReader:
         return context, tools
 
     def _encode(self, text: str) -> list[int]:
-        # The template has written BOS and the like itself.
         try:
-            token_ids = self._client.intake.encode(text, "text", add_special_tokens=False)
+            token_ids = self._client.intake.encode_rendered(text)
         except RequestError as error:
             raise in_own_words(error, _CHAT_NAMES) from error
         if not token_ids:
