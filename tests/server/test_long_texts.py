@@ -82,7 +82,7 @@ async def test_what_may_fit_is_counted(api: Api) -> None:
 
 def test_in_ones_own_process_texts_are_as_long_as_one_likes(tmp_path: Path) -> None:
     VARIANTS["words"](tmp_path)  # a tokenizer that makes one token of any word
-    limits = {"vocab_size": 4, "context_length": 10}
+    limits: dict[str, Any] = {"vocab_size": 4, "context_length": 10}
     text = {"text": "a" * (MAX_TEXT + 1)}
     tokenizer = Tokenizer.load(tmp_path)
     assert len(Intake(tokenizer, **limits).make_requests(text).requests[0].prompt_token_ids) == 1

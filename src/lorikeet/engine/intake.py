@@ -149,14 +149,14 @@ class Intake:
             if not isinstance(item, str):
                 raise wrong_type(item, f"text[{index}]", "", allowed)
         texts = cast(Sequence[str], value)
+        for index, item in enumerate(texts):
+            self._check_text(item, f"text[{index}]")
         num = sum(map(len, texts))
         if self._is_bounded and num > MAX_TEXTS:
             raise RequestError(
                 f"text has {num:,} characters in {len(texts):,} prompts; allowed: {MAX_TEXTS:,} in one call",
                 "text",
             )
-        for index, item in enumerate(texts):
-            self._check_text(item, f"text[{index}]")
         return [self._encode(item, f"text[{index}]") for index, item in enumerate(texts)], True
 
     def _encode(self, text: str, name: str) -> list[int]:
@@ -180,15 +180,15 @@ class Intake:
 
     def _check_text(self, text: str, name: str) -> None:
         """Refuse a prompt that cannot fit into the context, for its length."""
-        if self._is_bounded and len(text) > MAX_TEXT:
-            raise RequestError(
-                f"{name} has {len(text):,} characters; allowed: {MAX_TEXT:,} in one prompt", "text"
-            )
         least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
         if least > self._context_length:
             raise RequestError(
                 f"{name} has at least {least} tokens; allowed: at most {self._context_length}, the context length",
                 "text",
+            )
+        if self._is_bounded and len(text) > MAX_TEXT:
+            raise RequestError(
+                f"{name} has {len(text):,} characters; allowed: {MAX_TEXT:,} in one prompt", "text"
             )
 
     def _read_ids(self, value: object) -> tuple[list[list[int]], bool]:
