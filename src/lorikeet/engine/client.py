@@ -35,6 +35,7 @@ from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
 from lorikeet.engine.open_request import OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.engine.template_sandbox import TemplateSandbox
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
 from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
@@ -75,6 +76,7 @@ class EngineClient:
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
+        self.templates = TemplateSandbox()
         self._open: dict[str, OpenRequest] = {}
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
@@ -127,6 +129,7 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._transport.close()
+        self.templates.close()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -326,6 +329,7 @@ class EngineClient:
             self.tokenizer,
             vocab_size=info["vocab_size"],
             context_length=info["context_length"],
+            is_bounded=True,
         )
         self._started.set()
 
