@@ -131,9 +131,7 @@ def main() -> None:
         directory, _ = model_directory(LLAMA_8B, Path(temporary))
         sites = read_model_spec(directory).lora_sites
     rows = [measure(sites, case) for case in CASES]
-    content = common.about(
-        "placing an adapter on the device", "benchmarks.lifecycle.placement", ()
-    )
+    content = common.about("placing an adapter on the device", "benchmarks.lifecycle.placement", ())
     path = common.write_result({**content, "placements": rows}, "placement", args.json)
     cells = [
         [row["case"], f"{row['mean_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['max_ms']:.2f}"]

@@ -85,6 +85,35 @@ class Shadow:
         if not ok:
             self.slow.free(pages)
 
+    def do_something(self, rng: random.Random) -> None:
+        residency = self.residency
+        match rng.randrange(6):
+            case 0 | 1:
+                self.admit(rng.choice(list(self.entries)))
+            case 2:
+                for copying in self.of(Tier.COPYING):
+                    if rng.random() < 0.7:
+                        self.end_copy(copying, ok=rng.random() < 0.8)
+            case 3:
+                for used in list(self.entries):
+                    if residency.num_uses(used) and rng.random() < 0.6:
+                        residency.release(used)
+            case 4:
+                for reading in self.of(Tier.READING):
+                    residency.read_done(reading, page_classes(rng))
+            case _:
+                self.wanted = rng.sample(list(self.entries), rng.randint(0, 4))
+                residency.want(self.wanted)
+                self.pin(rng.choice(list(self.entries)), rng)
+
+    def pin(self, version: int, rng: random.Random) -> None:
+        """Unpin what is pinned; now and then pin something."""
+        pinned = sum(entry.pinned for entry in self.entries.values())
+        if self.entries[version].pinned:
+            self.residency.set_pinned(version, pinned=False)
+        elif rng.random() < 0.2 and pinned < NUM_ADAPTERS - 1:
+            self.residency.set_pinned(version, pinned=True)
+
     def of(self, *tiers: Tier) -> list[int]:
         return [version for version, entry in self.entries.items() if entry.tier in tiers]
 
@@ -106,29 +135,7 @@ def test_choices_agree_with_looking_at_everything(
         if residency.has_host_room():
             residency.add(version, page_classes(rng))
     for _ in range(60):
-        version = rng.choice(list(shadow.entries))
-        match rng.randrange(6):
-            case 0 | 1:
-                shadow.admit(version)
-            case 2:
-                for copying in shadow.of(Tier.COPYING):
-                    if rng.random() < 0.7:
-                        shadow.end_copy(copying, ok=rng.random() < 0.8)
-            case 3:
-                for used in list(shadow.entries):
-                    if residency.num_uses(used) and rng.random() < 0.6:
-                        residency.release(used)
-            case 4:
-                for reading in shadow.of(Tier.READING):
-                    residency.read_done(reading, page_classes(rng))
-            case _:
-                shadow.wanted = rng.sample(list(shadow.entries), rng.randint(0, 4))
-                residency.want(shadow.wanted)
-                if rng.random() < 0.2 and not shadow.entries[version].pinned:
-                    pinned = sum(entry.pinned for entry in shadow.entries.values())
-                    residency.set_pinned(version, pinned=pinned < NUM_ADAPTERS - 1)
-                elif shadow.entries[version].pinned:
-                    residency.set_pinned(version, pinned=False)
+        shadow.do_something(rng)
         residency.take_host_drops()
         residency.take_reads()
         residency.check_integrity()

@@ -123,7 +123,7 @@ class Residency:
         if entry is None:
             entry = self._ledger.add(version)
         self._ledger.set_removed(entry, removed=False)
-        self._set_pin(entry, entry.pinned or pinned)
+        self._set_pin(entry, pinned=entry.pinned or pinned)
         if entry.tier in (Tier.DISK, Tier.FAILED):
             self._ledger.move(entry, Tier.READING)
         if entry.tier is Tier.READING:
@@ -156,7 +156,7 @@ class Residency:
         entry = self._find(version)
         if pinned and not entry.pinned:
             self._check_pin()
-        self._set_pin(entry, pinned)
+        self._set_pin(entry, pinned=pinned)
         self._ledger.num_changes += 1
 
     def has_host_room(self) -> bool:
@@ -400,7 +400,7 @@ class Residency:
         entry = self._entries.get(version)
         return entry is not None and not entry.removed and entry.tier is Tier.READING
 
-    def _set_pin(self, entry: Resident, pinned: bool) -> None:
+    def _set_pin(self, entry: Resident, *, pinned: bool) -> None:
         """Pin or unpin; a pin is placed with the next plan, if it is not placed already."""
         self._num_pinned += pinned - entry.pinned
         entry.pinned = pinned

@@ -208,11 +208,7 @@ class Ledger:
             (self._leaving_host, {e.version: self._age(e.last_use, e.host_since) for e in idle}),
             (
                 self._leaving_device,
-                {
-                    e.version: self._age(e.last_use, e.since)
-                    for e in idle
-                    if e.tier is Tier.DEVICE
-                },
+                {e.version: self._age(e.last_use, e.since) for e in idle if e.tier is Tier.DEVICE},
             ),
         ):
             if list(line) != sorted(there, key=lambda version: (there[version], version)):
