@@ -133,11 +133,8 @@ def main() -> None:
     rows = [measure(sites, case) for case in CASES]
     content = common.about("placing an adapter on the device", "benchmarks.lifecycle.placement", ())
     path = common.write_result({**content, "placements": rows}, "placement", args.json)
-    cells = [
-        [row["case"], f"{row['mean_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['max_ms']:.2f}"]
-        + [f"{row['mean_victims']:.2f}"]
-        for row in rows
-    ]
+    columns = ("mean_ms", "p99_ms", "max_ms", "mean_victims")
+    cells = [[row["case"], *(f"{row[column]:.2f}" for column in columns)] for row in rows]
     print(common.table(("pool", "mean ms", "p99 ms", "max ms", "victims"), cells))
     print(f"written: {path}", file=sys.stderr)
 
