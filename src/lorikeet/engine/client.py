@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdaptersChanged,
     AdapterTemplates,
     Failed,
     Outputs,
@@ -30,6 +31,7 @@ from lorikeet.core.messages import (
     ToClient,
 )
 from lorikeet.core.request import Request, RequestOutput
+from lorikeet.engine.adapter_views import AdapterViews
 from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
@@ -74,6 +76,7 @@ class EngineClient:
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
+        self.adapters = AdapterViews()
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
         self.templates = TemplateSandbox()
@@ -309,14 +312,20 @@ class EngineClient:
                 self._commands.reply(message)
             case Stats(values, labels, samples):
                 self._engine_metrics.update(values, labels, samples)
-            case AdapterTemplates():
-                message.apply(self.adapter_templates)
+            case AdaptersChanged() | AdapterTemplates():
+                self._note_adapters(message)
             case Progress(phase):
                 self._on_progress(phase)
             case Ready(info):
                 self._ready(info)
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
+
+    def _note_adapters(self, message: AdaptersChanged | AdapterTemplates) -> None:
+        if isinstance(message, AdaptersChanged):
+            self.adapters.apply(message)
+        else:
+            message.apply(self.adapter_templates)
 
     def _accept(self, rid: str) -> None:
         entry = self._open.get(rid)

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
@@ -246,6 +247,10 @@ class EngineCore:
     def take_samples(self) -> dict[str, list[float]]:
         """Durations in seconds, by name, measured since the last call."""
         return self._adapters.take_samples()
+
+    def take_adapter_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
+        return self._adapters.take_changes()
 
     def take_templates(self) -> dict[str, dict[str, str] | None]:
         """Adapters' names that came or went since the last call; see ``AdapterTemplates``."""
