@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from lorikeet.core.request import SamplingParams
+from lorikeet.core.request import SamplingParams, check_grammar_length
 from lorikeet.errors import EngineFault, LorikeetError, RequestError, UnavailableError
 from lorikeet.sandbox import Job, LimitError, Limits, Sandbox
 from lorikeet.worker.grammar_backend import GrammarBackend, Prepared, Vocabulary, reason, refuse
@@ -34,8 +34,6 @@ from lorikeet.worker.grammar_masks import (
 
 __all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarMatcher"]
 
-# Characters of a grammar. OpenAI's limit for schemas is 120,000.
-MAX_SOURCE = 2**17
 # Of processor time: first a little for everybody, so that what is quick waits for nothing that is slow.
 _FIRST = Limits(wall_seconds=5, cpu_seconds=0.5, memory_bytes=192 * 2**20, answer_bytes=2**22)
 _LIMITS = Limits(wall_seconds=40, cpu_seconds=15, memory_bytes=192 * 2**20, answer_bytes=2**22)
@@ -228,10 +226,7 @@ class GrammarCompiler:
         """What is refused without a look into the grammar, and its key."""
         if not self._eos_token_ids:
             raise refuse(kind, "the model has no end-of-sequence token that could end the output")
-        if len(source) > MAX_SOURCE:
-            raise refuse(
-                kind, f"it has {len(source):,} characters; allowed: up to {MAX_SOURCE:,}"
-            )
+        check_grammar_length(kind, source)
         try:
             encoded = source.encode()
         except UnicodeEncodeError:

@@ -29,6 +29,7 @@ __all__ = ["CompiledGrammar", "GrammarMatcher", "MaskFiller", "start_thread"]
 MASK_SECONDS = 0.1
 AVERAGE_SECONDS = 0.005
 START_SECONDS = 0.5
+_LONG_SECONDS = 0.002
 # How often the step looks at the thread that it waits for.
 _POLL_SECONDS = 0.02
 # Twice as much as where the grammars were tried; see grammar_work.
@@ -152,7 +153,7 @@ class GrammarMatcher:
         noted, self._noted = self._noted, []
         for token_id in noted:
             if not self._accept(self._matcher, token_id):
-                raise ValueError(f"it does not admit the token {token_id} of the output")
+                raise ValueError(f"it does not admit output token {token_id}")
         return self._matcher
 
     def _accept(self, matcher: xgrammar.GrammarMatcher, token_id: int) -> bool:
@@ -254,23 +255,28 @@ class MaskFiller:
 def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
     """Body of the thread."""
     while (masks := tasks.get()) is not None:
+        # What a row takes is read off the wall's clock, which is cheap, and off the processor's if that is much.
+        processor, last = time.thread_time(), time.perf_counter()
         for index in range(masks.index, len(masks.rows)):
             matcher, avoid = masks.rows[index]
             if matcher.error is not None:
                 continue
-            began = time.thread_time()
             allowed = matcher.begin()
-            masks.index, masks.ends = index, began + allowed
+            masks.index, masks.ends = index, processor + allowed
             try:
                 matcher.fill(masks.bits_MW, index, avoid)
             except Exception as error:  # noqa: BLE001  # whatever it is, that row's grammar is at fault
-                matcher.error = f"the grammar failed: {error}"
+                matcher.error = f"the grammar cannot be followed: {error}"
                 masks.bits_MW[index] = 0
-            masks.ends = math.inf
-            seconds = time.thread_time() - began
+            now = time.perf_counter()
+            seconds, last = now - last, now
+            if seconds > _LONG_SECONDS:
+                seconds = max(time.thread_time() - processor, 0.0)
+            processor += seconds
             matcher.charge(seconds)
             if seconds > allowed:
                 matcher.error = TOO_SLOW
+        masks.ends = math.inf
         masks.done.release()
 
 

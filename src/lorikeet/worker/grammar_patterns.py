@@ -142,7 +142,7 @@ def _check_token(token: str) -> None:
         if escape.isascii() and escape.isalpha() and escape not in _KNOWN_LETTER_ESCAPES:
             raise ValueError(f"the escape \\{escape} is not supported")
         if escape in "bB" and not token.startswith("["):
-            raise ValueError("word boundaries are not supported")
+            raise ValueError("a word boundary is not supported")
         if escape in "pP":
             raise ValueError("Unicode classes are not supported")
         if escape in "123456789k":

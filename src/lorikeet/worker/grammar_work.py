@@ -29,16 +29,17 @@ from lorikeet.worker.grammar_patterns import checked_regex
 if TYPE_CHECKING:
     import xgrammar
 
-__all__ = ["MAX_COMPILED_BYTES", "MAX_MATCHER_BYTES", "MAX_SOURCE", "setup"]
+__all__ = ["MAX_COMPILED_BYTES", "MAX_MATCHER_BYTES", "prepare", "setup"]
 
-# OpenAI's limit for schemas is 120,000 characters.
-MAX_SOURCE = 2**17
 MAX_COMPILED_BYTES = 64 * 2**20
 MAX_MATCHER_BYTES = 16 * 2**20
 # Of one sequence: what it takes to begin, and for one token. Those of ordinary grammars are a hundredth of that.
-_MATCHER_SECONDS = 0.02
+_MATCHER_SECONDS = 0.05
 _MASK_SECONDS = 0.05
 _TOKEN_BYTES = 2**20
+# The same of a state that may be anywhere in the grammar at once, as none is.
+_ANYWHERE_SECONDS = 0.25
+_ANYWHERE_BYTES = 64 * 2**20
 _NUM_WALKS, _WALK_TOKENS = 2, 20
 # A grammar of fewer rules has no state that costs much.
 _FEW_RULES = 500
@@ -171,7 +172,11 @@ class _Proof:
         return np.unpackbits(self._bits_1W.view(np.uint8), bitorder="little")[: self._vocab_size]
 
 
-def start_matcher(compiled: xgrammar.CompiledGrammar) -> xgrammar.GrammarMatcher:
+def start_matcher(
+    compiled: xgrammar.CompiledGrammar,
+    most_seconds: float = _MATCHER_SECONDS,
+    most_bytes: int = MAX_MATCHER_BYTES,
+) -> xgrammar.GrammarMatcher:
     """A matcher, if it is cheap enough for each of many sequences to have one.
 
     Raises:
@@ -181,12 +186,12 @@ def start_matcher(compiled: xgrammar.CompiledGrammar) -> xgrammar.GrammarMatcher
 
     before, began = _heap_bytes(), time.thread_time()
     matcher = xgrammar.GrammarMatcher(compiled)
-    _check_seconds("beginning with it", time.thread_time() - began, _MATCHER_SECONDS)
+    _check_seconds("beginning with it", time.thread_time() - began, most_seconds)
     taken = _heap_bytes() - before
-    if taken > MAX_MATCHER_BYTES:
+    if taken > most_bytes:
         raise ValueError(
             f"each output that follows it takes {taken / 2**20:,.0f} MB of memory; allowed: "
-            f"{MAX_MATCHER_BYTES / 2**20:,.0f} MB"
+            f"{most_bytes / 2**20:,.0f} MB"
         )
     return matcher
 
@@ -206,7 +211,8 @@ def _check_rules(
     start = "any_of_all_rules"
     everywhere = f"{text}\n{start} ::= {' | '.join(names)}\n"
     compiler = backend.compiler(prepared.vocabulary)
-    start_matcher(compiler.compile_grammar(everywhere, root_rule_name=start))
+    compiled = compiler.compile_grammar(everywhere, root_rule_name=start)
+    start_matcher(compiled, _ANYWHERE_SECONDS, _ANYWHERE_BYTES)
 
 
 def _check_seconds(what: str, seconds: float, allowed: float) -> None:
@@ -264,11 +270,14 @@ def _parse_json(source: str) -> Any:
 
 
 def _json_text(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, ensure_ascii=False)
     try:
+        json.dumps(value, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair stands alone, which is not Unicode") from None
+    except ValueError:
+        raise ValueError("a number in it is infinite or none (NaN), which JSON has not") from None
     return text
 
 
