@@ -17,12 +17,15 @@ from lorikeet.sandbox import LimitError, Limits, Sandbox
 LIMITS = Limits(wall_seconds=30, cpu_seconds=20, memory_bytes=256 * 2**20, answer_bytes=10_000)
 
 
-def make(limits: Limits = LIMITS, *, greeting: str = "hi", jobs_per_worker: int = 1) -> Sandbox:
+def make(
+    limits: Limits = LIMITS, *, greeting: str = "hi", jobs_per_worker: int = 1, num_spares: int = 0
+) -> Sandbox:
     return Sandbox(
         "tests.support.hostile_work:prepare",
         {"greeting": greeting},
         limits=limits,
         jobs_per_worker=jobs_per_worker,
+        num_spares=num_spares,
     )
 
 
@@ -64,6 +67,27 @@ def test_workers_are_used_again():
         assert first == second != third
     finally:
         sandbox.close()
+
+
+def test_a_spare_worker_waits_for_the_next_job():
+    sandbox = make(num_spares=1)
+    try:
+        assert ask(sandbox, "echo", 1) == 1
+        deadline = time.monotonic() + 60
+        while not sandbox._idle:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (spare,) = (worker.pid for worker in sandbox._idle)
+        assert ask(sandbox, "pid") == spare
+    finally:
+        sandbox.close()
+
+
+def test_a_job_may_have_less_time(sandbox):
+    short = Limits(wall_seconds=30, cpu_seconds=0.1, memory_bytes=0)
+    with pytest.raises(LimitError, match=r"more than 0\.1 s of processor time"):
+        sandbox.submit(["spin", None], short).future.result(timeout=60)
+    assert ask(sandbox, "echo", 1) == 1
 
 
 @pytest.mark.parametrize(
@@ -140,6 +164,23 @@ def test_a_killed_fork_server_is_started_again():
         sandbox._server._process.wait()
         with pytest.raises(EngineFault):
             ask(sandbox, "echo", 2)
+        assert ask(sandbox, "echo", 3) == 3
+    finally:
+        sandbox.close()
+
+
+def test_a_worker_of_a_killed_fork_server_is_not_looked_for_in_the_next_one():
+    sandbox = make(jobs_per_worker=3)
+    try:
+        first = ask(sandbox, "pid")
+        assert sandbox._server._process is not None
+        os.kill(sandbox._server._process.pid, signal.SIGKILL)
+        sandbox._server._process.wait()
+        assert ask(sandbox, "pid") == first
+        with pytest.raises(EngineFault):
+            sandbox._server.fork()  # notices
+        sandbox._server.end(sandbox._server.fork())
+        assert ask(sandbox, "pid") == first  # its last job: the next server is told of its end
         assert ask(sandbox, "echo", 3) == 3
     finally:
         sandbox.close()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import importlib
 import json
-import math
 import os
 import resource
 import signal
@@ -108,6 +107,7 @@ class Sandbox:
         limits: of each job.
         num_workers: jobs that run at the same time; others wait.
         jobs_per_worker: after so many its worker is replaced; 1 leaves nothing of a job to the next.
+        num_spares: workers that are forked after a job, for the next ones, which then begin at once.
         name: of the threads.
     """
 
@@ -119,20 +119,26 @@ class Sandbox:
         limits: Limits,
         num_workers: int = 2,
         jobs_per_worker: int = 1,
+        num_spares: int = 0,
         name: str = "sandbox",
     ) -> None:
         self.limits = limits
         self._jobs_per_worker = jobs_per_worker
+        self._num_spares = num_spares
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix=name)
         self._server = _ForkServer(setup, args, limits)
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._is_closed = False
 
-    def submit(self, work: object) -> Job:
-        """Have a worker do ``work``, which is what msgpack can hold; from any thread. The first call starts the processes."""
+    def submit(self, work: object, limits: Limits | None = None) -> Job:
+        """Have a worker do ``work``, which is what msgpack can hold; from any thread. The first call starts the processes.
+
+        Args:
+            limits: of this job's time and answer; memory is that of all jobs.
+        """
         job = Job()
-        job.future = self._threads.submit(self._run, job, work)
+        job.future = self._threads.submit(self._run, job, work, limits or self.limits)
         return job
 
     def close(self) -> None:
@@ -145,13 +151,14 @@ class Sandbox:
             worker.sock.close()
         self._server.close()
 
-    def _run(self, job: Job, work: object) -> Any:
-        data = msgspec.msgpack.encode(work)
+    def _run(self, job: Job, work: object, limits: Limits) -> Any:
+        data = msgspec.msgpack.encode((limits.cpu_seconds, limits.answer_bytes, work))
         worker = self._take()
         try:
-            answer = worker.ask(data, self.limits, job.is_cancelled)
+            answer = worker.ask(data, limits, job.is_cancelled)
         except BaseException:
             self._server.end(worker)
+            self._prepare_spare()
             raise
         worker.num_jobs += 1
         kind, value = answer
@@ -161,9 +168,23 @@ class Sandbox:
                 self._idle.append(worker)
         if not keep:
             self._server.end(worker)
+        self._prepare_spare()
         if kind == "answer":
             return value
-        raise _exception(kind, value, self.limits)
+        raise _exception(kind, value, limits)
+
+    def _prepare_spare(self) -> None:
+        with self._lock:
+            if not self._is_closed and len(self._idle) < self._num_spares:
+                self._threads.submit(self._add_spare)
+
+    def _add_spare(self) -> None:
+        worker = self._server.fork()
+        with self._lock:
+            if keep := not self._is_closed:
+                self._idle.append(worker)
+        if not keep:
+            self._server.end(worker)
 
     def _take(self) -> _Worker:
         with self._lock:
@@ -207,7 +228,7 @@ class _Worker:
             except (BrokenPipeError, ConnectionResetError):
                 chunk = b""
             if not chunk:
-                raise self.server.death(self)
+                raise self.server.death(self, limits)
             received += chunk
         return cast("tuple[str, Any]", msgspec.msgpack.decode(received[_SIZE.size :]))
 
@@ -269,16 +290,16 @@ class _ForkServer:
                 self._drop()
                 return 0
 
-    def death(self, worker: _Worker) -> LimitError:
-        """Why a worker has hung up."""
+    def death(self, worker: _Worker, limits: Limits) -> LimitError:
+        """Why a worker has hung up, with a job of these limits."""
         status = self.end(worker)
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
-            if number == signal.SIGXCPU:
-                seconds = self._limits.cpu_seconds
+            if number == signal.SIGPROF:
+                seconds = limits.cpu_seconds
                 return LimitError("cpu", f"it takes more than {seconds:g} s of processor time")
             if number == signal.SIGKILL:
-                return _out_of_memory(self._limits)
+                return _out_of_memory(limits)
             return LimitError(
                 "crash",
                 f"it is nested too deeply, or too large (its process ended with {signal.Signals(number).name})",
@@ -400,7 +421,7 @@ def main() -> NoReturn:
     def prepare(args: dict[str, Any]) -> None:
         made.append(getattr(importlib.import_module(module), function)(**args))
 
-    control.sendall(_frame(_answer(prepare, config["args"], limits)))
+    control.sendall(_frame(_answer(prepare, config["args"], limits.answer_bytes)))
     if made:
         _serve(control, made[0], limits)
     os._exit(0)
@@ -421,9 +442,12 @@ def _serve(control: socket.socket, handler: Handler, limits: Limits) -> None:
             while len(data) < 1 + _STATUS.size:
                 data += control.recv(1 + _STATUS.size - len(data))
             pid = _STATUS.unpack(data[1:])[0]
-            os.kill(pid, signal.SIGKILL)  # changes nothing if it is dead
-            pids.discard(pid)
-            control.sendall(_STATUS.pack(os.waitpid(pid, 0)[1]))
+            status = 0
+            if pid in pids:  # not one of a fork server before this one
+                os.kill(pid, signal.SIGKILL)  # changes nothing if it is dead
+                pids.discard(pid)
+                status = os.waitpid(pid, 0)[1]
+            control.sendall(_STATUS.pack(status))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
 
@@ -456,14 +480,14 @@ def _work(sock: socket.socket, handler: Handler, limits: Limits) -> NoReturn:
     while True:
         try:
             size = _SIZE.unpack(_read_exactly(sock, _SIZE.size))[0]
-            job = msgspec.msgpack.decode(_read_exactly(sock, size))
+            seconds, answer_bytes, job = msgspec.msgpack.decode(_read_exactly(sock, size))
         except ConnectionError:
             os._exit(0)
-        spent = time.process_time()  # of all threads
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        soft = math.ceil(spent + limits.cpu_seconds)
-        resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-        sock.sendall(_frame(_answer(handler, job, limits)))
+        # Counts the time of all threads; when it is over, SIGPROF ends the process.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        answer = _answer(handler, job, answer_bytes)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sock.sendall(_frame(answer))
 
 
 def _address_space() -> int | None:
@@ -475,11 +499,11 @@ def _address_space() -> int | None:
         return None
 
 
-def _answer(handler: Handler, job: Any, limits: Limits) -> bytes:
+def _answer(handler: Handler, job: Any, most_bytes: int) -> bytes:
     """What ``handler`` makes of ``job``, encoded; whatever it raises, too."""
     try:
         encoded = msgspec.msgpack.encode(("answer", handler(job)))
-        if len(encoded) <= limits.answer_bytes:
+        if len(encoded) <= most_bytes:
             return encoded
         value: tuple[str, Any] = ("answer too large", None)
     except MemoryError:

@@ -147,7 +147,7 @@ class AdapterRig:
                 copy_steps=lambda: copy_steps,
             ),
             adapters=self.store,
-            compile_grammar=lambda sampling: None,
+            compile_grammar=lambda sampling: Future(),
             seeds=lambda: 0,
             info={},
         )

@@ -13,8 +13,9 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
@@ -47,14 +48,15 @@ class _Open:
     request: Request
     version: int | None  # None while the resolver looks for its adapter
     seq: int | None = None  # None while that happens or its grammar compiles
+    grammar: object = None  # held, so that the worker finds it
 
 
 class EngineCore:
     """One scheduler, one worker, and the requests that are open.
 
     Args:
-        compile_grammar: checks and compiles a request's grammar; runs on a thread of its own, since a large schema
-            takes longer than a step.
+        compile_grammar: begins to check and compile a request's grammar, elsewhere, since a large schema takes longer
+            than a step. Cancelling the future ends that, unless others wait for the same.
         seeds: gives the sampling seed of a request that brings none.
         info: what ``Ready.info`` and the ``info`` command report besides the adapters.
         on_close: ends what the worker has started.
@@ -67,7 +69,7 @@ class EngineCore:
         kv: KVManager,
         worker: Executor,
         adapters: AdapterStore,
-        compile_grammar: Callable[[SamplingParams], None],
+        compile_grammar: Callable[[SamplingParams], Future[Any]],
         seeds: Callable[[], int],
         info: dict[str, object],
         on_close: Callable[[], None] = lambda: None,
@@ -82,9 +84,8 @@ class EngineCore:
         self._on_close = on_close
         self._in_flight: deque[StepPlan] = deque()
         self._open: dict[str, _Open] = {}
-        self._compiling: dict[str, Future[None]] = {}
+        self._compiling: dict[str, Future[Any]] = {}
         self._finding: dict[str, Future[None]] = {}
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._accepted: list[str] = []
         self._outputs: list[RequestOutput] = []
         self._next_seq = 0
@@ -258,7 +259,6 @@ class EngineCore:
 
     def close(self) -> None:
         """End all threads and remove temporary files."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._adapters.close()
         self._on_close()
 
@@ -299,9 +299,7 @@ class EngineCore:
         if request.sampling.grammar is None:
             self._start(request.rid)
         else:
-            self._compiling[request.rid] = self._threads.submit(
-                self._compile_grammar, request.sampling
-            )
+            self._compiling[request.rid] = self._compile_grammar(request.sampling)
 
     def _start(self, rid: str) -> None:
         entry = self._open[rid]
@@ -339,13 +337,16 @@ class EngineCore:
 
     def _collect_compiled(self) -> None:
         for rid in [rid for rid, future in self._compiling.items() if future.done()]:
-            error = self._compiling.pop(rid).exception()
+            future = self._compiling.pop(rid)
+            error, request = future.exception(), self._open[rid].request
             if error is None:
+                self._open[rid].grammar = future.result()
                 self._start(rid)
-            elif isinstance(error, UserError):
-                self._finish_unstarted(rid, _refusal(self._open[rid].request, error))
-            else:
-                raise EngineFault("compiling a grammar failed") from error
+                continue
+            if not isinstance(error, LorikeetError):
+                logger.error("request %s: compiling its grammar failed", rid, exc_info=error)
+                error = EngineFault(f"compiling a grammar failed: {error}")
+            self._finish_unstarted(rid, _refusal(request, error))
 
     def _finish_unstarted(self, rid: str, output: RequestOutput) -> None:
         self._forget(rid)

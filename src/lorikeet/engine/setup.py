@@ -103,6 +103,11 @@ def _build(
     report("preparing the device")
     storage = target.storage(parts.num_pages)
     worker = make_worker(target, model, storage, lora, grammars, progress=progress)
+
+    def on_close() -> None:
+        grammars.close()
+        worker.close()
+
     kv = KVManager(
         page_size=parts.page_size, num_pages=parts.num_pages, radix=not config.disable_radix_cache
     )
@@ -115,10 +120,10 @@ def _build(
         kv=kv,
         worker=worker,
         adapters=lora.store if lora else NoAdapters(),
-        compile_grammar=grammars.compile,
+        compile_grammar=grammars.request,
         seeds=_seed_source(config.random_seed),
         info=_info(target, parts, lora) | {"sampling_defaults": defaults},
-        on_close=worker.close,
+        on_close=on_close,
     )
 
 
