@@ -14,10 +14,14 @@ import gc
 import logging
 import multiprocessing
 import os
+import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import NoReturn, cast
+
+from tqdm import tqdm
 
 from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
@@ -65,6 +69,11 @@ STATS_INTERVAL_S = 1.0
 def main(config: ServerConfig, address: EngineAddress, parent: int) -> None:
     """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
     setup_logging(config.log_level)
+    # Files for a while lie in the directory that the parent removes, also if this process is killed.
+    if tempfile.gettempdir() == os.path.dirname(address.directory):
+        tempfile.tempdir = address.directory
+    # A lock between processes, which the bars of this one do not need, would be reported as lost after a kill.
+    tqdm.set_lock(threading.RLock())
     endpoint = EngineEndpoint(address)
     try:
         code = _serve(config, endpoint, parent)

@@ -9,12 +9,10 @@ read is handed on as such (:class:`lorikeet.core.messages.Unreadable`).
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import zmq
@@ -29,9 +27,12 @@ from lorikeet.core.messages import (
     decode_to_engine,
     encode,
 )
+from lorikeet.scratch import ScratchDir
 
 # A Unix socket's path must fit 107 bytes (sockaddr_un); the longest name below is 14.
 MAX_DIRECTORY = 90
+# Of a directory in the place for temporary files, with its slash.
+LONGEST_NAME = 1 + len("lorikeet-") + 8
 # How long a closing engine still tries to deliver its last words.
 LINGER_MS = 2000
 # How often a living engine says so.
@@ -42,18 +43,20 @@ MAX_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
-    """Where the two processes meet: a directory that only this user can enter."""
+    """Where the two processes meet: a directory of the HTTP process that only this user can enter."""
 
-    directory: str
+    scratch: ScratchDir
 
     @classmethod
     def create(cls) -> EngineAddress:
         """Make the directory; :meth:`remove` deletes it."""
-        directory = tempfile.mkdtemp(prefix="lorikeet-")
-        if len(directory) > MAX_DIRECTORY:
-            Path(directory).rmdir()
-            directory = tempfile.mkdtemp(prefix="lorikeet-", dir="/tmp")
-        return cls(directory)
+        base = tempfile.gettempdir()
+        is_long = len(base) + LONGEST_NAME > MAX_DIRECTORY
+        return cls(ScratchDir("/tmp" if is_long else base))
+
+    @property
+    def directory(self) -> str:
+        return self.scratch.path
 
     @property
     def to_engine(self) -> str:
@@ -64,7 +67,7 @@ class EngineAddress:
         return f"ipc://{self.directory}/client.sock"
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.scratch.remove()
 
 
 class ProcessHandle(Protocol):

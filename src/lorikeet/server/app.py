@@ -24,7 +24,14 @@ from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.drain import Drain, DrainGate
 from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
-from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
+from lorikeet.server.lifecycle import (
+    HTTPServer,
+    StopSignals,
+    bind,
+    end_process,
+    raise_descriptor_limit,
+    run_server,
+)
 from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules
 from lorikeet.server.native import NativeRoutes
@@ -85,7 +92,7 @@ def make_app(
 
 
 def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish. Call it in the main thread.
+    """Serve until a signal to stop (SIGTERM, SIGINT, ...), then let running requests finish. Call it in the main thread.
 
     Meanwhile new ones get 503, and what has not finished after ``config.shutdown_timeout`` is cut off with 503. A second
     signal ends it at once. When it returns or raises, the engine process is gone.
@@ -98,17 +105,14 @@ def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
         EngineDeadError: the engine died; its open requests were answered with that error.
     """
     config = resolve(config)
+    raise_descriptor_limit()
     with bind(config.host, config.port) as listener:
         tokenizer = Tokenizer.load(tokenizer_dir(config))
         address = EngineAddress.create()
         try:
-            process = spawn(config, address)
-            try:
-                work = _run(config, tokenizer, address, process, listener)
-                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    runner.run(work)
-            finally:
-                end_process(process)
+            work = _run(config, tokenizer, address, spawn, listener)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(work)
         finally:
             address.remove()
 
@@ -117,8 +121,26 @@ async def _run(
     config: ServerConfig,
     tokenizer: Tokenizer,
     address: EngineAddress,
+    spawn: SpawnEngine,
+    listener: socket.socket,
+) -> None:
+    # First of all: a signal that came behind the engine's start would leave it alone.
+    stop = StopSignals()
+    stop.install()
+    process = spawn(config, address)
+    try:
+        await _run_with(config, tokenizer, address, process, listener, stop)
+    finally:
+        await end_process(process, stop)
+
+
+async def _run_with(
+    config: ServerConfig,
+    tokenizer: Tokenizer,
+    address: EngineAddress,
     process: BaseProcess,
     listener: socket.socket,
+    stop: StopSignals,
 ) -> None:
     registry = CollectorRegistry()
     client = EngineClient(
@@ -128,6 +150,7 @@ async def _run(
         registry=registry,
         model_name=config.served_model_name or config.model_path,
         max_lora=config.max_loras_per_batch if config.enable_lora else None,
+        watchdog_timeout=config.watchdog_timeout,
     )
 
     def make_server() -> HTTPServer:
@@ -136,7 +159,7 @@ async def _run(
         ready_line = _ready_line(config, client)
         return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
-    await run_server(client, process, listener, make_server)
+    await run_server(client, process, listener, make_server, stop)
 
 
 def _ready_line(config: ServerConfig, client: EngineClient) -> str:
