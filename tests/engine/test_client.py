@@ -481,6 +481,7 @@ async def test_a_process_without_a_pulse_is_not_awake(
 ) -> None:
     monkeypatch.setattr(client_module, "TICK_S", 0.01)
     monkeypatch.setattr(client_module, "SILENCE_S", 0.2)
+    monkeypatch.setattr(client_module, "LEAST_SILENCE_S", 0.0)
     async with session(tokenizer, has_pulse=False) as made:
         made.client.check_awake()
         with pytest.raises(UnavailableError, match="no sign of life for 0.2 s"):

@@ -37,6 +37,7 @@ from lorikeet.core.messages import (
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
+from lorikeet.signals import leave_stops_to_parent
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
@@ -453,4 +454,5 @@ def spawn_fake_engine(
 
 
 def _process_main(address: EngineAddress, knobs: Knobs) -> None:
+    leave_stops_to_parent()
     raise SystemExit(FakeEngine(address, knobs).run())

@@ -9,6 +9,7 @@ import json
 import sys
 from functools import partial
 
+from lorikeet import signals
 from lorikeet.config import ServerConfig
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.log import setup_logging
@@ -17,6 +18,7 @@ from tests.support.fake_engine import Knobs, spawn_fake_engine
 
 
 def main(model: str, port: str, knobs: str) -> int:
+    signals.exit_on_stop()
     setup_logging("info")
     options = json.loads(knobs)
     config = ServerConfig(
@@ -24,6 +26,7 @@ def main(model: str, port: str, knobs: str) -> int:
         served_model_name="base",
         port=int(port),
         shutdown_timeout=options.pop("shutdown_timeout", 10),
+        watchdog_timeout=options.pop("watchdog_timeout", 300),
     )
     spawn = partial(spawn_fake_engine, knobs=Knobs(**options))
     try:

@@ -53,8 +53,10 @@ logger = logging.getLogger(__name__)
 
 # How often the silence of the engine is looked at.
 TICK_S = 0.5
-# An engine that gives no sign of life for so long is not healthy; it may still come back.
+# An engine that gives no sign of life for so long, or half of the time of the watchdog, is not healthy. It may still
+# come back. A pulse may be late.
 SILENCE_S = 15.0
+LEAST_SILENCE_S = 3.0
 # Questions that the engine answers between two steps, and how long they wait.
 QUERIES = ("adapters", "info", "flush_cache")
 QUERY_TIMEOUT_S = 20.0
@@ -182,7 +184,7 @@ class EngineClient:
     def check_awake(self) -> None:
         """Raises EngineDeadError if the engine is dead, UnavailableError if its process gives no sign of life."""
         self.check_alive()
-        limit = min(SILENCE_S, self._silence_limit)
+        limit = min(SILENCE_S, max(LEAST_SILENCE_S, self._silence_limit / 2))
         if self._silence.pulse > limit or self._silence.exceeds(self._silence_limit):
             raise UnavailableError(f"the engine has given no sign of life for {limit:g} s")
 

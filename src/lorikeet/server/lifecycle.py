@@ -70,11 +70,19 @@ def bind(host: str, port: int) -> socket.socket:
 def listen(listener: socket.socket) -> None:
     """Let clients connect to a socket of :func:`bind`.
 
-    Its connections inherit the permission to reuse the address, so that those that linger when the server has ended
-    do not keep the next one from the port. Nobody else can have it now: the socket listens.
+    It may share its address with lingering connections from now on, or the system would refuse to listen; its own
+    connections inherit that, so that they keep no later server from the port. Another server cannot have it: it could
+    not while this one was only bound, and cannot listen beside it.
+
+    Raises:
+        ConfigError: somebody was faster.
     """
-    listener.listen(BACKLOG)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise ConfigError(f"--port {port} on {host} cannot be used: {error.strerror}") from None
 
 
 def raise_descriptor_limit() -> None:
