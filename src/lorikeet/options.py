@@ -173,6 +173,8 @@ def _known_keys(path: Path, content: dict[object, object]) -> dict[str, object]:
             )
         if name in values:
             raise ConfigError(f"--config {path} gives {name} twice")
+        if value is None and OPTIONS[name].secret:
+            raise ConfigError(f"--config {path}: {name} is empty; allowed: a key, or no such line")
         values[name] = value
     return values
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from lorikeet import __version__
-from lorikeet.config import LoRAPath, ServerConfig
+from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
+from lorikeet.config_values import Option
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
 
@@ -73,10 +74,15 @@ async def test_server_info_has_everything_but_the_keys(
     assert isinstance(info["internal_states"], list)
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_flush_cache(api: Api, method: str) -> None:
-    reply = await api.http.request(method, "/flush_cache")
+async def test_flush_cache(api: Api) -> None:
+    reply = await api.http.post("/flush_cache")
     assert (reply.status_code, reply.json()["success"]) == (200, True)
+
+
+async def test_get_changes_nothing(api: Api) -> None:
+    reply = await api.http.get("/flush_cache")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert not api.engine.commands
 
 
 async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
@@ -94,11 +100,56 @@ async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
     assert (await call).json()["text"] == "a" * 20
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan", ""])
+async def test_many_that_wait_for_a_flush_ask_one_at_a_time(make_api: MakeApi) -> None:
+    api: Api = await make_api(step_s=0.05)
+    call = asyncio.create_task(api.generate(text="a", sampling_params={"max_new_tokens": 20}))
+    while not api.engine.num_running:
+        await asyncio.sleep(0.001)
+    waiting = [asyncio.create_task(api.http.post("/flush_cache?timeout=60")) for _ in range(50)]
+    await call
+    num_asked = len(api.engine.commands)
+    assert num_asked < 50, "each asks every 50 ms, for a second"
+    assert {task.status_code for task in await asyncio.gather(*waiting)} == {200}
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan", "", "600.1", "1e9"])
 async def test_flush_cache_refuses_other_timeouts(api: Api, value: str) -> None:
     reply = await api.http.post("/flush_cache", params={"timeout": value})
     assert reply.status_code == 400
-    assert "timeout: must be a number of seconds" in message(reply)
+    assert "timeout: must be a number of seconds, at least 0 and at most 600" in message(reply)
+    assert not api.engine.commands
+
+
+SECRET_URL = "https://user:PASSW0RD@host/x?sig=SIGN4TURE#t0ken"
+
+
+def planted(option: Option) -> object:
+    """A value with secrets for an option; None if it cannot hold text."""
+    if option.value_type is str:
+        return SECRET_URL
+    if option.value_type == tuple[LoRAPath, ...]:
+        return (LoRAPath("a", SECRET_URL), LoRAPath(SECRET_URL, "/b"))
+    return (SECRET_URL,) if option.value_type == tuple[str, ...] else None
+
+
+async def test_server_info_shows_no_secret_of_any_option(
+    make_api: MakeApi, config: ServerConfig
+) -> None:
+    values = {
+        name: value
+        for name, option in OPTIONS.items()
+        if (value := planted(option)) is not None
+    }
+    assert {"model_path", "lora_paths", "lora_root", "host", "admin_api_key"} <= values.keys()
+    api: Api = await make_api(config=replace(config, **values))
+    headers = {"Authorization": f"Bearer {SECRET_URL}"}
+    reply = await api.http.get("/server_info", headers=headers)
+    for secret in ("PASSW0RD", "SIGN4TURE", "t0ken"):
+        assert secret not in reply.text
+    info = reply.json()
+    assert info["lora_resolver_dir"] == "https://***@host/x?***"
+    assert info["lora_paths"][0] == {"name": "a", "path": "https://***@host/x?***", "pinned": False}
+    assert not {"api_key", "admin_api_key"} & info.keys()
 
 
 async def test_metrics_count_what_was_served(api: Api) -> None:

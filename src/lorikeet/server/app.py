@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 
 from lorikeet import __version__
 from lorikeet.config import ServerConfig, resolve
@@ -33,7 +34,7 @@ from lorikeet.server.lifecycle import (
     run_server,
 )
 from lorikeet.server.limits import BodyLimits, Limits
-from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules
+from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai import OpenAIRoutes
 
@@ -86,7 +87,19 @@ def make_app(
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(ApiKeys, rules=rules)
+    origins = OriginRules.of(
+        config.host, config.allowed_origins, config.allowed_hosts, paths=ADMIN_PATHS
+    )
+    app.add_middleware(Origins, rules=origins)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
     app.add_middleware(AccessLog)
     return app
 
