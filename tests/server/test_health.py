@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from lorikeet import __version__
@@ -12,6 +15,7 @@ from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
 from lorikeet.config_values import Option
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
+from tests.support.live_server import LiveServer, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -98,6 +102,34 @@ async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
     assert not call.done()
     assert (await api.http.post("/flush_cache", params={"timeout": "20"})).status_code == 200
     assert (await call).json()["text"] == "a" * 20
+
+
+def test_a_flush_ends_when_its_client_leaves(make_live: Callable[..., LiveServer]) -> None:
+    server = make_live(step_s=0.05)
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/flush_cache?timeout=600", timeout=0.2)
+        wait_until(lambda: server.drain.num_running == 1, 60)
+        num_asked = len(server.engine.commands)
+        time.sleep(0.3)
+        assert len(server.engine.commands) == num_asked
+
+
+async def test_refusals_take_no_thread(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a thread was asked for")
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", refuse)
+    for path, status in (("/nothing", 404), ("/flush_cache", 405), ("/v1/models/none", 404)):
+        assert (await api.http.get(path)).status_code == status
+    assert (await api.generate(text=5)).status_code == 400
+    monkeypatch.setattr(api.client, "abort", lambda *_: 1 / 0)
+    assert (await api.http.post("/abort_request", json={"rid": "a"})).status_code == 500
 
 
 async def test_many_that_wait_for_a_flush_ask_one_at_a_time(make_api: MakeApi) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -357,6 +358,30 @@ def test_a_server_that_was_suspended_goes_on(program: MakeProgram) -> None:
     assert call.events[-1]["text"] == "a" * 60
     server.process.send_signal(signal.SIGTERM)
     assert server.wait() == 0
+
+
+def test_the_log_tells_that_descriptors_run_out(program: MakeProgram) -> None:
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 64
+    server = program(most_files=64)
+    server.wait_ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            stack.enter_context(contextlib.closing(connection))
+        wait_until(lambda: server.says("file descriptors run out"))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    wait_until(lambda: _is_answering(server))
+    assert sum("file descriptors run out" in line for line in server.lines) == 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def _is_answering(server: Program) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_port_is_free_as_soon_as_its_server_has_ended(program: MakeProgram) -> None:

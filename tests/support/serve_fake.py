@@ -6,6 +6,7 @@ Ends with 0, with 2 for a user error and with 1 for a fault of the engine, the m
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from functools import partial
 
@@ -21,6 +22,8 @@ def main(model: str, port: str, knobs: str) -> int:
     signals.exit_on_stop()
     setup_logging("info")
     options = json.loads(knobs)
+    if most_files := options.pop("most_files", None):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     config = ServerConfig(
         model_path=model,
         served_model_name="base",
