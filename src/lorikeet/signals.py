@@ -42,5 +42,5 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 
 def _show_threads() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
+    if sys.stderr is not None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -111,7 +111,9 @@ def test_what_cannot_be_read_says_for_whom_it_was() -> None:
     assert found.rids == ["s"]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x01", b"\xc1", b"\x91" * 100_000, b"\x80", b"\x81\xa2id\xc0"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x01", b"\xc1", b"\x91" * 100_000, b"\x80", b"\x81\xa2id\xc0"]
+)
 def test_bytes_that_are_no_message_tell_nothing(data: bytes) -> None:
     for decode in (decode_to_engine, decode_to_client):
         found = decode(data)

@@ -69,7 +69,9 @@ class Script:
         return found
 
 
-def serve(*turns: ToEngine | Unreadable | Callable[[], None] | None, parent: int | None = None) -> Script:
+def serve(
+    *turns: ToEngine | Unreadable | Callable[[], None] | None, parent: int | None = None
+) -> Script:
     script = Script(*turns)
     core = make_core()
     assert EngineLoop(core, script, os.getppid() if parent is None else parent).run() == 0

@@ -461,7 +461,7 @@ async def test_a_silent_engine_is_given_up_when_somebody_waits(
         made.knobs.is_stuck = True
         await until(lambda: process.was_killed)
         for task in (call, load):
-            with pytest.raises(EngineDeadError, match="has said nothing for 0.2 s"):
+            with pytest.raises(EngineDeadError, match=r"has said nothing for 0\.2 s"):
                 await task
         assert "said nothing" in str(await made.client.died())
 
@@ -484,11 +484,9 @@ async def test_a_process_without_a_pulse_is_not_awake(
     monkeypatch.setattr(client_module, "LEAST_SILENCE_S", 0.0)
     async with session(tokenizer, has_pulse=False) as made:
         made.client.check_awake()
-        with pytest.raises(UnavailableError, match="no sign of life for 0.2 s"):
-            async with asyncio.timeout(60):
-                while True:
-                    made.client.check_awake()
-                    await asyncio.sleep(0.01)
+        await asyncio.sleep(1)
+        with pytest.raises(UnavailableError, match=r"no sign of life for 0\.2 s"):
+            made.client.check_awake()
         await made.client.command("info")
         made.client.check_awake()  # it was heard again
 

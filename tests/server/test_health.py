@@ -118,9 +118,7 @@ def test_a_flush_ends_when_its_client_leaves(make_live: Callable[..., LiveServer
         assert len(server.engine.commands) == num_asked
 
 
-async def test_refusals_take_no_thread(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_refusals_take_no_thread(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a thread was asked for")
 
@@ -168,9 +166,7 @@ async def test_server_info_shows_no_secret_of_any_option(
     make_api: MakeApi, config: ServerConfig
 ) -> None:
     values = {
-        name: value
-        for name, option in OPTIONS.items()
-        if (value := planted(option)) is not None
+        name: value for name, option in OPTIONS.items() if (value := planted(option)) is not None
     }
     assert {"model_path", "lora_paths", "lora_root", "host", "admin_api_key"} <= values.keys()
     api: Api = await make_api(config=replace(config, **values))

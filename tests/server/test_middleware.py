@@ -288,9 +288,13 @@ async def test_cors(make_api: MakeApi, config: ServerConfig, allowed: str) -> No
     assert "authorization" in reply.headers["access-control-allow-headers"]
     for key, status in (("k", 200), ("wrong", 401)):
         reply = await api.http.get(
-            "/v1/models", headers={"Origin": "https://app.example", "Authorization": f"Bearer {key}"}
+            "/v1/models",
+            headers={"Origin": "https://app.example", "Authorization": f"Bearer {key}"},
         )
-        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, allowed)
+        assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (
+            status,
+            allowed,
+        )
     other = await api.http.options(
         "/v1/chat/completions", headers={**PREFLIGHT, "Origin": "https://evil.example"}
     )

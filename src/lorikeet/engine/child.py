@@ -112,7 +112,9 @@ def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
         return loop.run()
     except Exception as error:
         logger.exception("the engine failed")
-        message = str(error) if isinstance(error, EngineFault) else f"{type(error).__name__}: {error}"
+        message = (
+            str(error) if isinstance(error, EngineFault) else f"{type(error).__name__}: {error}"
+        )
         endpoint.send(Outputs(core.fail_all(f"the engine failed: {message}")))
         endpoint.send(Failed(message))
         return 1
@@ -246,7 +248,9 @@ class EngineLoop:
             logger.exception("request dropped")
         except Exception as error:
             logger.exception("a request could not be taken")
-            self._end(request.rid, f"the request could not be taken: {type(error).__name__}: {error}")
+            self._end(
+                request.rid, f"the request could not be taken: {type(error).__name__}: {error}"
+            )
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
         if name == "cancel":

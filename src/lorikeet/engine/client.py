@@ -313,7 +313,9 @@ class EngineClient:
             await work
         except Exception as error:
             logger.exception("the server's side of the engine failed")
-            self._die(EngineDeadError(f"an error inside the server: {type(error).__name__}: {error}"))
+            self._die(
+                EngineDeadError(f"an error inside the server: {type(error).__name__}: {error}")
+            )
 
     async def _listen(self) -> None:
         while True:
@@ -350,7 +352,9 @@ class EngineClient:
             self._silence.tick()
         if self._fault is None:
             logger.error("the engine has said nothing for %g s; it is killed", limit)
-            self._die(EngineDeadError(f"the engine has said nothing for {limit:g} s (--watchdog-timeout)"))
+            self._die(
+                EngineDeadError(f"the engine has said nothing for {limit:g} s (--watchdog-timeout)")
+            )
             self._process.kill()
 
     async def _outputs(self, outputs: Sequence[RequestOutput]) -> None:

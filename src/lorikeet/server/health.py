@@ -175,6 +175,7 @@ def _seconds(request: Request, name: str, most: float) -> float:
         value = -1.0
     if not 0 <= value <= most:
         raise RequestError(
-            f"{name}: must be a number of seconds, at least 0 and at most {most:g}; got {quote(text)}", name
+            f"{name}: must be a number of seconds, at least 0 and at most {most:g}; got {quote(text)}",
+            name,
         )
     return value

@@ -192,7 +192,8 @@ class Connection(H11Protocol):
 
     def shutdown(self) -> None:
         """The server ends: nobody is waited for who has had an answer."""
-        self._is_lingering = self.cycle is None or self.cycle.response_complete
+        cycle = self.cycle
+        self._is_lingering = not cycle or cycle.response_complete
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:

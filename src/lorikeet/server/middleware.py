@@ -168,7 +168,9 @@ def _has_body(headers: Headers) -> bool:
 
 def _is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
-    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
 
 
 class Origins:
@@ -184,14 +186,16 @@ class Origins:
 
 
 _OTHER_ORIGIN = error_response(
-    "a web page of another origin may not call this server; allowed: origins that --allowed-origins names", 403
+    "a web page of another origin may not call this server; allowed: origins that --allowed-origins names",
+    403,
 )
 _OTHER_HOST = error_response(
     "the Host header names another server; allowed: localhost, loopback addresses, --host and names of --allowed-hosts",
     403,
 )
 _NO_JSON = error_response(
-    "what changes the server has to say that it is JSON: send the header 'Content-Type: application/json'", 415
+    "what changes the server has to say that it is JSON: send the header 'Content-Type: application/json'",
+    415,
 )
 
 
