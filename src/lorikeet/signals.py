@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -34,6 +37,32 @@ def leave_stops_to_parent() -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     _show_threads()
+
+
+@contextlib.contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Hold a SIGINT back until the end of the block, where its handler is called; a second one is not held back.
+
+    For what must not be left half done. Only the main thread gets signals, so that elsewhere this does nothing.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[FrameType | None] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(frame)
+        if len(held) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(signal.SIGINT, held[0])
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
