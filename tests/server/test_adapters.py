@@ -287,11 +287,14 @@ async def test_bad_bodies_have_the_form_of_refusals(
     assert reason in refused(await api.http.post(path, json=body))
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 async def test_a_body_that_is_no_json(api: Api) -> None:
     for path in ("/load_lora_adapter", "/unload_lora_adapter", "/load_lora_adapter_from_tensors"):
-        assert "not valid JSON" in refused(await api.http.post(path, content=b"{"))
+        assert "not valid JSON" in refused(await api.http.post(path, content=b"{", headers=JSON))
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-        reply = await api.http.post(path, content=b"{")
+        reply = await api.http.post(path, content=b"{", headers=JSON)
         assert reply.status_code == 400
         assert "not valid JSON" in message(reply)
         assert reply.json()["error"]["type"] == "BadRequestError"
@@ -408,7 +411,7 @@ async def test_models_follow_loads_and_unloads(api: Api) -> None:
 
 
 async def test_a_slow_load_holds_nobody_up(make_api: MakeApi) -> None:
-    api: Api = await make_api(load_s=0.3)
+    api: Api = await make_api(load_s=2)
     load = asyncio.create_task(post(api, "/load_lora_adapter", lora_name="x", lora_path="/x"))
     while not sent(api, "load_adapter"):
         await asyncio.sleep(0.001)
@@ -503,7 +506,8 @@ def test_a_client_that_leaves_cancels_its_load(
     server = make_live(load_s=300)
     data = json.dumps({"lora_name": "x"} | extra).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n\r\n"
+        fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
         connection.sendall(head.encode() + data)
         wait_until(lambda: any(item.name == command for item in server.engine.commands))
     wait_until(lambda: bool(server.engine.cancelled))

@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -37,9 +37,11 @@ from lorikeet.core.messages import (
     Stats,
     Submit,
     ToEngine,
+    Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
+from lorikeet.signals import leave_stops_to_parent
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
@@ -54,6 +56,7 @@ class Knobs:
     Attributes:
         step_s: seconds between two tokens of a request.
         is_stuck: reads messages, answers nothing.
+        has_pulse: tells that it lives.
         hold_accept: takes requests and neither accepts nor refuses them.
         die_after: dies after so many steps that produced tokens; None never.
         last_words: message of the Failed that it sends when it dies; None dies silently.
@@ -76,6 +79,7 @@ class Knobs:
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
     step_s: float = 0.0
     is_stuck: bool = False
+    has_pulse: bool = True
     hold_accept: bool = False
     die_after: int | None = None
     last_words: str | None = None
@@ -149,6 +153,8 @@ class FakeEngine:
             endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
             return 2 if knobs.start_user_error else 1
         self._tell_changes()
+        if knobs.has_pulse:
+            endpoint.start_pulse()
         endpoint.send(Ready(self._info()))
         while not self._is_over():
             orphan = os.getppid() != self._parent
@@ -190,7 +196,7 @@ class FakeEngine:
                 )
         return self._deadline is not None and not self._running
 
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, message: ToEngine | Unreadable) -> None:
         if self.knobs.is_stuck and not isinstance(message, Shutdown):
             return
         match message:
@@ -416,6 +422,13 @@ class FakeProcess:
     def __init__(self) -> None:
         self.sentinel, self._alive = os.pipe()
         self.exitcode: int | None = None
+        self.was_killed = False
+        self.on_kill: Callable[[], None] = lambda: None
+
+    def kill(self) -> None:
+        """As for a process; the thread ends with its next turn."""
+        self.was_killed = True
+        self.on_kill()
 
     def end(self, code: int) -> None:
         self.exitcode = code
@@ -433,6 +446,7 @@ class ThreadEngine:
         self.address = EngineAddress.create()
         self.process = FakeProcess()
         self.engine = FakeEngine(self.address, self.knobs)
+        self.process.on_kill = self.engine.die
         self._thread = threading.Thread(target=self._main, name="fake-engine")
 
     def _main(self) -> None:
@@ -470,4 +484,5 @@ def spawn_fake_engine(
 
 
 def _process_main(address: EngineAddress, knobs: Knobs) -> None:
+    leave_stops_to_parent()
     raise SystemExit(FakeEngine(address, knobs).run())

@@ -109,6 +109,10 @@ class EngineCore:
     def num_open(self) -> int:
         return len(self._open)
 
+    def is_open(self, rid: str) -> bool:
+        """True between a request's submission and its terminal output."""
+        return rid in self._open
+
     @property
     def has_steps(self) -> bool:
         """True if a step may have something to compute or to release."""
@@ -205,7 +209,20 @@ class EngineCore:
         """Submit the next step, commit the oldest one that is due, and return what is new.
 
         With overlap the first of a row of steps returns nothing yet.
+
+        Raises:
+            EngineFault: something failed that was not one request's work alone. Pages, slots, leases and what the device
+                computes may disagree from now on: this is where the engine ends. Whatever fails for one request (its
+                adapter, its grammar) ends that request in place of this.
         """
+        try:
+            return self._step()
+        except EngineFault:
+            raise
+        except Exception as error:
+            raise EngineFault(f"{type(error).__name__}: {error}") from error
+
+    def _step(self) -> list[RequestOutput]:
         self._adapters.poll()
         self._collect_found()
         self._collect_compiled()
@@ -330,7 +347,9 @@ class EngineCore:
                     raise error
                 # Not found: the same words as without a resolver.
                 self._open[rid].version = self._adapters.lease(request.adapter, rid)
-            except LorikeetError as refusal:
+            except Exception as refusal:
+                if not isinstance(refusal, LorikeetError):
+                    logger.exception("the adapter of a request could not be found")
                 self._finish_unstarted(rid, _refusal(request, refusal))
             else:
                 self._prepare(request)
@@ -399,7 +418,8 @@ class EngineCore:
         return {"success": idle}
 
 
-def _refusal(request: Request, error: LorikeetError) -> RequestOutput:
+def _refusal(request: Request, error: Exception) -> RequestOutput:
     status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
-    reason = FinishReason(kind="abort", message=str(error), status_code=status)
+    text = str(error) if isinstance(error, LorikeetError) else f"{type(error).__name__}: {error}"
+    reason = FinishReason(kind="abort", message=text, status_code=status)
     return RequestOutput(rid=request.rid, token_ids=[], finish=reason)
