@@ -36,7 +36,7 @@ def test_characters_that_cannot_be_shown_are_refused_and_not_repeated(char: str,
     with pytest.raises(RequestError) as caught:
         check_name(f"a{char}b", "rid[3]")
     message = str(caught.value)
-    assert f"rid[3] is 'a\\" in message
+    assert "rid[3] is 'a\\" in message
     assert f"{code} at position 1" in message
     assert char not in message
     assert caught.value.param == "rid"
@@ -44,7 +44,7 @@ def test_characters_that_cannot_be_shown_are_refused_and_not_repeated(char: str,
 
 
 def test_a_name_that_is_too_long_is_named_by_its_beginning() -> None:
-    with pytest.raises(RequestError, match="rid has 1000000 characters .*at most 128") as caught:
+    with pytest.raises(RequestError, match=r"rid has 1000000 characters .*at most 128") as caught:
         check_name("x" * 1_000_000, "rid", most=MAX_RID)
     assert len(str(caught.value)) < 300
     assert len(shown_name("x" * 1_000_000)) < 100

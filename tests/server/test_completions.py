@@ -481,7 +481,7 @@ async def test_an_aborted_call_is_an_error(make_api: MakeApi, stream: bool) -> N
     while api.engine.num_running < 2:
         assert not call.done()
         await asyncio.sleep(0.001)
-    group = api.engine.seen[0].rid.rpartition("_")[0]
+    (group,) = (rid for rid, call in api.client._labels.items() if len(call.labels[rid]) == 2)
     aborted = await api.http.post("/abort_request", json={"rid": group})
     assert aborted.json() == {"aborted": 2}
     reply = await call

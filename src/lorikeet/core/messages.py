@@ -6,24 +6,60 @@ adding a class here and a row to the table of handlers at the receiving end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
-from lorikeet.core.request import Request, RequestOutput
+from lorikeet.core.request import Prompt, Request, RequestOutput, SamplingParams
+
+
+class Entry(Prompt, kw_only=True):
+    """A request on its way; ``sampling`` is a place in the list of the message."""
+
+    sampling: int
 
 
 class Submit(msgspec.Struct, tag=True):
     """Start the requests of one call, so that they can share their first step.
 
-    Each is answered by ``Accepted`` or by ``Outputs`` with a terminal output.
+    Each completion is answered by ``Accepted`` or by ``Outputs`` with a terminal output.
+
+    Attributes:
+        first_id: completions are numbered from here on, request after request. No number is ever used again.
+        sampling: the parameters, each set once, however many requests share it.
     """
 
-    requests: list[Request]
+    first_id: int
+    sampling: list[SamplingParams]
+    entries: list[Entry]
+
+    @classmethod
+    def of(cls, first_id: int, requests: Sequence[Request]) -> Submit:
+        """The message for these requests; sets of parameters are told apart by identity."""
+        places: dict[int, int] = {}
+        sampling: list[SamplingParams] = []
+        entries: list[Entry] = []
+        for request in requests:
+            place = places.setdefault(id(request.sampling), len(sampling))
+            if place == len(sampling):
+                sampling.append(request.sampling)
+            entries.append(Entry(sampling=place, **_shared(request)))
+        return cls(first_id, sampling, entries)
+
+    def requests(self) -> list[Request]:
+        """The requests, which share their parameters again."""
+        return [Request(sampling=self.sampling[e.sampling], **_shared(e)) for e in self.entries]
+
+
+def _shared(prompt: Prompt) -> dict[str, Any]:
+    return {name: getattr(prompt, name) for name in Prompt.__struct_fields__}
 
 
 class Abort(msgspec.Struct, tag=True):
-    """End a request early. ``rid=None`` means all. Each is answered by its terminal output, if still open."""
+    """End completions early. ``ids=None`` means all. Each is answered by its terminal output, if still open."""
 
-    rid: str | None
+    ids: list[int] | None
     message: str = "aborted by the client"
 
 
@@ -47,13 +83,13 @@ class Shutdown(msgspec.Struct, tag=True):
 
 
 class Accepted(msgspec.Struct, tag=True):
-    """The request was checked against the adapters and its grammar compiled; outputs will follow."""
+    """These completions were checked against the adapters and their grammar compiled; outputs will follow."""
 
-    rid: str
+    ids: list[int]
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """What one step produced, for all requests it touched."""
+    """What one step produced, for all completions it touched."""
 
     outputs: list[RequestOutput]
 

@@ -31,7 +31,7 @@ from lorikeet.core.messages import (
     Submit,
     ToEngine,
 )
-from lorikeet.core.request import FinishReason, Request, RequestOutput
+from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
@@ -39,7 +39,6 @@ from lorikeet.errors import (
     AdapterNotFoundError,
     EngineFault,
     LorikeetError,
-    RequestError,
     UnavailableError,
     UserError,
 )
@@ -116,8 +115,8 @@ class EngineLoop:
                 self._handle(message)
             outputs = self._core.step()
             self.send_templates()
-            for rid in self._core.take_accepted():
-                self._endpoint.send(Accepted(rid))
+            if accepted := self._core.take_accepted():
+                self._endpoint.send(Accepted(accepted))
             if outputs:
                 self._endpoint.send(Outputs(outputs))
             self._send_replies()
@@ -147,33 +146,38 @@ class EngineLoop:
 
     def _handle(self, message: ToEngine) -> None:
         match message:
-            case Submit(requests):
-                self._submit(requests)
-            case Abort(rid, text):
-                self._core.abort(rid, text)
+            case Submit():
+                self._submit(message)
+            case Abort(ids, text):
+                for number in [None] if ids is None else ids:
+                    self._core.abort(number, text)
             case Command(number, name, args):
                 self._command(number, name, args)
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
-    def _submit(self, requests: list[Request]) -> None:
+    def _submit(self, message: Submit) -> None:
         """Take the requests of one call, or none of them."""
+        requests, number = message.requests(), message.first_id
+        num_samples = sum(request.num_samples for request in requests)
         try:
             if self._deadline is not None:
                 raise UnavailableError("the server is shutting down")
-            self._core.check_queue(len(requests))
+            self._core.check_queue(num_samples)
         except UnavailableError as error:
             finish = FinishReason(kind="abort", message=str(error), status_code=error.status_code)
-            refusals = [RequestOutput(rid=r.rid, token_ids=[], finish=finish) for r in requests]
+            ids = range(number, number + num_samples)
+            refusals = [RequestOutput(id=item, token_ids=[], finish=finish) for item in ids]
             self._endpoint.send(Outputs(refusals))
             return
         for request in requests:
             try:
-                self._core.submit(request)
-            except RequestError:
-                # The id is in use. An answer under it would end somebody else's stream; the client never sends one
-                # twice.
+                self._core.submit(request, number)
+            except EngineFault:
+                # The ids have been used. An answer under them would end somebody else's stream; the client never sends
+                # one twice.
                 logger.exception("request dropped")
+            number += request.num_samples
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
         if name == "cancel":

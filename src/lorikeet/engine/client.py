@@ -1,15 +1,19 @@
 """The HTTP process's view of the engine: submit requests, follow their completions, run commands, notice its death.
 
-Everything here belongs to one asyncio loop. A request is *open* from :meth:`EngineClient.submit` until its terminal
-output arrives; its id cannot be used again before that, also if nobody waits for it any more.
+Everything here belongs to one asyncio loop. A completion is *open* from :meth:`EngineClient.submit` until its terminal
+output arrives, also if nobody waits for it any more.
+
+The engine knows completions by integers, which are handed out here and never again. What callers call them (``rid``)
+stays in this process: it is a label of a call, claimed while somebody follows it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,11 +33,11 @@ from lorikeet.core.messages import (
     Submit,
     ToClient,
 )
-from lorikeet.core.request import Request, RequestOutput
+from lorikeet.core.request import RequestOutput
 from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
-from lorikeet.engine.intake import Intake
-from lorikeet.engine.open_request import OpenRequest
+from lorikeet.engine.intake import Intake, RequestBatch
+from lorikeet.engine.open_request import OpenCall, OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
@@ -75,7 +79,9 @@ class EngineClient:
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
-        self._open: dict[str, OpenRequest] = {}
+        self._open: dict[int, OpenRequest] = {}
+        self._labels: dict[str, OpenCall] = {}
+        self._next_id = 0
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
         self._info: dict[str, Any] | None = None
@@ -157,53 +163,54 @@ class EngineClient:
             raise EngineDeadError(str(self._fault))
 
     async def submit(
-        self,
-        requests: Sequence[Request],
-        groups: Mapping[str, str] | None = None,
-        *,
-        markers: Collection[int] = (),
+        self, batch: RequestBatch, *, markers: Collection[int] = ()
     ) -> CompletionStream:
         """Start the requests of one call, all of them or none.
 
-        Returns once the engine has accepted every one. If it refuses one, or the caller is cancelled, the others are
-        aborted. The caller closes the stream.
+        Returns once the engine has accepted every completion. If it refuses one, or the caller is cancelled, the others
+        are aborted. The caller closes the stream.
 
         Args:
-            groups: id of a request -> the id that it was expanded from; :meth:`abort` takes that one, too.
             markers: special tokens that are always part of the text.
 
         Raises:
-            RequestError: an id is in use, or the engine refused a request.
+            RequestError: a rid is in use, or the engine refused a request.
             EngineFault: the engine failed; EngineDeadError if it is dead, UnavailableError if its queue is full.
         """
-        await self._wait_for_ids(requests)
-        stream = CompletionStream(len(requests), self._abandon)
-        made = [Completion(request, self.tokenizer, markers=markers) for request in requests]
-        entries = [
-            self._begin(stream, index, item, (groups or {}).get(item.request.rid))
-            for index, item in enumerate(made)
-        ]
-        self._transport.send(Submit([entry.request for entry in entries]))
+        self.check_alive()
+        call = self._claim(batch.labels, batch.num_completions)
+        first_id = self._next_id
+        for index, rid in enumerate(batch.rids):
+            request = batch.request_of(index)
+            completion = Completion(request, self.tokenizer, rid=rid, markers=markers)
+            timer = self._metrics.begin(request.adapter)
+            entry = OpenRequest(call, first_id + index, index, completion, timer)
+            call.add(entry)
+            self._open[entry.number] = entry
+        self._next_id += batch.num_completions
+        self._transport.send(Submit.of(first_id, batch.requests))
+        stream = call.stream
+        assert stream is not None
         try:
-            await asyncio.gather(*(entry.accepted for entry in entries))
+            await call.accepted
         except BaseException:
             stream.close()
             raise
         return stream
 
     def abort(self, rid: str | None = None) -> int:
-        """End the request or the group ``rid``, or all for None, early; their streams deliver an ``abort``.
+        """End early what the caller calls ``rid``, or all for None; their streams deliver an ``abort``.
 
         Returns:
-            How many were open.
+            How many completions were open.
         """
-        found = [
-            key
-            for key, entry in self._open.items()
-            if entry.stream is not None and (rid is None or rid in (key, entry.group))
-        ]
-        for key in found:
-            self._send_abort(key)
+        if rid is None:
+            found = [number for number, entry in self._open.items() if entry.is_followed]
+        else:
+            call = self._labels.get(rid)
+            entries = [] if call is None else [call.entries[i] for i in call.labels[rid]]
+            found = [entry.number for entry in entries if entry.is_followed]
+        self._send_abort(found)
         return len(found)
 
     def cut_off(self, fault: EngineFault) -> int:
@@ -213,9 +220,11 @@ class EngineClient:
             How many requests were followed.
         """
         self._send_abort(None)
-        followed = [entry for entry in self._open.values() if entry.stream is not None]
+        followed = [entry for entry in self._open.values() if entry.is_followed]
         for entry in followed:
-            entry.fail(fault)
+            if entry.call.stream is not None:
+                self._forget_labels(entry.call)
+                entry.call.fail(fault)
         self._commands.fail(fault)
         return len(followed)
 
@@ -231,44 +240,34 @@ class EngineClient:
         self.check_alive()
         return await self._commands.run(name, args)
 
-    async def _wait_for_ids(self, requests: Sequence[Request]) -> None:
-        """Wait until ids that nobody follows any more are free; refuse those that are in use."""
-        for request in requests:
-            while (entry := self._open.get(request.rid)) is not None:
-                if entry.stream is not None:
-                    raise RequestError(
-                        f"rid: {request.rid!r} is already in use by a running request", "rid"
-                    )
-                await entry.released.wait()
-        self.check_alive()
-        if len({request.rid for request in requests}) < len(requests):
-            raise RequestError("rid: the requests of one call need different ids", "rid")
+    def _claim(self, labels: Mapping[str, list[int]], num_completions: int) -> OpenCall:
+        """A new call, whose names are its own from now on: nothing is awaited between the look and the claim."""
+        for rid in labels:
+            if rid in self._labels:
+                raise RequestError(
+                    f"rid: {rid!r} is already in use by a running request; allowed: a new one, or none",
+                    "rid",
+                )
+        accepted = asyncio.get_running_loop().create_future()
+        call = OpenCall(None, labels, accepted)
+        call.stream = CompletionStream(num_completions, partial(self._abandon, call))
+        self._labels.update(dict.fromkeys(labels, call))
+        return call
 
-    def _begin(
-        self, stream: CompletionStream, index: int, completion: Completion, group: str | None
-    ) -> OpenRequest:
-        request = completion.request
-        entry = OpenRequest(
-            request=request,
-            completion=completion,
-            timer=self._metrics.begin(request.adapter),
-            index=index,
-            group=group or request.rid,
-            stream=stream,
-            accepted=asyncio.get_running_loop().create_future(),
-        )
-        self._open[request.rid] = entry
-        return entry
+    def _forget_labels(self, call: OpenCall) -> None:
+        for rid in call.labels:
+            if self._labels.get(rid) is call:
+                del self._labels[rid]
 
-    def _send_abort(self, rid: str | None) -> None:
-        if self._fault is None:
-            self._transport.send(Abort(rid))
+    def _send_abort(self, ids: list[int] | None) -> None:
+        if self._fault is None and ids != []:
+            self._transport.send(Abort(ids))
 
-    def _abandon(self, stream: CompletionStream) -> None:
-        for rid, entry in self._open.items():
-            if entry.stream is stream:
-                entry.stream = None
-                self._send_abort(rid)
+    def _abandon(self, call: OpenCall) -> None:
+        running = [entry.number for entry in call.entries if entry.is_followed]
+        self._forget_labels(call)
+        call.end()
+        self._send_abort(running)
 
     async def _listen(self) -> None:
         try:
@@ -300,8 +299,8 @@ class EngineClient:
             case Outputs(outputs):
                 for output in outputs:
                     self._output(output)
-            case Accepted(rid):
-                self._accept(rid)
+            case Accepted(ids):
+                self._accept(ids)
             case Reply():
                 self._commands.reply(message)
             case Stats(values, labels, samples):
@@ -315,10 +314,11 @@ class EngineClient:
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
 
-    def _accept(self, rid: str) -> None:
-        entry = self._open.get(rid)
-        if entry is not None and not entry.accepted.done():
-            entry.accepted.set_result(None)
+    def _accept(self, ids: list[int]) -> None:
+        for number in ids:
+            entry = self._open.get(number)
+            if entry is not None:
+                entry.call.accept(entry)
 
     def _ready(self, info: dict[str, Any]) -> None:
         self._info = info
@@ -330,46 +330,57 @@ class EngineClient:
         self._started.set()
 
     def _output(self, output: RequestOutput) -> None:
-        entry = self._open.get(output.rid)
+        entry = self._open.get(output.id)
         if entry is None:
-            logger.error("an output of the unknown request %r", output.rid)
+            logger.error("an output of the unknown completion %d", output.id)
             return
-        completion = entry.completion
-        if completion.finish is None:
-            entry.timer.tokens(len(output.token_ids))
-            if completion.add(output):
-                self._send_abort(output.rid)  # ended by a stop string, which the engine cannot see
+        if output.finish is not None:
+            del self._open[output.id]
+        try:
+            if entry.completion.finish is None:
+                self._take(entry, output)
+        except Exception as error:
+            logger.exception("an output could not be taken; its completion ends")
+            entry.completion.fail(f"an output could not be taken: {type(error).__name__}")
+            if output.finish is None:
+                self._send_abort([output.id])
             self._publish(entry)
         if output.finish is not None:
-            self._release(entry)
+            self._record_end(entry)
+
+    def _take(self, entry: OpenRequest, output: RequestOutput) -> None:
+        entry.timer.tokens(len(output.token_ids))
+        if entry.completion.add(output):
+            self._send_abort([output.id])  # ended by a stop string, which the engine cannot see
+        self._publish(entry)
 
     def _publish(self, entry: OpenRequest) -> None:
-        finish = entry.completion.finish
-        if not entry.accepted.done():
-            # A terminal output without Accepted before it: refused, or aborted while it waited.
-            error = None if finish is None else finish_error(finish)
-            if error is None:
-                entry.accepted.set_result(None)
-            else:
-                entry.accepted.set_exception(error)
-        if entry.stream is not None:
-            entry.stream.update(entry.index, entry.completion)
-            if finish is not None:
-                entry.stream = None
+        """Tell whoever follows that a completion has grown or finished."""
+        call, finish = entry.call, entry.completion.finish
+        # A terminal output without Accepted before it: refused, or aborted while it waited.
+        error = None if finish is None or entry.is_accepted else finish_error(finish)
+        if error is None:
+            call.accept(entry)
+        else:
+            call.refuse(error)
+        if call.stream is not None:
+            call.stream.update(entry.index, entry.completion)
+        if finish is not None:
+            call.num_running -= 1
+            if not call.num_running:
+                self._forget_labels(call)
+                call.end()
 
-    def _release(self, entry: OpenRequest) -> None:
-        """The terminal output is here: the id is free."""
-        completion = entry.completion
-        del self._open[entry.request.rid]
-        entry.released.set()
-        if completion.finish is None:
+    def _record_end(self, entry: OpenRequest) -> None:
+        """The terminal output is here."""
+        finish, snapshot = entry.completion.finish, entry.completion.snapshot()
+        if finish is None:
             raise AssertionError("a terminal output did not finish its completion")
-        failed = finish_error(completion.finish) is not None
-        outcome: Outcome = "error" if failed else completion.finish.kind
+        outcome: Outcome = "error" if finish_error(finish) is not None else finish.kind
         entry.timer.end(
             outcome,
-            num_prompt_tokens=len(entry.request.prompt_token_ids),
-            num_cached_tokens=completion.snapshot().cached_tokens,
+            num_prompt_tokens=snapshot.prompt_tokens,
+            num_cached_tokens=snapshot.cached_tokens,
         )
 
     def _die(self, fault: LorikeetError) -> None:
@@ -379,10 +390,10 @@ class EngineClient:
         self._fault = fault
         dead = EngineDeadError(str(fault))
         for entry in self._open.values():
-            entry.fail(dead)
-            entry.released.set()
+            entry.call.fail(dead)
             entry.timer.end("error", num_prompt_tokens=0, num_cached_tokens=0)
         self._open.clear()
+        self._labels.clear()
         self._commands.fail(dead)
         self._started.set()
         self._died.set()

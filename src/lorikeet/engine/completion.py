@@ -27,6 +27,7 @@ class Snapshot:
     """A completion at one moment; everything is cumulative.
 
     Attributes:
+        rid: what the caller calls it.
         text: the completion's text, without what is held back while it may begin a stop.
         output_ids: the tokens, the one that ended the completion included.
         finish: None while it runs.
@@ -36,6 +37,7 @@ class Snapshot:
         first_token_latency: seconds until the first output token; None before it.
     """
 
+    rid: str
     request: Request
     text: str
     output_ids: list[int]
@@ -53,15 +55,17 @@ class Snapshot:
 
 
 class Completion:
-    """Accumulates the outputs of one request.
+    """Accumulates the outputs of one completion.
 
     Args:
-        request: as submitted to the engine.
+        request: as submitted to the engine, shared with its other completions.
+        rid: what the caller calls this one.
         tokenizer: the model's.
         markers: special tokens that are part of the text although ``skip_special_tokens`` is set.
         clock: seconds, monotonic.
 
     Attributes:
+        rid: what the caller calls it.
         embedding: the vector, once it has finished, of a request with ``pooling``.
     """
 
@@ -70,11 +74,13 @@ class Completion:
         request: Request,
         tokenizer: Tokenizer,
         *,
+        rid: str = "",
         markers: Collection[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         sampling = request.sampling
         self.request = request
+        self.rid = rid
         self._sampling = sampling
         visible = tokenizer.visible_tokens(
             request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
@@ -142,11 +148,18 @@ class Completion:
         self._ended = self._clock()
         return output.finish is None
 
+    def fail(self, message: str) -> None:
+        """End it with an error of ours, unless it has ended."""
+        if self._finish is None:
+            self._finish = FinishReason(kind="abort", message=message, status_code=500)
+            self._ended = self._clock()
+
     def snapshot(self) -> Snapshot:
         """Everything so far, as values of its own."""
         now = self._clock() if self._ended is None else self._ended
         first = self._first_token
         return Snapshot(
+            rid=self.rid,
             request=self.request,
             text=self._text.shown,
             output_ids=list(self._output_ids),

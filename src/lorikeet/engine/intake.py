@@ -13,16 +13,11 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import msgspec
 
-from lorikeet.core.request import (
-    MAX_SEED,
-    MAX_TOP_LOGPROBS,
-    Pooling,
-    Request,
-    SamplingParams,
-)
+from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Request, SamplingParams
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import RequestError
+from lorikeet.names import MAX_RID, check_name
 
 __all__ = ["Intake", "RequestBatch", "parse_sampling"]
 
@@ -31,17 +26,30 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBatch:
-    """The requests of one call, in the order of its reply.
+    """The requests of one call, in the order of its reply: prompt after prompt, the n completions of one side by side.
 
     Attributes:
-        requests: prompt after prompt, and the n completions of a prompt side by side.
+        requests: one per prompt; n is the same for all.
+        rids: what the caller calls each completion. Labels, and nothing else: they never leave this process.
+        labels: each name by which the caller may end completions -> their places. Those are the rids, and the one that
+            several were expanded from.
         is_list: the reply is a list, because the prompts came as a list or n is above 1.
         return_text_in_logprobs: log-probabilities carry the text of their tokens.
     """
 
     requests: list[Request]
+    rids: list[str]
+    labels: Mapping[str, list[int]]
     is_list: bool
     return_text_in_logprobs: bool = False
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.rids)
+
+    def request_of(self, index: int) -> Request:
+        """The request of the completion at this place of the reply."""
+        return self.requests[index // self.requests[0].num_samples]
 
 
 class Intake:
@@ -81,31 +89,31 @@ class Intake:
         starts = _spread(body, "logprob_start_len", num, _read_int, default=-1)
         tops = _spread(body, "top_logprobs_num", num, _read_int, default=0)
         num_samples = _common_n(sampling)
-        rids = _read_rids(body.get("rid"), num, num_samples)
+        rids, labels = _read_rids(body.get("rid"), num, num_samples)
 
         requests: list[Request] = []
         for index, token_ids in enumerate(prompts):
             where = f"prompt {index}: " if is_batch else ""
             room = self._room(len(token_ids), where, least=int(pooling is None))
-            params = self._fit_context(sampling[index], room, where)
+            _check_min_tokens(sampling[index], room, where, self._context_length)
             _check_logprob_start(starts[index], len(token_ids), where)
             self._check_top_logprobs(tops[index], where)
-            requests += [
+            requests.append(
                 Request(
-                    rid=rids[index * num_samples + sample],
                     prompt_token_ids=token_ids,
-                    sampling=_sample_params(params, sample),
+                    sampling=sampling[index],
                     adapter=adapters[index],
                     return_logprob=wants_logprobs[index],
                     logprob_start_len=starts[index] if wants_logprobs[index] else -1,
                     top_logprobs_num=tops[index] if wants_logprobs[index] else 0,
                     pooling=pooling,
                 )
-                for sample in range(num_samples)
-            ]
+            )
         text_wanted = body.get("return_text_in_logprobs")
         return RequestBatch(
             requests=requests,
+            rids=rids,
+            labels=labels,
             is_list=is_batch or num_samples > 1,
             return_text_in_logprobs=text_wanted is not None
             and _read_bool(text_wanted, "return_text_in_logprobs"),
@@ -200,8 +208,14 @@ class Intake:
         except RequestError as error:
             message = str(error).replace("sampling_params", where, 1)
             raise RequestError(message, error.param) from error
-        # More than the whole vocabulary is the whole vocabulary, and the number has to fit a message to the engine.
-        return msgspec.structs.replace(params, top_k=min(params.top_k, self._vocab_size))
+        # More than the whole vocabulary is the whole vocabulary, more than the whole context the context; and a number has
+        # to fit a message to the engine. What the context holds after each prompt is the scheduler's to say.
+        context, wanted = self._context_length, params.max_new_tokens
+        return msgspec.structs.replace(
+            params,
+            top_k=min(params.top_k, self._vocab_size),
+            max_new_tokens=context if wanted is None else min(wanted, context),
+        )
 
     def _room(self, num_prompt: int, where: str, *, least: int) -> int:
         """Tokens that the context holds after a prompt; at least ``least`` are needed."""
@@ -214,18 +228,6 @@ class Intake:
                 "text",
             )
         return room
-
-    def _fit_context(self, params: SamplingParams, room: int, where: str) -> SamplingParams:
-        """Lower ``max_new_tokens`` to what the context holds after the prompt."""
-        if params.min_new_tokens > room:
-            context = self._context_length
-            raise RequestError(
-                f"{where}sampling_params.min_new_tokens is {shown(params.min_new_tokens)}; allowed: at most {room}, "
-                f"which the context of {context} tokens holds after a prompt of {context - room}",
-                "min_new_tokens",
-            )
-        wanted = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
-        return msgspec.structs.replace(params, max_new_tokens=wanted)
 
     def _check_top_logprobs(self, value: int, where: str) -> None:
         most = min(MAX_TOP_LOGPROBS, self._vocab_size)
@@ -273,7 +275,7 @@ def _spread(
 def _read_adapter(value: object, name: str) -> str | None:
     if not isinstance(value, str) or not value:
         raise wrong_type(value, name, "", "an adapter's name, or null for the base model")
-    return check_unicode(value, name, "")
+    return check_name(value, name)
 
 
 def _read_bool(value: object, name: str) -> bool:
@@ -298,30 +300,45 @@ def _common_n(sampling: list[SamplingParams]) -> int:
     return counts.pop()
 
 
-def _read_rids(value: object, num: int, num_samples: int) -> list[str]:
-    """Ids of all requests: given, made from a given one by a suffix, or random."""
+def _read_rids(value: object, num: int, num_samples: int) -> tuple[list[str], dict[str, list[int]]]:
+    """The name of each completion, given, made from a given one by a suffix, or random; and every name's completions."""
     if value is None:
-        return [uuid.uuid4().hex for _ in range(num * num_samples)]
+        rids = [uuid.uuid4().hex for _ in range(num * num_samples)]
+        return rids, {rid: [index] for index, rid in enumerate(rids)}
     if _is_list(value):
         _check_length(value, "rid", num)
-        bases = [_read_rid(item, f"rid[{index}]") for index, item in enumerate(value)]
+        given = [_read_rid(item, f"rid[{index}]") for index, item in enumerate(value)]
+        bases = given
     else:
-        base = _read_rid(value, "rid")
-        bases = [base] if num == 1 else [f"{base}_{index}" for index in range(num)]
+        given = [_read_rid(value, "rid")] * num
+        bases = given if num == 1 else [f"{base}_{index}" for index, base in enumerate(given)]
+    rids = bases
     if num_samples > 1:
-        bases = [f"{base}_{sample}" for base in bases for sample in range(num_samples)]
-    seen: set[str] = set()
-    for rid in bases:
-        if rid in seen:
+        rids = [f"{base}_{sample}" for base in bases for sample in range(num_samples)]
+    labels: dict[str, list[int]] = {}
+    for index, rid in enumerate(rids):
+        if rid in labels:
             raise RequestError(f"rid {shown(rid)} is given twice; allowed: ids that differ", "rid")
-        seen.add(rid)
-    return bases
+        labels[rid] = [index]
+    for index, rid in enumerate(rids):
+        if given[index // num_samples] != rid:
+            labels.setdefault(given[index // num_samples], []).append(index)
+    return rids, labels
 
 
 def _read_rid(value: object, name: str) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         raise wrong_type(value, name, "", "a non-empty string")
-    return check_unicode(value, name, "")
+    return check_name(value, name, most=MAX_RID)
+
+
+def _check_min_tokens(params: SamplingParams, room: int, where: str, context: int) -> None:
+    if params.min_new_tokens > room:
+        raise RequestError(
+            f"{where}sampling_params.min_new_tokens is {shown(params.min_new_tokens)}; allowed: at most {room}, "
+            f"which the context of {context} tokens holds after a prompt of {context - room}",
+            "min_new_tokens",
+        )
 
 
 def _check_logprob_start(value: int, num_prompt: int, where: str) -> None:
@@ -331,11 +348,3 @@ def _check_logprob_start(value: int, num_prompt: int, where: str) -> None:
             f"prompt in [0, {num_prompt - 1}]",
             "logprob_start_len",
         )
-
-
-def _sample_params(params: SamplingParams, sample: int) -> SamplingParams:
-    """Parameters of one of n completions: the seeds differ, or the completions would not."""
-    seed = params.sampling_seed
-    if seed is not None:
-        seed = (seed + sample) % (MAX_SEED + 1)
-    return msgspec.structs.replace(params, n=1, sampling_seed=seed)

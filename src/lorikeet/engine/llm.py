@@ -218,24 +218,24 @@ class LLM:
 
     def _complete(self, batch: RequestBatch) -> list[Completion]:
         """The completions of a call, finished, in order."""
-        completions = {
-            request.rid: Completion(request, self.tokenizer) for request in batch.requests
-        }
+        completions = [
+            Completion(batch.request_of(index), self.tokenizer, rid=rid)
+            for index, rid in enumerate(batch.rids)
+        ]
         try:
             self._run(batch, completions)
         except BaseException:
             self._abandon()
             raise
-        return list(completions.values())
+        return completions
 
-    def _run(self, batch: RequestBatch, completions: Mapping[str, Completion]) -> None:
-        for request in batch.requests:
-            self._core.submit(request)
+    def _run(self, batch: RequestBatch, completions: Sequence[Completion]) -> None:
+        first_id, *_ = [self._core.submit(request) for request in batch.requests]
         while not self._core.is_idle:
             for output in self._core.step():
-                completion = completions[output.rid]
+                completion = completions[output.id - first_id]
                 if completion.add(output):
-                    self._core.abort(output.rid, "ended by a stop string")
+                    self._core.abort(output.id, "ended by a stop string")
                 _raise_error(completion)
             self._core.wait_for_threads()
 

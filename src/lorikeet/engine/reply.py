@@ -23,7 +23,7 @@ def native_reply(
     """
     request = snapshot.request
     meta: dict[str, Any] = {
-        "id": request.rid,
+        "id": snapshot.rid,
         "finish_reason": None if snapshot.finish is None else finish_object(snapshot.finish),
         "prompt_tokens": snapshot.prompt_tokens,
         "completion_tokens": snapshot.completion_tokens,

@@ -106,7 +106,7 @@ class CompletionRoutes:
             if completion.finish is not None:
                 check_finish(completion.finish)
                 finished[index] = completion.snapshot()
-        snapshots = [finished[index] for index in range(len(call.batch.requests))]
+        snapshots = [finished[index] for index in range(call.batch.num_completions)]
         choices = [
             form.make_choice(index, call, self._client.tokenizer).whole(snapshot)
             for index, snapshot in enumerate(snapshots)
@@ -118,7 +118,7 @@ class CompletionRoutes:
     ) -> AsyncGenerator[bytes, None]:
         """Frames of chunks as the choices grow. One that fails ends the stream, and the others are aborted."""
         envelope = _envelope(call, form)
-        num = len(call.batch.requests)
+        num = call.batch.num_completions
         choices = [form.make_choice(index, call, self._client.tokenizer) for index in range(num)]
         finished: dict[int, Snapshot] = {}
         try:

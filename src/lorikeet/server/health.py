@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +16,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
+from lorikeet.engine.intake import RequestBatch
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import error_response
@@ -88,11 +88,11 @@ class HealthRoutes:
 
     async def _generate_one(self) -> None:
         probe = EngineRequest(
-            rid=f"health-{uuid.uuid4().hex}",
             prompt_token_ids=[0],
             sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
         )
-        stream = await self._client.submit([probe])
+        batch = RequestBatch(requests=[probe], rids=["health"], labels={}, is_list=False)
+        stream = await self._client.submit(batch)
         try:
             async for _ in stream:
                 pass

@@ -43,7 +43,7 @@ class NativeRoutes:
         """Complete prompts, each with its own adapter."""
         data = await request.body()
         body, batch = await read_large(data, self._read)
-        work = self._client.submit(batch.requests, _groups(body, batch))
+        work = self._client.submit(batch)
         stream = await until_disconnect(request.receive, work)
         if body.stream:
             return EventStream(self._events(stream, batch), on_end=stream.close)
@@ -77,7 +77,7 @@ class NativeRoutes:
                 raise error
             finished[index] = completion
         replies = [
-            self._reply(finished[index], batch, None) for index in range(len(batch.requests))
+            self._reply(finished[index], batch, None) for index in range(batch.num_completions)
         ]
         return replies if batch.is_list else replies[0]
 
@@ -102,12 +102,3 @@ class NativeRoutes:
     ) -> dict[str, Any]:
         token_text = self._client.tokenizer.token_text if batch.return_text_in_logprobs else None
         return native_reply(completion.snapshot(), token_text=token_text, index=index)
-
-
-def _groups(body: GenerateBody, batch: RequestBatch) -> dict[str, str]:
-    """The id that the caller gave for each request, where the call was expanded from it."""
-    if body.rid is None:
-        return {}
-    given = body.rid if isinstance(body.rid, list) else [body.rid]
-    num_each = len(batch.requests) // len(given)
-    return {request.rid: given[index // num_each] for index, request in enumerate(batch.requests)}

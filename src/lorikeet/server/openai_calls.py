@@ -286,7 +286,7 @@ class CallReader:
                 self._client.tokenizer.decode(
                     request.prompt_token_ids, skip_special_tokens=not keep
                 )
-                for request in call.batch.requests[:: call.num_samples]
+                for request in call.batch.requests
             ]
         return replace(call, echo=texts)
 
