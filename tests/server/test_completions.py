@@ -190,7 +190,8 @@ async def test_sampling_fields_arrive(api: Api) -> None:
 
 async def test_n_has_a_seed_for_each(api: Api) -> None:
     await chat(api, n=3, seed=5)
-    assert [request.sampling.sampling_seed for request in api.engine.seen] == [5, 6, 7]
+    (seen,) = api.engine.seen
+    assert [seen.seed(sample) for sample in range(3)] == [5, 6, 7]
 
 
 async def test_response_formats(api: Api) -> None:
