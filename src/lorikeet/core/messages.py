@@ -7,7 +7,6 @@ adding a class here and a row to the table of handlers at the receiving end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 
@@ -44,16 +43,13 @@ class Submit(msgspec.Struct, tag=True):
             place = places.setdefault(id(request.sampling), len(sampling))
             if place == len(sampling):
                 sampling.append(request.sampling)
-            entries.append(Entry(sampling=place, **_shared(request)))
+            fields = {name: getattr(request, name) for name in Prompt.__struct_fields__}
+            entries.append(Entry(sampling=place, **fields))
         return cls(first_id, sampling, entries)
 
     def requests(self) -> list[Request]:
         """The requests, which share their parameters again."""
-        return [Request(sampling=self.sampling[e.sampling], **_shared(e)) for e in self.entries]
-
-
-def _shared(prompt: Prompt) -> dict[str, Any]:
-    return {name: getattr(prompt, name) for name in Prompt.__struct_fields__}
+        return [Request.of(entry, self.sampling[entry.sampling]) for entry in self.entries]
 
 
 class Abort(msgspec.Struct, tag=True):

@@ -177,6 +177,13 @@ class Request(Prompt, kw_only=True):
 
     sampling: SamplingParams
 
+    @classmethod
+    def of(cls, prompt: Prompt, sampling: SamplingParams) -> Request:
+        """A prompt with its parameters; nothing is copied."""
+        return cls(
+            sampling=sampling, **{name: getattr(prompt, name) for name in Prompt.__struct_fields__}
+        )
+
     @property
     def num_samples(self) -> int:
         return self.sampling.n

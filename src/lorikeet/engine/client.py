@@ -41,7 +41,15 @@ from lorikeet.engine.open_request import OpenCall, OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
-from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
+from lorikeet.errors import (
+    EngineDeadError,
+    EngineFault,
+    LorikeetError,
+    RequestError,
+    UnavailableError,
+    UserError,
+    full_queue,
+)
 from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
 logger = logging.getLogger(__name__)
@@ -314,6 +322,20 @@ class EngineClient:
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
 
+    def _check_room(self, num_new: int) -> None:
+        """Refuse what the engine would refuse, before it is made. Those that do not fit into its batch wait at least.
+
+        Raises:
+            UnavailableError: too many wait already.
+        """
+        info = self.info
+        limit, most_running = info.get("max_queued_requests"), info.get("max_running_requests")
+        if limit is None or most_running is None:
+            return
+        num_waiting = len(self._open) - most_running
+        if num_waiting > 0 and num_waiting + num_new > limit:
+            raise UnavailableError(full_queue(num_waiting, num_new, limit))
+
     def _accept(self, ids: list[int]) -> None:
         for number in ids:
             entry = self._open.get(number)
@@ -326,6 +348,7 @@ class EngineClient:
             self.tokenizer,
             vocab_size=info["vocab_size"],
             context_length=info["context_length"],
+            check_room=self._check_room,
         )
         self._started.set()
 

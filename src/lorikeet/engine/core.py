@@ -32,6 +32,7 @@ from lorikeet.errors import (
     RequestError,
     UnavailableError,
     UserError,
+    full_queue,
 )
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler
@@ -135,10 +136,7 @@ class EngineCore:
         limit = self._scheduler.limits.max_queued
         waiting = self._scheduler.num_waiting + len(self._finding) + len(self._compiling)
         if limit is not None and waiting and waiting + num_new > limit:
-            raise UnavailableError(
-                f"the queue is full: {waiting} sequences wait, this request has {num_new}, and "
-                f"--max-queued-requests is {limit}; try again later"
-            )
+            raise UnavailableError(full_queue(waiting, num_new, limit))
 
     def submit(self, request: Request, first_id: int | None = None) -> int:
         """Take a request. Each completion ends in exactly one terminal output; a refusal is one with a status of 400.

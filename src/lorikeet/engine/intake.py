@@ -13,7 +13,8 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import msgspec
 
-from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Request, SamplingParams
+from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Prompt, Request, SamplingParams
+from lorikeet.engine.call_limits import SERVED, CallLimits, check_completions, fit_logprobs
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import RequestError
@@ -59,12 +60,25 @@ class Intake:
         tokenizer: the model's.
         vocab_size: ids from 0 to one below this may be sent to the model.
         context_length: most tokens of prompt and completion together.
+        limits: what one call may ask for.
+        check_room: raises UnavailableError if that many new completions cannot be taken now; asked before anything is
+            made of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        context_length: int,
+        limits: CallLimits = SERVED,
+        check_room: Callable[[int], None] = lambda num_completions: None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
+        self._limits = limits
+        self._check_room = check_room
 
     def make_requests(
         self, body: Mapping[str, Any], pooling: Pooling | None = None
@@ -80,38 +94,43 @@ class Intake:
 
         Raises:
             RequestError: names the field, its value and what is allowed.
+            UnavailableError: there is no room for so many.
         """
-        prompts, is_batch = self._read_prompts(body)
+        name, prompts, is_batch = _read_prompts(body)
         num = len(prompts)
+        check_completions(num, 1, self._limits)
         sampling = self._read_sampling(body.get("sampling_params"), num)
+        num_samples = _common_n(sampling)
+        check_completions(num, num_samples, self._limits)
+        self._check_room(num * num_samples)
         adapters = _spread(body, "lora_path", num, _read_adapter, default=None)
         wants_logprobs = _spread(body, "return_logprob", num, _read_bool, default=False)
         starts = _spread(body, "logprob_start_len", num, _read_int, default=-1)
         tops = _spread(body, "top_logprobs_num", num, _read_int, default=0)
-        num_samples = _common_n(sampling)
         rids, labels = _read_rids(body.get("rid"), num, num_samples)
-
-        requests: list[Request] = []
-        for index, token_ids in enumerate(prompts):
+        tokens = self._read_tokens(name, prompts, is_batch=is_batch)
+        made: list[Prompt] = []
+        for index, token_ids in enumerate(tokens):
             where = f"prompt {index}: " if is_batch else ""
             room = self._room(len(token_ids), where, least=int(pooling is None))
             _check_min_tokens(sampling[index], room, where, self._context_length)
             _check_logprob_start(starts[index], len(token_ids), where)
             self._check_top_logprobs(tops[index], where)
-            requests.append(
-                Request(
+            wanted = wants_logprobs[index]
+            made.append(
+                Prompt(
                     prompt_token_ids=token_ids,
-                    sampling=sampling[index],
                     adapter=adapters[index],
-                    return_logprob=wants_logprobs[index],
-                    logprob_start_len=starts[index] if wants_logprobs[index] else -1,
-                    top_logprobs_num=tops[index] if wants_logprobs[index] else 0,
+                    return_logprob=wanted,
+                    logprob_start_len=starts[index] if wanted else -1,
+                    top_logprobs_num=tops[index] if wanted else 0,
                     pooling=pooling,
                 )
             )
+        sampling = fit_logprobs(made, sampling, self._limits, self._context_length)
         text_wanted = body.get("return_text_in_logprobs")
         return RequestBatch(
-            requests=requests,
+            requests=[Request.of(*pair) for pair in zip(made, sampling, strict=True)],
             rids=rids,
             labels=labels,
             is_list=is_batch or num_samples > 1,
@@ -119,29 +138,23 @@ class Intake:
             and _read_bool(text_wanted, "return_text_in_logprobs"),
         )
 
-    def _read_prompts(self, body: Mapping[str, Any]) -> tuple[list[list[int]], bool]:
-        """Return the token ids of each prompt, and whether there was a list of prompts."""
-        text, input_ids = body.get("text"), body.get("input_ids")
-        if (text is None) == (input_ids is None):
-            given = "neither" if text is None else "both"
-            raise RequestError(f"exactly one of text and input_ids is needed; got {given}", "text")
-        if text is not None:
-            return self._read_texts(text)
-        return self._read_ids(input_ids)
-
-    def _read_texts(self, value: object) -> tuple[list[list[int]], bool]:
-        if isinstance(value, str):
-            return [self._encode(value, "text")], False
-        allowed = "a string or a list of strings"
-        if not _is_list(value):
-            raise wrong_type(value, "text", "", allowed)
-        if not value:
-            raise RequestError("text is an empty list; allowed: at least one prompt", "text")
-        for index, item in enumerate(value):
-            if not isinstance(item, str):
-                raise wrong_type(item, f"text[{index}]", "", allowed)
-        texts = cast(Sequence[str], value)
-        return [self._encode(item, f"text[{index}]") for index, item in enumerate(texts)], True
+    def _read_tokens(self, name: str, prompts: Sequence[Any], *, is_batch: bool) -> list[list[int]]:
+        """The token ids of each prompt. One after the other, so that a call that is too large is soon refused."""
+        tokens: list[list[int]] = []
+        most = self._limits.max_tokens
+        most = None if most is None else max(most, self._context_length)
+        total = 0
+        for index, prompt in enumerate(prompts):
+            where = f"{name}[{index}]" if is_batch else name
+            read = self._encode if name == "text" else self._read_ids
+            tokens.append(read(prompt, where))
+            total += len(tokens[-1])
+            if most is not None and total > most:
+                raise RequestError(
+                    f"{name}: the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
+                    name,
+                )
+        return tokens
 
     def _encode(self, text: str, name: str) -> list[int]:
         token_ids = self._tokenizer.encode(check_unicode(text, name, ""))
@@ -153,33 +166,17 @@ class Intake:
         self._check_ids(token_ids, name)
         return token_ids
 
-    def _read_ids(self, value: object) -> tuple[list[list[int]], bool]:
-        allowed = "a list of token ids or a list of such lists"
-        if not _is_list(value):
-            raise wrong_type(value, "input_ids", "", allowed)
-        if not value:
-            raise RequestError(
-                "input_ids is an empty list; allowed: at least one token", "input_ids"
-            )
-        is_batch = _is_list(value[0])
-        rows = [
-            (row, f"input_ids[{index}]" if is_batch else "input_ids")
-            for index, row in enumerate(value if is_batch else [value])
-        ]
-        prompts: list[list[int]] = []
-        for row, name in rows:
-            if not _is_list(row):
-                raise wrong_type(row, name, "", "a list of token ids")
-            if not row:
-                raise RequestError(
-                    f"{name} is an empty list; allowed: at least one token", "input_ids"
-                )
-            for index, item in enumerate(row):
-                if not is_int(item):
-                    raise wrong_type(item, f"{name}[{index}]", "", "an integer")
-            prompts.append(cast(list[int], list(row)))
-            self._check_ids(prompts[-1], name)
-        return prompts, is_batch
+    def _read_ids(self, row: object, name: str) -> list[int]:
+        if not _is_list(row):
+            raise wrong_type(row, name, "", "a list of token ids")
+        if not row:
+            raise RequestError(f"{name} is an empty list; allowed: at least one token", "input_ids")
+        for index, item in enumerate(row):
+            if not is_int(item):
+                raise wrong_type(item, f"{name}[{index}]", "", "an integer")
+        token_ids = cast(list[int], list(row))
+        self._check_ids(token_ids, name)
+        return token_ids
 
     def _check_ids(self, token_ids: list[int], name: str) -> None:
         if min(token_ids) >= 0 and max(token_ids) < self._vocab_size:
@@ -210,11 +207,11 @@ class Intake:
             raise RequestError(message, error.param) from error
         # More than the whole vocabulary is the whole vocabulary, more than the whole context the context; and a number has
         # to fit a message to the engine. What the context holds after each prompt is the scheduler's to say.
-        context, wanted = self._context_length, params.max_new_tokens
+        wanted = params.max_new_tokens
         return msgspec.structs.replace(
             params,
             top_k=min(params.top_k, self._vocab_size),
-            max_new_tokens=context if wanted is None else min(wanted, context),
+            max_new_tokens=None if wanted is None else min(wanted, self._context_length),
         )
 
     def _room(self, num_prompt: int, where: str, *, least: int) -> int:
@@ -236,6 +233,37 @@ class Intake:
                 f"{where}top_logprobs_num is {shown(value)}; allowed: an integer in [0, {most}]",
                 "top_logprobs_num",
             )
+
+
+def _read_prompts(body: Mapping[str, Any]) -> tuple[str, Sequence[Any], bool]:
+    """The field that has the prompts, the prompts as they were given, and whether there was a list of them."""
+    text, input_ids = body.get("text"), body.get("input_ids")
+    if (text is None) == (input_ids is None):
+        given = "neither" if text is None else "both"
+        raise RequestError(f"exactly one of text and input_ids is needed; got {given}", "text")
+    if text is None:
+        return _read_rows(input_ids)
+    if isinstance(text, str):
+        return "text", [text], False
+    allowed = "a string or a list of strings"
+    if not _is_list(text):
+        raise wrong_type(text, "text", "", allowed)
+    if not text:
+        raise RequestError("text is an empty list; allowed: at least one prompt", "text")
+    for index, item in enumerate(text):
+        if not isinstance(item, str):
+            raise wrong_type(item, f"text[{index}]", "", allowed)
+    return "text", text, True
+
+
+def _read_rows(value: object) -> tuple[str, Sequence[Any], bool]:
+    if not _is_list(value):
+        allowed = "a list of token ids or a list of such lists"
+        raise wrong_type(value, "input_ids", "", allowed)
+    if not value:
+        raise RequestError("input_ids is an empty list; allowed: at least one token", "input_ids")
+    is_batch = _is_list(value[0])
+    return "input_ids", value if is_batch else [value], is_batch
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

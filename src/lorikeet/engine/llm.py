@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.core.request import Pooling, SamplingParams
 from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.call_limits import CallLimits
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
 from lorikeet.engine.paths import tokenizer_dir
@@ -63,6 +64,8 @@ class LLM:
             self.tokenizer,
             vocab_size=cast(int, self.info["vocab_size"]),
             context_length=cast(int, self.info["context_length"]),
+            # There is nobody else here to be kept waiting: a call may be as large as its caller has memory for.
+            limits=CallLimits(max_completions=None, max_tokens=None),
         )
 
     @property
