@@ -19,6 +19,7 @@ from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import RequestBatch
+from lorikeet.engine.stop import StopRules
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
@@ -91,7 +92,11 @@ def batch(**requests: Request) -> RequestBatch:
     """A call of requests by their rids."""
     labels = {rid: [index] for index, rid in enumerate(requests)}
     return RequestBatch(
-        requests=list(requests.values()), rids=list(requests), labels=labels, is_list=True
+        requests=list(requests.values()),
+        stops=[StopRules(item.sampling.stop) for item in requests.values()],
+        rids=list(requests),
+        labels=labels,
+        is_list=True,
     )
 
 
@@ -105,6 +110,7 @@ def group(rid: str, num_samples: int, **sampling: Any) -> RequestBatch:
     labels = {name: [index] for index, name in enumerate(rids)}
     return RequestBatch(
         requests=[request(n=num_samples, **sampling)],
+        stops=[StopRules()],
         rids=rids,
         labels=labels | {rid: list(range(num_samples))},
         is_list=True,

@@ -35,7 +35,6 @@ from lorikeet.core.messages import (
 )
 from lorikeet.core.request import RequestOutput
 from lorikeet.engine.commands import Commands
-from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
 from lorikeet.engine.open_request import OpenCall, OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
@@ -188,10 +187,9 @@ class EngineClient:
         self.check_alive()
         call = self._claim(batch.labels, batch.num_completions)
         first_id = self._next_id
-        for index, rid in enumerate(batch.rids):
-            request = batch.request_of(index)
-            completion = Completion(request, self.tokenizer, rid=rid, markers=markers)
-            timer = self._metrics.begin(request.adapter)
+        for index in range(batch.num_completions):
+            completion = batch.completion(index, self.tokenizer, markers=markers)
+            timer = self._metrics.begin(completion.request.adapter)
             entry = OpenRequest(call, first_id + index, index, completion, timer)
             call.add(entry)
             self._open[entry.number] = entry

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.detokenizer import Detokenizer
-from lorikeet.engine.stop import StopBudgetError, StopMatch, StopMatcher
+from lorikeet.engine.stop import StopBudgetError, StopMatch, StopMatcher, StopRules
 from lorikeet.engine.tokenizer import Tokenizer
 
 
@@ -59,8 +59,9 @@ class Completion:
 
     Args:
         request: as submitted to the engine, shared with its other completions.
-        rid: what the caller calls this one.
         tokenizer: the model's.
+        stops: what ends it besides the engine, shared with the others of its call; None are those of the request alone.
+        rid: what the caller calls this one.
         markers: special tokens that are part of the text although ``skip_special_tokens`` is set.
         clock: seconds, monotonic.
 
@@ -74,6 +75,7 @@ class Completion:
         request: Request,
         tokenizer: Tokenizer,
         *,
+        stops: StopRules | None = None,
         rid: str = "",
         markers: Collection[int] = (),
         clock: Callable[[], float] = time.perf_counter,
@@ -92,7 +94,7 @@ class Completion:
             continues=next(iter(visible), None) is not None,
             except_for=markers,
         )
-        self._stops = StopMatcher(sampling.stop, sampling.stop_regex)
+        self._stops = StopMatcher(stops or StopRules(sampling.stop, sampling.stop_regex))
         self._text = _GrowingText()
         self._output_ids: list[int] = []
         self._output_logprobs: list[TokenLogprobs] = []

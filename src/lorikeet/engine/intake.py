@@ -7,7 +7,7 @@ adapter is loaded and whether a grammar compiles is left to the engine.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -15,7 +15,9 @@ import msgspec
 
 from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Prompt, Request, SamplingParams
 from lorikeet.engine.call_limits import SERVED, CallLimits, check_completions, fit_logprobs
+from lorikeet.engine.completion import Completion
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
+from lorikeet.engine.stop import SearchBudget, StopRules
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import RequestError
 from lorikeet.names import MAX_RID, check_name
@@ -31,6 +33,7 @@ class RequestBatch:
 
     Attributes:
         requests: one per prompt; n is the same for all.
+        stops: what ends the completions of each request, compiled, with one budget for the call.
         rids: what the caller calls each completion. Labels, and nothing else: they never leave this process.
         labels: each name by which the caller may end completions -> their places. Those are the rids, and the one that
             several were expanded from.
@@ -39,6 +42,7 @@ class RequestBatch:
     """
 
     requests: list[Request]
+    stops: list[StopRules]
     rids: list[str]
     labels: Mapping[str, list[int]]
     is_list: bool
@@ -51,6 +55,19 @@ class RequestBatch:
     def request_of(self, index: int) -> Request:
         """The request of the completion at this place of the reply."""
         return self.requests[index // self.requests[0].num_samples]
+
+    def completion(
+        self, index: int, tokenizer: Tokenizer, *, markers: Collection[int] = ()
+    ) -> Completion:
+        """A new completion for this place of the reply."""
+        place = index // self.requests[0].num_samples
+        return Completion(
+            self.requests[place],
+            tokenizer,
+            stops=self.stops[place],
+            rid=self.rids[index],
+            markers=markers,
+        )
 
 
 class Intake:
@@ -99,7 +116,7 @@ class Intake:
         name, prompts, is_batch = _read_prompts(body)
         num = len(prompts)
         check_completions(num, 1, self._limits)
-        sampling = self._read_sampling(body.get("sampling_params"), num)
+        sampling, stops = self._read_sampling(body.get("sampling_params"), num)
         num_samples = _common_n(sampling)
         check_completions(num, num_samples, self._limits)
         self._check_room(num * num_samples)
@@ -131,6 +148,7 @@ class Intake:
         text_wanted = body.get("return_text_in_logprobs")
         return RequestBatch(
             requests=[Request.of(*pair) for pair in zip(made, sampling, strict=True)],
+            stops=stops,
             rids=rids,
             labels=labels,
             is_list=is_batch or num_samples > 1,
@@ -188,15 +206,20 @@ class Intake:
             name.partition("[")[0],
         )
 
-    def _read_sampling(self, value: object, num: int) -> list[SamplingParams]:
+    def _read_sampling(
+        self, value: object, num: int
+    ) -> tuple[list[SamplingParams], list[StopRules]]:
+        """Parameters and stops of each prompt; one of each for all where one was given."""
+        budget = SearchBudget()
         if not _is_list(value):
             params = self._check_sampling(value, "sampling_params")
-            return [params] * num
+            return [params] * num, [StopRules(params.stop, params.stop_regex, budget)] * num
         _check_length(value, "sampling_params", num)
-        return [
+        sampling = [
             self._check_sampling(item, f"sampling_params[{index}]")
             for index, item in enumerate(value)
         ]
+        return sampling, [StopRules(item.stop, item.stop_regex, budget) for item in sampling]
 
     def _check_sampling(self, value: object, where: str) -> SamplingParams:
         params = parse_sampling(cast(Any, value), where)

@@ -222,8 +222,7 @@ class LLM:
     def _complete(self, batch: RequestBatch) -> list[Completion]:
         """The completions of a call, finished, in order."""
         completions = [
-            Completion(batch.request_of(index), self.tokenizer, rid=rid)
-            for index, rid in enumerate(batch.rids)
+            batch.completion(index, self.tokenizer) for index in range(batch.num_completions)
         ]
         try:
             self._run(batch, completions)

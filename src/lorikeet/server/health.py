@@ -17,6 +17,7 @@ from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.intake import RequestBatch
+from lorikeet.engine.stop import StopRules
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import error_response
@@ -91,7 +92,9 @@ class HealthRoutes:
             prompt_token_ids=[0],
             sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
         )
-        batch = RequestBatch(requests=[probe], rids=["health"], labels={}, is_list=False)
+        batch = RequestBatch(
+            requests=[probe], stops=[StopRules()], rids=["health"], labels={}, is_list=False
+        )
         stream = await self._client.submit(batch)
         try:
             async for _ in stream:
