@@ -56,7 +56,7 @@ def check_adapter_name(text: str, base: str, field: str = "lora_name") -> str:
     """Return a name that an adapter may get.
 
     Args:
-        base: what the base model is called.
+        base: what the base model is called; "" if it has no name.
 
     Raises:
         RequestError: as :func:`check_name`, or it means the base or, by a request's ``model``, another adapter.
@@ -66,13 +66,18 @@ def check_adapter_name(text: str, base: str, field: str = "lora_name") -> str:
         raise RequestError(
             f"{field}: {text!r} is the name of the base model; allowed: any other", field
         )
-    if text.startswith(f"{base}:"):
+    if is_reserved(text, base):
         raise RequestError(
             f"{field}: {shown_name(text)} begins with the base model's name and ':', by which requests name the adapter "
             "that follows; allowed: a name without that beginning",
             field,
         )
     return text
+
+
+def is_reserved(text: str, base: str) -> bool:
+    """True for ``BASE`` and ``BASE:x``, which mean the base and the adapter ``x``."""
+    return bool(base) and (text == base or text.startswith(f"{base}:"))
 
 
 def shown_name(text: str) -> str:

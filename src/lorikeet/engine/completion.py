@@ -53,6 +53,12 @@ class Snapshot:
     def completion_tokens(self) -> int:
         return len(self.output_ids)
 
+    @property
+    def num_logprobs(self) -> int:
+        """Log-probabilities that it has, of the prompt and of the output."""
+        num_positions = len(self.prompt_logprobs) + len(self.output_logprobs)
+        return num_positions * (1 + self.request.top_logprobs_num)
+
 
 class Completion:
     """Accumulates the outputs of one completion.
@@ -169,7 +175,7 @@ class Completion:
             prompt_tokens=len(self.request.prompt_token_ids),
             cached_tokens=self._cached_tokens,
             output_logprobs=list(self._output_logprobs),
-            prompt_logprobs=list(self._prompt_logprobs),
+            prompt_logprobs=self._prompt_logprobs,
             e2e_latency=now - self._began,
             first_token_latency=None if first is None else first - self._began,
         )

@@ -35,6 +35,7 @@ from lorikeet.errors import (
     full_queue,
 )
 from lorikeet.kv.manager import KVManager
+from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -166,7 +167,7 @@ class EngineCore:
         try:
             version = self._adapters.lease(request.adapter, number)
         except AdapterNotFoundError as error:
-            found = self._adapters.find(request.adapter)
+            found = self._find(request.adapter)
             if found is None:
                 self._outputs.append(_refusal(number, error))
             else:
@@ -378,16 +379,31 @@ class EngineCore:
     def _load_adapter(
         self, name: str, path: str, *, pinned: bool = False, replace: bool = False
     ) -> Future[LoadOutcome]:
+        self._check_name(name)
+        check_name(path, "lora_path", most=MAX_PATH)
         return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
 
     def _load_adapter_from_tensors(
         self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
+        self._check_name(name)
         return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
+
+    def _check_name(self, name: str) -> None:
+        """Refuse a name that requests could not use, or that means something else to them."""
+        check_adapter_name(name, str(self._info.get("served_model_name") or ""))
+
+    def _find(self, name: str | None) -> Future[LoadOutcome] | None:
+        """Let the resolver look for a name, if it may be an adapter's."""
+        try:
+            self._check_name(name or "")
+        except RequestError:
+            return None
+        return self._adapters.find(name)
 
     def _find_adapter(self, name: str) -> Future[None] | None:
         """Let the resolver look for a name that is not loaded."""
-        found = self._adapters.find(name)
+        found = self._find(name)
         if found is None:
             return None
         # Others may wait for the same name: whoever does not wait any more must not cancel it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import orjson
@@ -13,6 +13,9 @@ from starlette.types import Receive
 
 _T = TypeVar("_T")
 
+# Log-probabilities of a reply or a frame that take some milliseconds to write out.
+LARGE_REPLY = 2_000
+
 
 class JSONReply(Response):
     """A JSON body, encoded by orjson (NaN and infinity become null)."""
@@ -21,6 +24,11 @@ class JSONReply(Response):
 
     def render(self, content: object) -> bytes:
         return orjson.dumps(content)
+
+
+async def build_reply(num_logprobs: int, build: Callable[[], _T]) -> _T:
+    """``build()``, which writes out so many log-probabilities; on a thread if others would notice."""
+    return await asyncio.to_thread(build) if num_logprobs > LARGE_REPLY else build()
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
