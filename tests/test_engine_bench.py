@@ -115,8 +115,8 @@ def test_distributions():
 # ---- times ----
 
 
-def outputs(*rids: str, tokens: int = 1) -> list[RequestOutput]:
-    return [RequestOutput(rid=rid, token_ids=[1] * tokens) for rid in rids]
+def outputs(*ids: int, tokens: int = 1) -> list[RequestOutput]:
+    return [RequestOutput(id=number, token_ids=[1] * tokens) for number in ids]
 
 
 @pytest.fixture
@@ -128,10 +128,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_timeline_counts_only_steps_in_which_all_decode(clock):
     timeline = Timeline(2, 0.0)
-    steps = [(1.0, "a"), (3.0, "ab"), (4.0, "ab"), (4.5, "ab"), (9.0, "b")]
-    for now, rids in steps:
+    steps = [(1.0, [0]), (3.0, [0, 1]), (4.0, [0, 1]), (4.5, [0, 1]), (9.0, [1])]
+    for now, ids in steps:
         clock.now = now
-        assert timeline.note(outputs(*rids))
+        assert timeline.note(outputs(*ids))
     clock.now = 20.0
     assert not timeline.note([])
     assert timeline.prefill_s == 3.0
@@ -145,13 +145,13 @@ def test_timeline_shares_a_step_among_its_tokens(clock):
     timeline = Timeline(1, 0.0)
     for now, tokens in ((1.0, 1), (2.0, 2)):
         clock.now = now
-        timeline.note(outputs("a", tokens=tokens))
+        timeline.note(outputs(0, tokens=tokens))
     assert timeline.step_seconds() == [0.5]
 
 
 def test_timeline_refuses_a_failed_request():
-    failed = RequestOutput(rid="a", token_ids=[], finish=FinishReason(kind="abort", message="full"))
-    with pytest.raises(RuntimeError, match="a: full"):
+    failed = RequestOutput(id=7, token_ids=[], finish=FinishReason(kind="abort", message="full"))
+    with pytest.raises(RuntimeError, match="7: full"):
         Timeline(1, 0.0).note([failed])
 
 

@@ -32,8 +32,8 @@ class Timeline:
     num_requests: int
     began: float
     steps: list[tuple[float, int, int]] = field(default_factory=list)
-    first: dict[str, float] = field(default_factory=dict)
-    last: dict[str, float] = field(default_factory=dict)
+    first: dict[int, float] = field(default_factory=dict)
+    last: dict[int, float] = field(default_factory=dict)
     num_tokens: int = 0
     num_cached: int = 0
 
@@ -44,22 +44,22 @@ class Timeline:
             RuntimeError: a request has failed, so that the figures would mean nothing.
         """
         now = time.perf_counter()
-        rids: set[str] = set()
+        ids: set[int] = set()
         tokens = 0
         for output in outputs:
             if output.finish is not None and output.finish.kind == "abort":
-                raise RuntimeError(f"{output.rid}: {output.finish.message}")
+                raise RuntimeError(f"request {output.id}: {output.finish.message}")
             if output.token_ids:
-                if output.rid not in self.first:
-                    self.first[output.rid] = now
+                if output.id not in self.first:
+                    self.first[output.id] = now
                     self.num_cached += output.cached_tokens
-                self.last[output.rid] = now
-                rids.add(output.rid)
+                self.last[output.id] = now
+                ids.add(output.id)
                 tokens += len(output.token_ids)
-        if rids:
-            self.steps.append((now, len(rids), tokens))
+        if ids:
+            self.steps.append((now, len(ids), tokens))
             self.num_tokens += tokens
-        return bool(rids)
+        return bool(ids)
 
     @property
     def all_decode(self) -> bool:
@@ -86,8 +86,8 @@ class Timeline:
 
     def decode_s(self) -> float:
         """From the first token of the request that began last to its last one."""
-        rid = max(self.first, key=self.first.__getitem__)
-        return self.last[rid] - self.first[rid]
+        latest = max(self.first, key=self.first.__getitem__)
+        return self.last[latest] - self.first[latest]
 
 
 def generate(core: EngineCore, requests: Sequence[Request]) -> Timeline:

@@ -48,7 +48,6 @@ class Traffic:
 
     vocab_size: int
     source: random.Random = field(default_factory=lambda: random.Random(0))
-    _number: itertools.count[int] = field(default_factory=itertools.count)
 
     def prompt(self, length: int) -> list[int]:
         """Random token ids."""
@@ -57,7 +56,6 @@ class Traffic:
     def request(self, prompt: list[int], num_tokens: int, adapter: str | None) -> Request:
         """A greedy request for exactly ``num_tokens`` tokens."""
         return Request(
-            rid=f"bench-{next(self._number)}",
             prompt_token_ids=prompt,
             sampling=SamplingParams(temperature=0, max_new_tokens=num_tokens, ignore_eos=True),
             adapter=adapter,

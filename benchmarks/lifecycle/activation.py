@@ -42,20 +42,17 @@ class Session:
         self.core = core
         self._numbers = itertools.count()
 
-    def submit(self, adapter: str | None, num_tokens: int) -> str:
+    def submit(self, adapter: str | None, num_tokens: int) -> int:
         number = next(self._numbers)
         prompt = [(number * 31 + index) % 1000 for index in range(PROMPT)]
         sampling = SamplingParams(max_new_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        request = Request(
-            rid=f"r{number}", prompt_token_ids=prompt, sampling=sampling, adapter=adapter
-        )
-        self.core.submit(request)
-        return request.rid
+        request = Request(prompt_token_ids=prompt, sampling=sampling, adapter=adapter)
+        return self.core.submit(request)
 
     def first_token_ms(self, adapter: str | None) -> float:
         begin = time.perf_counter()
-        rid = self.submit(adapter, 1)
-        while not any(output.rid == rid and output.finish for output in self.core.step()):
+        request_id = self.submit(adapter, 1)
+        while not any(output.id == request_id and output.finish for output in self.core.step()):
             self.core.wait_for_threads()
         found = (time.perf_counter() - begin) * 1e3
         while not self.core.is_idle:
@@ -64,7 +61,7 @@ class Session:
 
     def gaps_ms(self, during: list[Path]) -> tuple[list[float], list[float]]:
         """Gaps between tokens of a stream of the base model while adapters are loaded; and how long each load took."""
-        rid = self.submit(None, STREAM_TOKENS)
+        request_id = self.submit(None, STREAM_TOKENS)
         gaps: list[float] = []
         loads: list[float] = []
         waiting = list(during)
@@ -75,7 +72,7 @@ class Session:
             self.core.wait_for_threads()
             for output in self.core.step():
                 now = time.perf_counter()
-                if output.rid == rid and output.token_ids:
+                if output.id == request_id and output.token_ids:
                     gaps += [(now - last) * 1e3] if count else []
                     last, count = now, count + 1
             if pending is not None and pending[0].done():

@@ -22,8 +22,9 @@ from lorikeet.config_device import (
 )
 from lorikeet.config_targets import check_targets, expand_targets
 from lorikeet.config_values import LORA_SOURCES, LoRAPath, Option, parse_lora_paths, read_value
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, RequestError
 from lorikeet.masking import mask
+from lorikeet.names import MAX_PATH, check_name, is_reserved
 
 __all__ = ["OPTIONS", "LoRAPath", "ServerConfig", "parse_lora_paths", "resolve"]
 
@@ -345,6 +346,7 @@ def _check_names(config: ServerConfig) -> None:
         )
     seen: dict[str, str] = {}
     for entry in config.lora_paths:
+        _check_adapter(entry, served)
         if entry.name in seen:
             raise ConfigError(
                 f"--lora-paths names the adapter {entry.name!r} twice ({mask(seen[entry.name])} and {mask(entry.path)}); "
@@ -355,6 +357,19 @@ def _check_names(config: ServerConfig) -> None:
         raise ConfigError(
             f"--lora-paths names an adapter {served!r} like the base model; rename the adapter with NAME=PATH "
             "or the base with --served-model-name"
+        )
+
+
+def _check_adapter(entry: LoRAPath, served: str) -> None:
+    try:
+        check_name(entry.name, "the adapter's name")
+        check_name(entry.path, "the adapter's path", most=MAX_PATH)
+    except RequestError as error:
+        raise ConfigError(f"--lora-paths: {error}; a name is given as NAME=PATH") from error
+    if entry.name != served and is_reserved(entry.name, served):
+        raise ConfigError(
+            f"--lora-paths names an adapter {entry.name!r}, by which requests name the base {served!r} with the adapter that "
+            "follows; rename it with NAME=PATH"
         )
 
 

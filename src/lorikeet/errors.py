@@ -96,5 +96,13 @@ class UnavailableError(EngineFault):
     status_code = 503
 
 
+def full_queue(num_waiting: int, num_new: int, limit: int) -> str:
+    """What a call is told that the queue has no room for, by whichever process notices first."""
+    return (
+        f"the queue is full: {num_waiting} sequences wait, this request has {num_new}, and "
+        f"--max-queued-requests is {limit}; try again later"
+    )
+
+
 class OutOfMemoryError(EngineFault):
     """An allocation failed while a step ran."""

@@ -9,7 +9,7 @@ PROMPT = [5, 6, 7, 8]
 
 
 def make(**fields: object) -> Sequence:
-    request = Request(rid="r", prompt_token_ids=PROMPT, sampling=SamplingParams())
+    request = Request(prompt_token_ids=PROMPT, sampling=SamplingParams())
     for name, value in fields.items():
         setattr(request, name, value)
     return Sequence(1, request, version=2, seed=3)
@@ -17,14 +17,19 @@ def make(**fields: object) -> Sequence:
 
 def test_counts_of_prompt_and_output() -> None:
     seq = make()
-    seq.tokens.extend((9, 10))
+    seq.append(9)
+    seq.append(10)
     assert (seq.num_tokens, seq.num_prompt, seq.num_output) == (6, 4, 2)
 
 
-def test_tokens_are_a_copy_of_the_prompt() -> None:
-    seq = make()
-    seq.tokens.append(9)
-    assert seq.request.prompt_token_ids == [5, 6, 7, 8]
+def test_samples_share_the_prompt_until_they_grow() -> None:
+    request = Request(prompt_token_ids=list(PROMPT), sampling=SamplingParams(n=2))
+    first, second = (Sequence(number, request, version=2, seed=3) for number in (1, 2))
+    assert first.tokens is second.tokens is request.prompt_token_ids
+    first.append(9)
+    assert first.tokens == [*PROMPT, 9]
+    assert second.tokens is request.prompt_token_ids
+    assert request.prompt_token_ids == PROMPT
 
 
 def test_two_sequences_of_one_request_differ() -> None:

@@ -96,23 +96,25 @@ def test_a_cached_prefix_serves_the_last_state_and_never_a_mean(make_llm: MakeLL
     assert reply["meta_info"]["cached_tokens"] == 36
 
 
-def vector_request(rid: str, ids: list[int], name: str | None, pooling: Pooling) -> Request:
+def vector_request(ids: list[int], name: str | None, pooling: Pooling) -> Request:
     sampling = SamplingParams(max_new_tokens=0)
-    return Request(rid=rid, prompt_token_ids=ids, sampling=sampling, adapter=name, pooling=pooling)
+    return Request(prompt_token_ids=ids, sampling=sampling, adapter=name, pooling=pooling)
 
 
-def run(llm: LLM, requests: list[Request], *, abort: tuple[str, ...] = ()) -> list[RequestOutput]:
-    for request in requests:
-        llm._core.submit(request)
+def run(
+    llm: LLM, requests: list[Request], *, abort: tuple[int, ...] = ()
+) -> list[list[RequestOutput]]:
+    """The outputs of each request; those in these places are aborted."""
+    ids = [llm._core.submit(request) for request in requests]
     outputs: list[RequestOutput] = []
     for _ in range(3):
         outputs += llm._core.step()
-    for rid in abort:
-        llm._core.abort(rid, "enough")
+    for place in abort:
+        llm._core.abort(ids[place], "enough")
     while not llm._core.is_idle:
         outputs += llm._core.step()
     llm._core.check_integrity()
-    return outputs
+    return [[output for output in outputs if output.id == number] for number in ids]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -133,22 +135,18 @@ def test_vectors_and_completions_share_their_steps(
         name = NAMES[number % 7]
         if number % 3:
             pooling = Pooling(kind="mean" if number % 3 == 1 else "last")
-            requests.append(vector_request(f"v{number}", prompt, name, pooling))
+            requests.append(vector_request(prompt, name, pooling))
         else:
-            request = Request(
-                rid=f"g{number}", prompt_token_ids=prompt, sampling=greedy, adapter=name
-            )
-            requests.append(request)
-    outputs = run(llm, requests, abort=("v19", "v20"))
+            requests.append(Request(prompt_token_ids=prompt, sampling=greedy, adapter=name))
+    outputs = run(llm, requests, abort=(19, 20))
     assert any(plan.rows and any(c.pool for c in plan.chunks) for plan in plans)
     assert any(len({c.pool for c in plan.chunks}) == 2 for plan in plans)
     assert not any(chunk.sample and chunk.pool for plan in plans for chunk in plan.chunks)
-    for request in requests:
-        mine = [output for output in outputs if output.rid == request.rid]
+    for number, (request, mine) in enumerate(zip(requests, outputs, strict=True)):
         tokens = [token for output in mine for token in output.token_ids]
         (finish,) = [output.finish for output in mine if output.finish]
         prompt, name = request.prompt_token_ids, request.adapter
-        if request.rid in ("v19", "v20"):
+        if number in (19, 20):
             assert (finish.kind, mine[-1].embedding) == ("abort", None)
         elif request.pooling is None:
             assert mine[-1].embedding is None
@@ -234,12 +232,10 @@ def test_states_that_are_not_finite_are_no_vector(
         return logits, states
 
     monkeypatch.setattr(network, "forward_pooled", broken)
-    requests = [
-        vector_request(name, [ord(c) for c in name], None, Pooling(kind="mean")) for name in "ab"
-    ]
-    ends = {output.rid: output for output in run(llm, requests)}
-    assert ends["a"].finish is not None
-    assert ends["a"].finish.status_code == 500
-    assert "not finite" in (ends["a"].finish.message or "")
-    assert ends["a"].embedding is None
-    assert ends["b"].embedding is not None, "the other one is none the worse for it"
+    requests = [vector_request([ord(c) for c in name], None, Pooling(kind="mean")) for name in "ab"]
+    first, second = (outputs[-1] for outputs in run(llm, requests))
+    assert first.finish is not None
+    assert first.finish.status_code == 500
+    assert "not finite" in (first.finish.message or "")
+    assert first.embedding is None
+    assert second.embedding is not None, "the other one is none the worse for it"

@@ -108,23 +108,23 @@ def test_running_requests_outlive_a_prompt_without_memory(tmp_path: Path, monkey
         params = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
         wanted = llm.generate(input_ids=[9, 8, 7], sampling_params=params)["output_ids"]
         (older,) = llm._intake.make_requests(
-            {"input_ids": [9, 8, 7], "sampling_params": params, "rid": "first"}
+            {"input_ids": [9, 8, 7], "sampling_params": params}
         ).requests
         (newer,) = llm._intake.make_requests(
-            {"input_ids": SHARED, "sampling_params": params, "rid": "second"}
+            {"input_ids": SHARED, "sampling_params": params}
         ).requests
 
         def has_both(batch: Any) -> bool:
             return bool(batch.attn.num_chunks and batch.attn.query_starts[-1] > len(SHARED))
 
         fail_steps(llm, monkeypatch, no_memory, has_both)
-        core.submit(older)
+        first = core.submit(older)
         outputs = [output for _ in range(5) for output in core.step()]
-        core.submit(newer)
+        second = core.submit(newer)
         while not core.is_idle:
             outputs += core.step()
-        tokens = [token for o in outputs if o.rid == "first" for token in o.token_ids]
+        tokens = [token for o in outputs if o.id == first for token in o.token_ids]
         assert tokens == wanted
-        (end,) = [o.finish for o in outputs if o.rid == "second" and o.finish]
+        (end,) = [o.finish for o in outputs if o.id == second and o.finish]
         assert (end.kind, end.status_code) == ("abort", 500)
         core.check_integrity()

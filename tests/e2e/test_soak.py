@@ -59,9 +59,9 @@ class Soak:
             version = llm.load_lora_adapter(content, str(world.adapters[content]))
             self.versions[version] = content
             llm.unload_lora_adapter(content)
-        self.open: dict[str, tuple[str | None, int]] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.aborted: set[str] = set()
+        self.open: dict[int, tuple[str | None, int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.aborted: set[int] = set()
         self.futures: list[Future[object]] = []
         self.counts = dict.fromkeys(
             ("answers", "aborts", "refused", "loads", "failed", "unloads", "cancels"), 0
@@ -79,19 +79,17 @@ class Soak:
             return
         name = self.chance.choice((*NAMES, None))
         number = self.chance.randrange(len(self.prompts))
-        rid = f"r{self.counts['answers']}-{self.chance.getrandbits(48)}"
         sampling = SamplingParams(temperature=0.0, max_new_tokens=NUM_TOKENS, ignore_eos=True)
-        self.core.submit(
-            Request(rid=rid, prompt_token_ids=self.prompts[number], sampling=sampling, adapter=name)
-        )
-        entry = self.core._open.get(rid)
+        request = Request(prompt_token_ids=self.prompts[number], sampling=sampling, adapter=name)
+        request_id = self.core.submit(request)
+        entry = self.core._open.get(request_id)
         if entry is None:
             self.counts["refused"] += 1  # not loaded; its output says so
-            self.aborted.add(rid)
+            self.aborted.add(request_id)
             return
         assert entry.version is not None
         content = self.versions[entry.version] if entry.version else None
-        self.open[rid], self.tokens[rid] = (content, number), []
+        self.open[request_id], self.tokens[request_id] = (content, number), []
 
     def load(self) -> None:
         args = {
@@ -118,9 +116,9 @@ class Soak:
 
     def abort(self) -> None:
         if self.open:
-            rid = self.chance.choice(list(self.open))
-            self.aborted.add(rid)
-            self.core.abort(rid, "enough")
+            request_id = self.chance.choice(list(self.open))
+            self.aborted.add(request_id)
+            self.core.abort(request_id, "enough")
 
     def cancel(self) -> None:
         if self.futures and self.chance.choice(self.futures).cancel():
@@ -151,19 +149,19 @@ class Soak:
         self.core.wait_for_threads()
 
     def take(self, output: RequestOutput) -> None:
-        if output.rid in self.tokens:
-            self.tokens[output.rid] += output.token_ids
+        if output.id in self.tokens:
+            self.tokens[output.id] += output.token_ids
         if output.finish is None:
             return
-        key, tokens = self.open.pop(output.rid, None), self.tokens.pop(output.rid, [])
+        key, tokens = self.open.pop(output.id, None), self.tokens.pop(output.id, [])
         if output.finish.kind == "abort":
-            assert output.rid in self.aborted, output.finish
+            assert output.id in self.aborted, output.finish
             self.counts["aborts"] += 1
         else:
             assert key is not None
             assert tokens == self.answers[key], key
             self.counts["answers"] += 1
-        self.aborted.discard(output.rid)
+        self.aborted.discard(output.id)
 
     def rest(self) -> None:
         """Run until nothing is open, and recount."""

@@ -58,14 +58,14 @@ class Script:
     def start_pulse(self) -> None:
         pass
 
-    def finishes(self) -> dict[str, str]:
-        """Request -> message or kind of its terminal output; each must have exactly one."""
-        found: dict[str, str] = {}
+    def finishes(self) -> dict[int, str]:
+        """Completion -> message or kind of its terminal output; each must have exactly one."""
+        found: dict[int, str] = {}
         for message in self.sent:
             for output in message.outputs if isinstance(message, Outputs) else ():
                 if output.finish:
-                    assert output.rid not in found
-                    found[output.rid] = output.finish.message or output.finish.kind
+                    assert output.id not in found
+                    found[output.id] = output.finish.message or output.finish.kind
         return found
 
 
@@ -96,79 +96,81 @@ def test_a_lost_device_ends_every_request_and_the_process(monkeypatch) -> None:
     core = make_core(worker=worker)
     monkeypatch.setattr(child, "build_engine", lambda config, report: core)
     monkeypatch.setattr(child.gc, "freeze", lambda: None)
-    script = Script(Submit([request("a"), request("b")]))
+    script = Script(Submit.of(0, [request(), request()]))
     config: Any = None
     assert child._serve(config, script, os.getppid()) == 1  # pyright: ignore[reportArgumentType]
     message = "the engine failed: RuntimeError: CUDA error: device-side failure"
-    assert script.finishes() == {"a": message, "b": message}
+    assert script.finishes() == {0: message, 1: message}
     assert isinstance(script.sent[-1], Failed)
 
 
 def test_requests_are_accepted_answered_and_drained() -> None:
-    script = serve(Submit([request("a")]), Submit([request("b")]), Shutdown(drain_seconds=30))
-    assert [m.rid for m in script.sent if isinstance(m, Accepted)] == ["a", "b"]
-    assert script.finishes() == {"a": "length", "b": "length"}
+    script = serve(
+        Submit.of(0, [request(n=2)]), Submit.of(2, [request()]), Shutdown(drain_seconds=30)
+    )
+    assert [m.ids for m in script.sent if isinstance(m, Accepted)] == [[0, 1], [2]]
+    assert script.finishes() == {0: "length", 1: "length", 2: "length"}
 
 
 def test_a_shutdown_without_patience_aborts() -> None:
-    script = serve(Submit([request("a", max_new_tokens=50)]), Shutdown())
-    assert "shutting down" in script.finishes()["a"]
+    script = serve(Submit.of(0, [request(max_new_tokens=50)]), Shutdown())
+    assert "shutting down" in script.finishes()[0]
     ends = [o.finish for m in script.sent if isinstance(m, Outputs) for o in m.outputs if o.finish]
     assert [end.status_code for end in ends] == [503], "its caller is told to try again"
 
 
 def test_no_new_request_after_a_shutdown() -> None:
     script = serve(
-        Submit([request("a", max_new_tokens=20)]),
+        Submit.of(0, [request(max_new_tokens=20)]),
         Shutdown(drain_seconds=30),
-        Submit([request("b")]),
+        Submit.of(1, [request()]),
     )
-    assert script.finishes()["a"] == "length"
-    assert "shutting down" in script.finishes()["b"]
+    assert script.finishes()[0] == "length"
+    assert "shutting down" in script.finishes()[1]
 
 
 def test_a_full_queue_refuses_whole_calls_and_loses_nothing() -> None:
     core = make_core(max_running=1, max_queued=2)
     script = Script(
-        Submit([request("a", max_new_tokens=30)]),
-        Submit([request("b")]),
-        Submit([request("c")]),
-        Submit([request("d")]),  # b and c wait
-        Abort("b"),
-        Submit([request("e"), request("f")]),  # one place is free
-        Submit([request("g")]),
+        Submit.of(0, [request(max_new_tokens=30)]),
+        Submit.of(1, [request()]),
+        Submit.of(2, [request()]),
+        Submit.of(3, [request()]),  # 1 and 2 wait
+        Abort([1]),
+        Submit.of(4, [request(n=2)]),  # one place is free
+        Submit.of(6, [request()]),
         Shutdown(drain_seconds=30),
     )
     assert EngineLoop(core, script, os.getppid()).run() == 0
     ends = script.finishes()
-    refused = {rid for rid, text in ends.items() if "the queue is full" in text}
-    assert refused == {"d", "e", "f"}
-    assert {rid for rid, text in ends.items() if text == "length"} == {"a", "c", "g"}
-    assert sorted(ends) == list("abcdefg")
+    refused = {number for number, text in ends.items() if "the queue is full" in text}
+    assert refused == {3, 4, 5}
+    assert {number for number, text in ends.items() if text == "length"} == {0, 2, 6}
+    assert sorted(ends) == list(range(7))
     statuses = {
         output.finish.status_code
         for message in script.sent
         for output in (message.outputs if isinstance(message, Outputs) else ())
-        if output.finish is not None and output.rid in refused
+        if output.finish is not None and output.id in refused
     }
     assert statuses == {503}
 
 
 def test_an_id_that_is_sent_twice_does_not_end_the_first(caplog: pytest.LogCaptureFixture) -> None:
-    script = serve(Submit([request("a")]), Submit([request("a")]), Shutdown(drain_seconds=30))
-    assert script.finishes() == {"a": "length"}
+    script = serve(Submit.of(0, [request()]), Submit.of(0, [request()]), Shutdown(drain_seconds=30))
+    assert script.finishes() == {0: "length"}
     assert "request dropped" in caplog.text
 
 
 def test_abort_and_commands() -> None:
     script = serve(
-        Submit([request("a", max_new_tokens=50)]),
-        Abort("a"),
+        Submit.of(0, [request(max_new_tokens=50)]),
+        Abort([0]),
         Command(7, "info"),
         Command(8, "nonsense"),
         Shutdown(),
     )
-    assert script.finishes() == {"a": "aborted by the client"}
+    assert script.finishes() == {0: "aborted by the client"}
     replies = {m.id: m for m in script.sent if isinstance(m, Reply)}
     assert isinstance(replies[7].result, dict)
     assert replies[8].error is not None
@@ -177,7 +179,7 @@ def test_abort_and_commands() -> None:
 
 
 def test_it_ends_when_its_parent_is_gone() -> None:
-    script = serve(Submit([request("a")]), parent=-1)
+    script = serve(Submit.of(0, [request()]), parent=-1)
     assert script.sent == []
 
 

@@ -19,14 +19,18 @@ from lorikeet.core.messages import (
     Outputs,
     Ready,
     Stats,
+    Submit,
     ToClient,
     ToEngine,
     Unreadable,
+    encode,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.engine import client as client_module
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
+from lorikeet.engine.intake import RequestBatch
+from lorikeet.engine.stop import StopRules
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport
@@ -90,14 +94,42 @@ async def session(
             await made.client.close()
 
 
-def request(rid: str, text: str = "ab", **sampling: Any) -> Request:
+def request(text: str = "ab", **sampling: Any) -> Request:
     params: dict[str, Any] = {"max_new_tokens": 4} | sampling
     adapter = params.pop("adapter", None)
     return Request(
-        rid=rid,
         prompt_token_ids=list(text.encode()),
         sampling=SamplingParams(**params),
         adapter=adapter,
+    )
+
+
+def batch(**requests: Request) -> RequestBatch:
+    """A call of requests by their rids."""
+    labels = {rid: [index] for index, rid in enumerate(requests)}
+    return RequestBatch(
+        requests=list(requests.values()),
+        stops=[StopRules(item.sampling.stop) for item in requests.values()],
+        rids=list(requests),
+        labels=labels,
+        is_list=True,
+    )
+
+
+def one(rid: str, text: str = "ab", **sampling: Any) -> RequestBatch:
+    return batch(**{rid: request(text, **sampling)})
+
+
+def group(rid: str, num_samples: int, **sampling: Any) -> RequestBatch:
+    """A call for samples of one prompt."""
+    rids = [f"{rid}_{sample}" for sample in range(num_samples)]
+    labels = {name: [index] for index, name in enumerate(rids)}
+    return RequestBatch(
+        requests=[request(n=num_samples, **sampling)],
+        stops=[StopRules()],
+        rids=rids,
+        labels=labels | {rid: list(range(num_samples))},
+        is_list=True,
     )
 
 
@@ -115,7 +147,7 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 async def test_a_request_from_submission_to_its_end(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.01) as made:
         assert made.client.info["context_length"] == 512
-        stream = await made.client.submit([request("r")])
+        stream = await made.client.submit(one("r"))
         assert made.client.num_open == 1
         results = await finish(stream)
         snapshot = results[0].snapshot()
@@ -134,7 +166,7 @@ async def test_a_request_from_submission_to_its_end(tokenizer: Tokenizer) -> Non
 
 async def test_a_stream_grows_and_ends_with_the_finished_completion(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.01) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=6)])
+        stream = await made.client.submit(one("r", max_new_tokens=6))
         texts, finishes = [], []
         async for _, completion in stream:
             texts.append(completion.text)
@@ -147,7 +179,7 @@ async def test_a_stream_grows_and_ends_with_the_finished_completion(tokenizer: T
 
 async def test_updates_of_a_slow_consumer_are_merged(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.001) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=200)])
+        stream = await made.client.submit(one("r", max_new_tokens=200))
         lengths = []
         async for _, completion in stream:
             lengths.append(len(completion.text))
@@ -158,21 +190,20 @@ async def test_updates_of_a_slow_consumer_are_merged(tokenizer: Tokenizer) -> No
 
 async def test_a_batch_is_followed_together(tokenizer: Tokenizer) -> None:
     async with session(tokenizer) as made:
-        requests = [request(f"r{n}", text=chr(97 + n), max_new_tokens=n + 1) for n in range(5)]
-        results = await finish(await made.client.submit(requests))
+        calls = {f"r{n}": request(chr(97 + n), max_new_tokens=n + 1) for n in range(5)}
+        results = await finish(await made.client.submit(batch(**calls)))
         assert [results[n].text for n in range(5)] == ["a", "bb", "ccc", "dddd", "eeeee"]
 
 
 async def test_a_hundred_requests_at_a_time(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.005) as made:
 
-        async def one(number: int) -> str:
-            stream = await made.client.submit(
-                [request(f"r{number}", text=f"{number:03}", max_new_tokens=6)]
-            )
+        async def ask(number: int) -> str:
+            call = one(f"r{number}", text=f"{number:03}", max_new_tokens=6)
+            stream = await made.client.submit(call)
             return (await finish(stream))[0].text
 
-        texts = await asyncio.gather(*(one(number) for number in range(100)))
+        texts = await asyncio.gather(*(ask(number) for number in range(100)))
         assert texts == [f"{number:03}" * 2 for number in range(100)]
         assert made.engine.max_running > 50, "they ran together"
         assert made.client.num_open == 0
@@ -180,52 +211,109 @@ async def test_a_hundred_requests_at_a_time(tokenizer: Tokenizer) -> None:
 
 async def test_a_stop_string_ends_the_request_in_the_engine(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.002) as made:
-        stream = await made.client.submit([request("r", "hello", max_new_tokens=500, stop=("lo",))])
+        stream = await made.client.submit(one("r", "hello", max_new_tokens=500, stop=("lo",)))
         results = await finish(stream)
         assert results[0].text == "hel"
         ended = results[0].finish
         assert ended is not None
         assert (ended.kind, ended.matched) == ("stop", "lo")
         await until(lambda: made.client.num_open == 0)
-        assert made.engine.aborted == ["r"]
+        assert made.engine.aborted == [0]
         assert made.metric("requests_total", outcome="stop") == 1
         assert made.metric("requests_total", outcome="abort") == 0
 
 
-async def test_an_id_is_free_again_after_its_end_even_if_the_engine_does_not_know_yet(
+async def test_a_rid_is_free_again_after_its_end_even_if_the_engine_does_not_know_yet(
     tokenizer: Tokenizer,
 ) -> None:
     async with session(tokenizer, step_s=0.02) as made:
-        for _ in range(3):  # the engine raises if a duplicate reaches it
-            stream = await made.client.submit([request("r", max_new_tokens=100, stop=("b",))])
+        for _ in range(3):
+            stream = await made.client.submit(one("r", max_new_tokens=100, stop=("b",)))
             assert (await finish(stream))[0].text == "a"
-        assert made.engine.aborted == ["r", "r"] or made.engine.aborted == ["r"] * 3
+        await until(lambda: made.client.num_open == 0)
+        assert made.engine.aborted == [0, 1, 2], "each had an id of its own"
 
 
-async def test_an_id_in_use_is_refused_and_the_running_request_goes_on(
+async def test_a_rid_in_use_is_refused_and_the_running_request_goes_on(
     tokenizer: Tokenizer,
 ) -> None:
     async with session(tokenizer, step_s=0.01) as made:
-        first = await made.client.submit([request("r", max_new_tokens=10)])
+        first = await made.client.submit(one("r", max_new_tokens=10))
         with pytest.raises(RequestError, match="'r' is already in use"):
-            await made.client.submit([request("other"), request("r")])
-        with pytest.raises(RequestError, match="different ids"):
-            await made.client.submit([request("x"), request("x")])
+            await made.client.submit(batch(other=request(), r=request()))
         assert made.client.num_open == 1
         assert len((await finish(first))[0].text) == 10
+        again = await made.client.submit(batch(other=request(), r=request()))
+        assert set(await finish(again)) == {0, 1}, "the refusal has claimed nothing"
+
+
+async def test_two_callers_of_one_rid_never_read_each_other(tokenizer: Tokenizer) -> None:
+    """One waits for the engine with a rid of which another is just being aborted; a third takes its other rid."""
+    async with session(tokenizer, step_s=0.001) as made:
+        left = await made.client.submit(one("B", "xx", max_new_tokens=400))
+        made.knobs.is_stuck = True
+        left.close()
+        first = asyncio.create_task(
+            made.client.submit(batch(A=request("first"), B=request("other")))
+        )
+        await asyncio.sleep(0)
+        for rid in ("A", "B"):
+            with pytest.raises(RequestError, match=f"{rid!r} is already in use"):
+                await made.client.submit(one(rid, "secret"))
+        # Whoever waits leaves, and the rids are free at once, while the engine has heard nothing of it.
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        second = asyncio.create_task(
+            made.client.submit(batch(B=request("beta"), A=request("alpha")))
+        )
+        await asyncio.sleep(0)
+        made.knobs.is_stuck = False
+        texts = {
+            completion.rid: completion.text for completion in (await finish(await second)).values()
+        }
+        assert texts == {"B": "beta", "A": "alph"}
+        await until(lambda: made.client.num_open == 0 or bool(made.engine.num_running))
+
+
+async def test_names_of_groups_are_claimed_too(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.005) as made:
+        stream = await made.client.submit(group("a", 2, max_new_tokens=300))
+        for taken in ("a", "a_0", "a_1"):
+            with pytest.raises(RequestError, match=f"{taken!r} is already in use"):
+                await made.client.submit(one(taken))
+        stream.close()
+        await finish(await made.client.submit(one("a")))
+
+
+async def test_nothing_of_a_rid_crosses_to_the_engine(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer) as made:
+        sent: list[bytes] = []
+        send = made.client._transport.send
+
+        def watch(message: ToEngine) -> None:
+            sent.append(encode(message))
+            send(message)
+
+        made.client._transport.send = watch
+        await finish(await made.client.submit(group("a-rid-that-is-seen", 64, max_new_tokens=1)))
+        assert len(sent) == 1
+        assert b"a-rid-that" not in sent[0]
+        alone = encode(Submit.of(0, [request(max_new_tokens=1)]))
+        assert len(sent[0]) < len(alone) + 8, "64 samples cross once"
 
 
 async def test_a_refused_request_takes_its_batch_with_it(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.005) as made:
-        batch = [
-            request("good", max_new_tokens=500),
-            request("bad", adapter="nobody"),
-            request("also-good", max_new_tokens=500),
-        ]
+        call = batch(
+            good=request(max_new_tokens=500),
+            bad=request(adapter="nobody"),
+            also_good=request(max_new_tokens=500),
+        )
         with pytest.raises(RequestError, match="'nobody' has never been loaded; loaded: json, sql"):
-            await made.client.submit(batch)
+            await made.client.submit(call)
         await until(lambda: made.client.num_open == 0)
-        assert sorted(made.engine.aborted) == ["also-good", "good"]
+        assert sorted(made.engine.aborted) == [0, 2]
         assert made.metric("requests_total", outcome="error") == 1
         assert made.metric("requests_total", outcome="abort") == 2
         assert made.metric("requests_open") == 0
@@ -233,19 +321,19 @@ async def test_a_refused_request_takes_its_batch_with_it(tokenizer: Tokenizer) -
 
 async def test_a_caller_cancelled_while_it_waits_aborts_its_requests(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, hold_accept=True) as made:
-        waiting = asyncio.create_task(made.client.submit([request("a"), request("b")]))
+        waiting = asyncio.create_task(made.client.submit(batch(a=request(), b=request())))
         await until(lambda: made.engine.num_running == 2)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await until(lambda: made.client.num_open == 0)
-        assert sorted(made.engine.aborted) == ["a", "b"]
+        assert sorted(made.engine.aborted) == [0, 1]
 
 
 async def test_closing_a_stream_aborts_what_still_runs(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.005) as made:
         stream = await made.client.submit(
-            [request("short", max_new_tokens=1), request("long", max_new_tokens=500)]
+            batch(short=request(max_new_tokens=1), long=request(max_new_tokens=500))
         )
         async for index, completion in stream:
             if index == 0 and completion.finish is not None:
@@ -253,13 +341,13 @@ async def test_closing_a_stream_aborts_what_still_runs(tokenizer: Tokenizer) -> 
         stream.close()
         stream.close()
         await until(lambda: made.client.num_open == 0)
-        assert made.engine.aborted == ["long"]
+        assert made.engine.aborted == [1]
 
 
 async def test_abort_delivers_an_abort(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.005) as made:
         streams = [
-            await made.client.submit([request(rid, max_new_tokens=500)]) for rid in ("a", "b", "c")
+            await made.client.submit(one(rid, max_new_tokens=500)) for rid in ("a", "b", "c")
         ]
         assert made.client.abort("nobody") == 0
         assert made.client.abort("a") == 1
@@ -275,11 +363,8 @@ async def test_abort_delivers_an_abort(tokenizer: Tokenizer) -> None:
 
 async def test_abort_knows_the_id_that_requests_were_expanded_from(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.005) as made:
-        expanded = [request("a_0", max_new_tokens=500), request("a_1", max_new_tokens=500)]
-        stream = await made.client.submit(expanded, {"a_0": "a", "a_1": "a"})
-        await made.client.submit(
-            [request("a_2", max_new_tokens=500)]
-        )  # only looks like one of them
+        stream = await made.client.submit(group("a", 2, max_new_tokens=500))
+        await made.client.submit(one("a_2", max_new_tokens=500))  # only looks like one of them
         assert made.client.abort("a") == 2
         await finish(stream)
         assert made.client.num_open == 1
@@ -287,7 +372,7 @@ async def test_abort_knows_the_id_that_requests_were_expanded_from(tokenizer: To
 
 async def test_a_request_that_fails_later_says_so_in_its_end(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, fail_token=ord("x")) as made:
-        results = await finish(await made.client.submit([request("bad", "abx"), request("good")]))
+        results = await finish(await made.client.submit(batch(bad=request("abx"), good=request())))
         ended = results[0].finish
         assert ended is not None
         error = finish_error(ended)
@@ -311,10 +396,10 @@ async def test_death_is_an_error_for_everyone_once(
 ) -> None:
     async with session(tokenizer, step_s=0.005, last_words=last_words) as made:
         running = await made.client.submit(
-            [request("a", max_new_tokens=500), request("b", max_new_tokens=500)]
+            batch(a=request(max_new_tokens=500), b=request(max_new_tokens=500))
         )
         made.knobs.is_stuck = True
-        waiting = asyncio.create_task(made.client.submit([request("c")]))
+        waiting = asyncio.create_task(made.client.submit(one("c")))
         asking = asyncio.create_task(made.client.command("info"))
         await asyncio.sleep(0.05)
         made.engine.die()
@@ -325,7 +410,7 @@ async def test_death_is_an_error_for_everyone_once(
             with pytest.raises(EngineDeadError, match=wanted):
                 await task
         with pytest.raises(EngineDeadError, match=wanted):
-            await made.client.submit([request("d")])
+            await made.client.submit(one("d"))
         with pytest.raises(EngineDeadError, match=wanted):
             await made.client.command("info")
         with pytest.raises(EngineDeadError):
@@ -341,7 +426,7 @@ async def test_death_is_an_error_for_everyone_once(
 
 async def test_a_message_that_cannot_be_read_is_the_end(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.01) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=500)])
+        stream = await made.client.submit(one("r", max_new_tokens=500))
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
             socket.connect(made.thread.address.to_client)
             socket.send(b"\x01")
@@ -366,7 +451,7 @@ def test_which_ends_are_errors(status: int | None, kind: type[Exception] | None)
 
 async def test_what_came_before_the_death_is_delivered(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, die_after=3) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=500)])
+        stream = await made.client.submit(one("r", max_new_tokens=500))
         await made.client.died()
         _, completion = await anext(stream)
         assert completion.text == "aba"
@@ -403,7 +488,7 @@ async def test_close_ends_the_engine_and_drains(tokenizer: Tokenizer) -> None:
     with ThreadEngine(Knobs(step_s=0.01)) as thread:
         made = Session(thread, tokenizer)
         await made.client.start()
-        stream = await made.client.submit([request("r", max_new_tokens=10)])
+        stream = await made.client.submit(one("r", max_new_tokens=10))
         following = asyncio.create_task(finish(stream))
         await made.client.close(drain_seconds=10)
         assert (await following)[0].text == "ababababab"

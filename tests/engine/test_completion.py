@@ -51,11 +51,10 @@ def start(
     tokenizer: Tokenizer, *, prompt: str = "Q:", clock: Clock | None = None, **sampling: Any
 ) -> Completion:
     request = Request(
-        rid="r",
         prompt_token_ids=tokenizer.encode(prompt),
         sampling=SamplingParams(**sampling),
     )
-    return Completion(request, tokenizer, clock=clock or Clock())
+    return Completion(request, tokenizer, rid="r", clock=clock or Clock())
 
 
 def letters(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -64,7 +63,7 @@ def letters(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def out(token_ids: list[int], finish: FinishReason | None = None, **fields: Any) -> RequestOutput:
-    return RequestOutput(rid="r", token_ids=token_ids, finish=finish, **fields)
+    return RequestOutput(id=0, token_ids=token_ids, finish=finish, **fields)
 
 
 def stream(completion: Completion, ids: list[int]) -> list[str]:

@@ -54,9 +54,9 @@ def make_core(
     )
 
 
-def request(rid: str = "a", **fields: object) -> Request:
+def request(**fields: object) -> Request:
     sampling = SamplingParams(**{"max_new_tokens": 5, "ignore_eos": True} | fields)
-    return Request(rid=rid, prompt_token_ids=[1, 2, 3], sampling=sampling)
+    return Request(prompt_token_ids=[1, 2, 3], sampling=sampling)
 
 
 def run(core: EngineCore) -> list[RequestOutput]:
@@ -71,20 +71,45 @@ def run(core: EngineCore) -> list[RequestOutput]:
 def test_a_request_is_accepted_and_ends_once() -> None:
     core = make_core()
     core.submit(request())
-    assert core.take_accepted() == ["a"]
+    assert core.take_accepted() == [0]
     outputs = run(core)
     assert [len(o.token_ids) for o in outputs] == [1] * 5
     assert [o.finish is not None for o in outputs] == [False] * 4 + [True]
     assert core.take_accepted() == []
 
 
-def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
+def test_an_id_is_never_used_again() -> None:
     core = make_core()
-    core.submit(request())
-    with pytest.raises(RequestError, match="already in use"):
-        core.submit(request())
-    assert sum(o.finish is not None for o in run(core)) == 1
-    core.submit(request())  # free again
+    assert core.submit(request(n=3)) == 0
+    for number in (0, 2):
+        with pytest.raises(EngineFault, match="ids below 3 have been used"):
+            core.submit(request(), number)
+    assert core.submit(request(), 7) == 7
+    assert sum(o.finish is not None for o in run(core)) == 4
+    with pytest.raises(EngineFault):
+        core.submit(request(), 7)  # not after its end either
+    assert core.submit(request()) == 8
+
+
+def test_samples_are_one_request_with_seeds_that_follow_each_other() -> None:
+    core = make_core()
+    sampled = request(n=3, sampling_seed=41)
+    core.submit(sampled)
+    alone = make_core()
+    for seed in (41, 42, 43):
+        alone.submit(request(sampling_seed=seed))
+
+    def tokens(core: EngineCore) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for output in run(core):
+            found.setdefault(output.id, []).extend(output.token_ids)
+        return found
+
+    sequences = [core._scheduler._state.sequences[number] for number in range(3)]
+    assert all(seq.tokens is sampled.prompt_token_ids for seq in sequences)
+    assert all(seq.sampling is sampled.sampling for seq in sequences)
+    assert tokens(core) == tokens(alone)
+    assert sampled.prompt_token_ids == [1, 2, 3]
 
 
 def test_an_adapter_without_lora_is_refused() -> None:
@@ -102,15 +127,15 @@ def test_an_adapter_without_lora_is_refused() -> None:
 def test_a_slow_grammar_lets_others_pass() -> None:
     gate = threading.Event()
     core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None)
-    core.submit(request("slow", regex="a"))
-    core.submit(request("quick"))
+    slow = core.submit(request(regex="a"))
+    quick = core.submit(request())
     outputs: list[RequestOutput] = []
     while not any(o.finish for o in outputs):
         outputs += core.step()
-    assert {o.rid for o in outputs} == {"quick"}
-    assert core.take_accepted() == ["quick"]
+    assert {o.id for o in outputs} == {quick}
+    assert core.take_accepted() == [quick]
     gate.set()
-    assert {o.rid for o in run(core)} == {"slow"}
+    assert {o.id for o in run(core)} == {slow}
 
 
 def test_a_bad_grammar_refuses_its_request_alone() -> None:
@@ -118,13 +143,13 @@ def test_a_bad_grammar_refuses_its_request_alone() -> None:
         raise RequestError("sampling_params.regex does not compile", "regex")
 
     core = make_core(compile_grammar=refuse)
-    core.submit(request("bad", regex="(("))
-    core.submit(request("good"))
-    last = {o.rid: o.finish for o in run(core)}
-    assert last["bad"] is not None
-    assert last["bad"].status_code == 400
-    assert last["good"] is not None
-    assert last["good"].kind == "length"
+    bad = core.submit(request(regex="(("))
+    good = core.submit(request())
+    last = {o.id: o.finish for o in run(core)}
+    assert last[bad] is not None
+    assert last[bad].status_code == 400
+    assert last[good] is not None
+    assert last[good].kind == "length"
 
 
 @pytest.mark.parametrize("error", [TypeError("no such thing"), MemoryError(), EngineFault("gone")])
@@ -173,8 +198,7 @@ def test_a_request_holds_its_grammar_until_it_ends() -> None:
 def test_a_request_is_aborted_while_its_grammar_compiles() -> None:
     gate = threading.Event()
     core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None)
-    core.submit(request("slow", regex="a"))
-    core.abort("slow", "enough")
+    core.abort(core.submit(request(regex="a")), "enough")
     (output,) = core.step()
     assert output.finish is not None
     assert (output.finish.kind, output.finish.message) == ("abort", "enough")
@@ -184,14 +208,13 @@ def test_a_request_is_aborted_while_its_grammar_compiles() -> None:
 
 def test_abort_ends_one_or_all() -> None:
     core = make_core()
-    for rid in "abc":
-        core.submit(request(rid, max_new_tokens=50))
+    core.submit(request(max_new_tokens=50, n=3))
     core.step()
-    core.abort("b", "no")
-    core.abort("nobody", "no")
+    core.abort(1, "no")
+    core.abort(99, "no")
     core.abort(None, "all")
-    ended = {o.rid: o.finish.message for o in run(core) if o.finish}
-    assert ended == {"a": "all", "b": "no", "c": "all"}
+    ended = {o.id: o.finish.message for o in run(core) if o.finish}
+    assert ended == {0: "all", 1: "no", 2: "all"}
 
 
 def test_commands() -> None:
@@ -211,12 +234,12 @@ def test_what_waits_for_its_grammar_is_in_the_queue() -> None:
     gate = threading.Event()
     core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None, max_queued=2)
     core.check_queue(5)  # nobody waits: a call of any size
-    for rid in "ab":
+    for _ in range(2):
         core.check_queue(1)
-        core.submit(request(rid, regex="a"))
+        core.submit(request(regex="a"))
     with pytest.raises(UnavailableError, match=r"2 sequences wait.*--max-queued-requests is 2"):
         core.check_queue(1)
-    core.abort("a", "enough")
+    core.abort(0, "enough")
     core.check_queue(1)
     with pytest.raises(UnavailableError):
         core.check_queue(2)
@@ -236,11 +259,10 @@ class BrokenWorker:
 
 def test_a_failing_step_leaves_every_open_request_to_be_told() -> None:
     core = make_core(worker=BrokenWorker())
-    for rid in "ab":
-        core.submit(request(rid))
+    core.submit(request(n=2))
     with pytest.raises(EngineFault, match=r"RuntimeError.*lost"):
         core.step()
     outputs = core.fail_all("the engine failed: the device is lost")
-    assert {o.rid for o in outputs} == {"a", "b"}
+    assert {o.id for o in outputs} == {0, 1}
     assert all(o.finish and o.finish.status_code == 500 for o in outputs)
     assert core.num_open == 0

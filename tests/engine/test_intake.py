@@ -52,9 +52,10 @@ def test_one_text(intake: Intake, tokenizer: Tokenizer) -> None:
         -1,
         0,
     )
-    assert request.sampling.max_new_tokens == CONTEXT - len(request.prompt_token_ids)
-    assert len(request.rid) == 32
-    assert request.rid != make(intake, text="hi")[0].rid
+    assert request.sampling.max_new_tokens == CONTEXT
+    [rid] = batch.rids
+    assert len(rid) == 32
+    assert [rid] != intake.make_requests({"text": "hi"}).rids
 
 
 def test_one_list_of_ids(intake: Intake) -> None:
@@ -80,20 +81,40 @@ def test_n_completions_stand_side_by_side(intake: Intake) -> None:
     params = {"n": 2, "sampling_seed": MAX_SEED}
     single = intake.make_requests({"text": "a", "sampling_params": params, "rid": "r"})
     assert single.is_list
-    assert [r.rid for r in single.requests] == ["r_0", "r_1"]
-    assert [r.sampling.sampling_seed for r in single.requests] == [MAX_SEED, 0]
-    assert [r.sampling.n for r in single.requests] == [1, 1]
-    batch = make(
-        intake, text=["a", "b"], sampling_params={"n": 2}, lora_path=["x", "y"], rid=["p", "q"]
+    assert single.rids == ["r_0", "r_1"]
+    [request] = single.requests
+    assert request.num_samples == 2
+    assert [request.seed(0), request.seed(1)] == [MAX_SEED, 0]
+    batch = intake.make_requests(
+        {"text": ["a", "b"], "sampling_params": {"n": 2}, "lora_path": ["x", "y"]}
+        | {"rid": ["p", "q"]}
     )
-    assert [(r.rid, r.adapter) for r in batch] == [
-        ("p_0", "x"),
-        ("p_1", "x"),
-        ("q_0", "y"),
-        ("q_1", "y"),
-    ]
-    assert [r.sampling.sampling_seed for r in batch] == [None] * 4
-    assert len({r.rid for r in make(intake, text=["a", "b"], sampling_params={"n": 3})}) == 6
+    assert batch.rids == ["p_0", "p_1", "q_0", "q_1"]
+    assert [batch.request_of(index).adapter for index in range(4)] == ["x", "x", "y", "y"]
+    assert batch.labels == {
+        "p_0": [0],
+        "p_1": [1],
+        "q_0": [2],
+        "q_1": [3],
+        "p": [0, 1],
+        "q": [2, 3],
+    }
+    assert [batch.requests[0].seed(sample) for sample in (0, 1)] == [None, None]
+    random = intake.make_requests({"text": ["a", "b"], "sampling_params": {"n": 3}})
+    assert len(set(random.rids)) == random.num_completions == 6
+
+
+def test_prompts_share_their_parameters_here_and_on_the_way(intake: Intake) -> None:
+    """A megabyte of a grammar crosses once, however many prompts have it."""
+    requests = make(intake, text=["a"] * 50, sampling_params={"regex": "a" * 10_000, "n": 20})
+    assert len({id(request.sampling) for request in requests}) == 1
+    data = encode(Submit.of(5, requests))
+    assert len(data) < 20_000
+    arrived = decode_to_engine(data)
+    assert isinstance(arrived, Submit)
+    assert arrived.first_id == 5
+    assert arrived.requests() == requests
+    assert len({id(request.sampling) for request in arrived.requests()}) == 1
 
 
 def test_parameters_by_prompt(intake: Intake) -> None:
@@ -137,24 +158,27 @@ def test_keys_of_other_servers_are_ignored(intake: Intake) -> None:
 
 
 def test_ids_of_a_batch_from_one_rid(intake: Intake) -> None:
-    assert [r.rid for r in make(intake, text=["a", "b"], rid="r")] == ["r_0", "r_1"]
-    assert [r.rid for r in make(intake, text="a", rid="r")] == ["r"]
-    assert [r.rid for r in make(intake, text="a", rid=["r"])] == ["r"]
+    both = intake.make_requests({"text": ["a", "b"], "rid": "r"})
+    assert both.rids == ["r_0", "r_1"]
+    assert both.labels == {"r_0": [0], "r_1": [1], "r": [0, 1]}
+    for rid in ("r", ["r"]):
+        one = intake.make_requests({"text": "a", "rid": rid})
+        assert (one.rids, one.labels) == (["r"], {"r": [0]})
 
 
 def test_new_tokens_are_limited_by_the_context(intake: Intake) -> None:
-    prompt = [1] * (CONTEXT - 2)
-    for wanted, expected in ((None, 2), (100, 2), (10**30, 2), (1, 1), (0, 0)):
-        [request] = make(intake, input_ids=prompt, sampling_params={"max_new_tokens": wanted})
+    # What it holds after each prompt is the scheduler's to say: the parameters are shared.
+    for wanted, expected in ((None, CONTEXT), (100, CONTEXT), (10**30, CONTEXT), (1, 1), (0, 0)):
+        [request] = make(intake, input_ids=[1, 2], sampling_params={"max_new_tokens": wanted})
         assert request.sampling.max_new_tokens == expected
 
 
 def test_numbers_that_fit_no_message_are_brought_into_range(intake: Intake) -> None:
     [request] = make(intake, text="a", sampling_params={"top_k": 10**30, "max_new_tokens": 10**30})
     assert request.sampling.top_k == VOCAB
-    sent = decode_to_engine(encode(Submit([request])))
+    sent = decode_to_engine(encode(Submit.of(0, [request])))
     assert isinstance(sent, Submit)
-    assert sent.requests == [request]
+    assert sent.requests() == [request]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +286,7 @@ def test_numbers_that_fit_no_message_are_brought_into_range(intake: Intake) -> N
             "min_new_tokens is 40; allowed: at most 31, which the context of 32",
         ),
         ({"text": "a", "rid": 3}, "rid", "rid is 3; allowed: a non-empty string"),
-        ({"text": "a", "rid": ""}, "rid", "rid is ''; allowed: a non-empty string"),
+        ({"text": "a", "rid": ""}, "rid", "rid is empty; allowed: 1 to 128 characters"),
         ({"text": ["a", "b"], "rid": ["x"]}, "rid", "rid has 1 entries for 2 prompts"),
         ({"text": ["a", "b"], "rid": ["x", "x"]}, "rid", "rid 'x' is given twice"),
         (
@@ -379,5 +403,4 @@ def test_any_json_is_requests_or_a_named_error(
         assert len(str(problem)) < 1000
         return
     assert requests
-    for request in requests:
-        decode_to_engine(encode(Submit([request])))
+    decode_to_engine(encode(Submit.of(0, requests)))

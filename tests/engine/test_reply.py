@@ -14,8 +14,9 @@ from lorikeet.engine.reply import finish_object, native_reply
 
 def snapshot(*, finish: FinishReason | None = None, **request: Any) -> Snapshot:
     return Snapshot(
+        rid="r1",
         request=Request(
-            rid="r1", prompt_token_ids=[5, 6], sampling=SamplingParams(), adapter="sql", **request
+            prompt_token_ids=[5, 6], sampling=SamplingParams(), adapter="sql", **request
         ),
         text="hi",
         output_ids=[7, 8],

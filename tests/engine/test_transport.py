@@ -36,10 +36,10 @@ def address() -> Iterator[EngineAddress]:
 
 
 def test_messages_arrive_whole_and_in_order_in_both_directions(address: EngineAddress) -> None:
-    request = Request(rid="r", prompt_token_ids=[1, 2], sampling=SamplingParams(stop=("a",)))
-    to_engine = [Submit([request]), Abort("r"), Command(7, "info", {"x": [1]}), Shutdown(1.5)]
+    request = Request(prompt_token_ids=[1, 2], sampling=SamplingParams(stop=("a",)))
+    to_engine = [Submit.of(3, [request]), Abort([3]), Command(7, "info", {"x": [1]}), Shutdown(1.5)]
     finish = FinishReason(kind="stop", matched="a")
-    to_client = [Accepted("r"), Outputs([RequestOutput(rid="r", token_ids=[3], finish=finish)])]
+    to_client = [Accepted([3]), Outputs([RequestOutput(id=3, token_ids=[3], finish=finish)])]
 
     async def main() -> None:
         client, engine = ClientTransport(address), EngineEndpoint(address)
@@ -85,13 +85,13 @@ def test_the_engine_never_blocks_on_a_client_that_does_not_read(address: EngineA
     async def main() -> None:
         client, engine = ClientTransport(address), EngineEndpoint(address)
         for number in range(5000):
-            engine.send(Accepted(str(number)))
+            engine.send(Accepted([number]))
         batch = await asyncio.wait_for(client.recv(), 5)
         assert 1 <= len(batch) <= 64, "a burst is handed on in parts"
         total = batch
         while len(total) < 5000:
             total += await asyncio.wait_for(client.recv(), 5)
-        assert total == [Accepted(str(n)) for n in range(5000)]
+        assert total == [Accepted([n]) for n in range(5000)]
         engine.close()
         client.close()
 
@@ -146,9 +146,9 @@ def test_an_engine_that_is_busy_still_says_that_it_lives(
 def test_last_words_survive_the_end_of_the_engine(address: EngineAddress) -> None:
     async def main() -> None:
         client, engine = ClientTransport(address), EngineEndpoint(address)
-        engine.send(Accepted("last"))
+        engine.send(Accepted([7]))
         engine.close()
-        assert await asyncio.wait_for(client.recv(), 5) == [Accepted("last")]
+        assert await asyncio.wait_for(client.recv(), 5) == [Accepted([7])]
         client.close()
 
     asyncio.run(main())

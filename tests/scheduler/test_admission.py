@@ -54,7 +54,7 @@ class Desk:
     def arrive(self, *versions: int) -> list[Sequence]:
         seqs: list[Sequence] = []
         for version in versions:
-            request = Request(rid="", prompt_token_ids=[1], sampling=SamplingParams())
+            request = Request(prompt_token_ids=[1], sampling=SamplingParams())
             seqs.append(Sequence(self.num_made, request, version, 0))
             self.num_made += 1
             self.queue.push(seqs[-1])

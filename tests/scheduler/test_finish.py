@@ -16,7 +16,6 @@ def prepared(
     num_prompt: int, *, context: int = 20, num_pages: int = 8, **sampling: object
 ) -> Sequence:
     request = Request(
-        rid="r",
         prompt_token_ids=[9] * num_prompt,
         sampling=SamplingParams(**sampling),  # pyright: ignore[reportArgumentType]
     )
@@ -34,7 +33,8 @@ def prepared(
 
 
 def reason(seq: Sequence, *tokens: int) -> FinishReason | None:
-    seq.tokens.extend(tokens)
+    for token in tokens:
+        seq.append(token)
     return finish_reason(seq, tokens[-1])
 
 

@@ -8,7 +8,7 @@ from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 
 
 def make(seq_id: int, version: int = 0) -> Sequence:
-    request = Request(rid=str(seq_id), prompt_token_ids=[1], sampling=SamplingParams())
+    request = Request(prompt_token_ids=[1], sampling=SamplingParams())
     return Sequence(seq_id, request, version, seed=0)
 
 

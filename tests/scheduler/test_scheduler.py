@@ -108,7 +108,7 @@ def test_max_new_tokens_zero_computes_the_prompt_only() -> None:
     seq = rig.add(6, max_new=0, return_logprob=True, logprob_start_len=0)
     rig.run()
     assert rig.end_of(seq) == FinishReason(kind="length", length=0)
-    (output,) = rig.outputs["r0"]
+    (output,) = rig.outputs[0]
     assert (output.token_ids, output.logprobs) == ([], [])
     assert [entry.token_id for entry in output.prompt_logprobs] == [0, 1, 2, 3, 4, 5]
 
@@ -117,7 +117,7 @@ def test_prompt_logprobs_come_once_with_the_first_token() -> None:
     rig = Rig(max_step_tokens=4)
     seq = rig.add(10, max_new=2, return_logprob=True, logprob_start_len=2)
     rig.run()
-    first, second = rig.outputs["r0"]
+    first, second = rig.outputs[0]
     assert [entry.token_id for entry in first.prompt_logprobs] == list(range(2, 10))
     assert second.prompt_logprobs == []
     assert [entry.token_id for entry in (*first.logprobs, *second.logprobs)] == rig.tokens_of(seq)
@@ -140,7 +140,7 @@ def test_siblings_hit_the_prompt_that_is_computed_in_the_same_step() -> None:
     assert [start.num_cached for start in plan.starts] == [0, 8, 8]
     rig.run()
     assert len({tuple(rig.tokens_of(seq)) for seq in seqs}) == 1
-    assert [rig.outputs[f"r{i}"][0].cached_tokens for i in range(3)] == [0, 8, 8]
+    assert [rig.outputs[i][0].cached_tokens for i in range(3)] == [0, 8, 8]
 
 
 def test_the_second_turn_hits_the_first_answer() -> None:
@@ -148,7 +148,7 @@ def test_the_second_turn_hits_the_first_answer() -> None:
     first = rig.add(10, max_new=8)
     rig.run()
     history = [*range(10), *rig.tokens_of(first), 1, 2]
-    request = Request(rid="turn", prompt_token_ids=history, sampling=SamplingParams())
+    request = Request(prompt_token_ids=history, sampling=SamplingParams())
     rig.scheduler.add(Sequence(99, request, 0, 0))
     assert rig.step().starts[0].num_cached == 16, "all but the last token of the answer is computed"
 
@@ -168,7 +168,7 @@ def test_without_radix_nothing_is_cached() -> None:
     rig.run()
     seq = rig.add(10)
     rig.run()
-    assert rig.outputs[seq.request.rid][0].cached_tokens == 0
+    assert rig.outputs[seq.id][0].cached_tokens == 0
 
 
 def test_an_adapter_is_copied_while_others_run() -> None:

@@ -25,7 +25,7 @@ def test_the_youngest_is_preempted_and_loses_nothing() -> None:
     rig.run()
     assert rig.tokens_of(old) == alone(8, 20)
     assert rig.tokens_of(young) == alone(9, 20)
-    assert {output.cached_tokens for output in rig.outputs["r1"]} == {young.cached_tokens}
+    assert {output.cached_tokens for output in rig.outputs[1]} == {young.cached_tokens}
     assert rig.kv.num_available == 8
 
 

@@ -209,7 +209,8 @@ async def test_what_a_request_does_not_say_the_model_recommends(make_api: MakeAp
 
 async def test_n_has_a_seed_for_each(api: Api) -> None:
     await chat(api, n=3, seed=5)
-    assert [request.sampling.sampling_seed for request in api.engine.seen] == [5, 6, 7]
+    (seen,) = api.engine.seen
+    assert [seen.seed(sample) for sample in range(3)] == [5, 6, 7]
 
 
 async def test_response_formats(api: Api) -> None:
@@ -500,7 +501,7 @@ async def test_an_aborted_call_is_an_error(make_api: MakeApi, stream: bool) -> N
     while api.engine.num_running < 2:
         assert not call.done()
         await asyncio.sleep(0.001)
-    group = api.engine.seen[0].rid.rpartition("_")[0]
+    (group,) = (rid for rid, call in api.client._labels.items() if len(call.labels[rid]) == 2)
     aborted = await api.http.post("/abort_request", json={"rid": group})
     assert aborted.json() == {"aborted": 2}
     reply = await call

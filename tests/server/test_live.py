@@ -67,7 +67,7 @@ def test_a_client_that_leaves_aborts_its_requests(
         if stream and not hold_accept:
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
     wait_until(lambda: server.engine.num_running == 0)
-    assert sorted(server.engine.aborted) == ["x", "y"]
+    assert sorted(server.engine.aborted) == [0, 1]
     wait_until(lambda: server.client.num_open == 0)
     wait_until(lambda: any("(client left)" in line for line in caplog.messages))
     other = httpx.get(server.url + "/health", timeout=60)

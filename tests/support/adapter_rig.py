@@ -151,7 +151,7 @@ class AdapterRig:
             seeds=lambda: 0,
             info={},
         )
-        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.outputs: dict[int, list[RequestOutput]] = {}
         self.copy = AdapterViews()
 
     # -- files and commands --------------------------------------------------------------------------------------
@@ -191,41 +191,36 @@ class AdapterRig:
 
     def submit(
         self, adapter: str | None, *, count: int = 4, prompt: list[int] | None = None
-    ) -> str:
-        rid = f"r{len(self.outputs)}"
-        self.outputs[rid] = []
+    ) -> int:
         sampling = SamplingParams(max_new_tokens=count, ignore_eos=True)
-        self.core.submit(
-            Request(
-                rid=rid,
-                prompt_token_ids=prompt or list(range(10)),
-                sampling=sampling,
-                adapter=adapter,
-            )
+        prompt = prompt or list(range(10))
+        number = self.core.submit(
+            Request(prompt_token_ids=prompt, sampling=sampling, adapter=adapter)
         )
-        return rid
+        self.outputs[number] = []
+        return number
 
     def ask(
         self, adapter: str | None, *, count: int = 4, prompt: list[int] | None = None
     ) -> list[int]:
         """The tokens that a request is answered with; AssertionError if it is refused."""
-        rid = self.submit(adapter, count=count, prompt=prompt)
-        self.until(lambda: self.is_over(rid))
-        return self.tokens(rid)
+        number = self.submit(adapter, count=count, prompt=prompt)
+        self.until(lambda: self.is_over(number))
+        return self.tokens(number)
 
-    def tokens(self, rid: str) -> list[int]:
-        outputs = self.outputs[rid]
+    def tokens(self, number: int) -> list[int]:
+        outputs = self.outputs[number]
         assert outputs[-1].finish is not None
         assert outputs[-1].finish.kind == "length", outputs[-1].finish
         return [token for output in outputs for token in output.token_ids]
 
-    def is_over(self, rid: str) -> bool:
-        return bool(self.outputs[rid]) and self.outputs[rid][-1].finish is not None
+    def is_over(self, number: int) -> bool:
+        return bool(self.outputs[number]) and self.outputs[number][-1].finish is not None
 
-    def refusal(self, rid: str) -> str:
+    def refusal(self, number: int) -> str:
         """Why a request was refused, with a status of 400."""
-        self.until(lambda: self.is_over(rid))
-        finish = self.outputs[rid][-1].finish
+        self.until(lambda: self.is_over(number))
+        finish = self.outputs[number][-1].finish
         assert finish is not None
         assert (finish.kind, finish.status_code) == ("abort", 400), finish
         return finish.message or ""
@@ -234,8 +229,8 @@ class AdapterRig:
 
     def step(self) -> None:
         for output in self.core.step():
-            assert not self.is_over(output.rid), f"{output.rid} ends twice"
-            self.outputs[output.rid].append(output)
+            assert not self.is_over(output.id), f"{output.id} ends twice"
+            self.outputs[output.id].append(output)
         self.tell()
 
     def tell(self) -> None:

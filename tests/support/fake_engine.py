@@ -104,6 +104,7 @@ class Knobs:
 
 @dataclass
 class _Running:
+    number: int
     request: Request
     script: list[int] | None = None
     num_out: int = 0
@@ -115,10 +116,11 @@ class FakeEngine:
     def __init__(self, address: EngineAddress, knobs: Knobs) -> None:
         self.knobs = knobs
         self.seen: list[Request] = []
-        self.aborted: list[str] = []
+        self.aborted: list[int] = []
         self.num_steps = 0
         self._address = address
-        self._running: dict[str, _Running] = {}
+        self._running: dict[int, _Running] = {}
+        self._next_id = 0
         self._deadline: float | None = None
         self._must_die = threading.Event()
         self.max_running = 0
@@ -187,9 +189,9 @@ class FakeEngine:
 
     def _is_over(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            for rid in list(self._running):
+            for number in list(self._running):
                 self._end(
-                    rid,
+                    number,
                     FinishReason(
                         kind="abort", message="the server is shutting down", status_code=503
                     ),
@@ -200,11 +202,10 @@ class FakeEngine:
         if self.knobs.is_stuck and not isinstance(message, Shutdown):
             return
         match message:
-            case Submit(requests):
-                for request in requests:
-                    self._submit(request)
-            case Abort(rid, text):
-                for key in list(self._running) if rid is None else [rid]:
+            case Submit():
+                self._begin(message)
+            case Abort(ids, text):
+                for key in list(self._running) if ids is None else ids:
                     if key in self._running:
                         self.aborted.append(key)
                         self._end(key, FinishReason(kind="abort", message=text))
@@ -216,39 +217,46 @@ class FakeEngine:
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
-    def _submit(self, request: Request) -> None:
-        self.seen.append(request)
-        if request.rid in self._running:
-            raise AssertionError(f"the client let the duplicate rid {request.rid!r} through")
+    def _begin(self, message: Submit) -> None:
+        if message.first_id < self._next_id:
+            raise AssertionError(f"the client used the id {message.first_id} twice")
+        self._next_id = message.first_id
+        for request in message.requests():
+            self.seen.append(request)
+            for _ in range(request.num_samples):
+                self._submit(self._next_id, request)
+                self._next_id += 1
+
+    def _submit(self, number: int, request: Request) -> None:
         if self.knobs.queue_is_full:
-            self._refuse(request.rid, "the queue is full", 503)
+            self._refuse(number, "the queue is full", 503)
         elif request.adapter is not None and request.adapter not in self.knobs.adapters:
             known = ", ".join(self.knobs.adapters)
             self._refuse(
-                request.rid,
+                number,
                 f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}",
             )
         elif request.sampling.regex == "(":
-            self._refuse(request.rid, "sampling_params.regex: '(' is no regular expression")
+            self._refuse(number, "sampling_params.regex: '(' is no regular expression")
         elif request.sampling.structural_tag and self.knobs.refuse_grammar:
             reason = self.knobs.refuse_grammar
-            self._refuse(request.rid, f"sampling_params.structural_tag: {reason}")
+            self._refuse(number, f"sampling_params.structural_tag: {reason}")
         elif not self.knobs.hold_accept:
             scripts = self.knobs.scripts
-            script = scripts[(len(self.seen) - 1) % len(scripts)] if scripts else None
-            self._running[request.rid] = _Running(request, script)
+            script = scripts[number % len(scripts)] if scripts else None
+            self._running[number] = _Running(number, request, script)
             self.max_running = max(self.max_running, len(self._running))
-            self._endpoint.send(Accepted(request.rid))
+            self._endpoint.send(Accepted([number]))
         else:
-            self._running[request.rid] = _Running(request)
+            self._running[number] = _Running(number, request)
 
-    def _refuse(self, rid: str, message: str, status_code: int = 400) -> None:
+    def _refuse(self, number: int, message: str, status_code: int = 400) -> None:
         finish = FinishReason(kind="abort", message=message, status_code=status_code)
-        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+        self._endpoint.send(Outputs([RequestOutput(id=number, token_ids=[], finish=finish)]))
 
-    def _end(self, rid: str, finish: FinishReason) -> None:
-        del self._running[rid]
-        self._endpoint.send(Outputs([RequestOutput(rid=rid, token_ids=[], finish=finish)]))
+    def _end(self, number: int, finish: FinishReason) -> None:
+        del self._running[number]
+        self._endpoint.send(Outputs([RequestOutput(id=number, token_ids=[], finish=finish)]))
 
     def _command(self, command: Command) -> Reply | None:
         """The reply, or None if it comes later."""
@@ -353,19 +361,22 @@ class FakeEngine:
         self._endpoint.send(self.knobs.stats or Stats({"num_running": float(len(self._running))}))
         self.num_steps += 1
 
-    def _pool(self, request: Request) -> RequestOutput:
-        del self._running[request.rid]
+    def _pool(self, entry: _Running) -> RequestOutput:
+        del self._running[entry.number]
         return RequestOutput(
-            rid=request.rid,
+            id=entry.number,
             token_ids=[],
-            embedding=struct.pack(f"<{HIDDEN_SIZE}f", *vector(request)),
+            embedding=struct.pack(f"<{HIDDEN_SIZE}f", *vector(entry.request)),
             finish=FinishReason(kind="length", length=0),
         )
+
+    def _room(self, request: Request) -> int:
+        return self.knobs.context_length - len(request.prompt_token_ids)
 
     def _advance(self, entry: _Running) -> RequestOutput:
         request, sampling = entry.request, entry.request.sampling
         if request.pooling is not None:
-            return self._pool(request)
+            return self._pool(entry)
         token = request.prompt_token_ids[entry.num_out % len(request.prompt_token_ids)]
         finish = None
         if entry.script is not None and entry.num_out == len(entry.script):
@@ -379,12 +390,12 @@ class FakeEngine:
             finish = FinishReason(kind="abort", message="out of memory", status_code=500)
         elif token in sampling.stop_token_ids:
             finish = FinishReason(kind="stop", matched=token)
-        elif entry.num_out == sampling.max_new_tokens:
+        elif entry.num_out in (sampling.max_new_tokens, self._room(request)):
             finish = FinishReason(kind="length", length=entry.num_out)
         if finish is not None:
-            del self._running[request.rid]
+            del self._running[entry.number]
         return RequestOutput(
-            rid=request.rid,
+            id=entry.number,
             token_ids=[token],
             logprobs=_logprobs([token], request),
             prompt_logprobs=(

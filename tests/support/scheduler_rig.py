@@ -67,14 +67,13 @@ class Rig:
             fail_token=lambda seq: seq in self.failing_tokens,
             copy_steps=lambda: copy_steps,
         )
-        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.outputs: dict[int, list[RequestOutput]] = {}
         self.num_added = 0
 
     def add(
         self, num_prompt: int = 6, *, version: int = 0, max_new: int = 4, **fields: object
     ) -> Sequence:
         request = Request(
-            rid=f"r{self.num_added}",
             prompt_token_ids=list(range(num_prompt)),
             sampling=SamplingParams(max_new_tokens=max_new),
         )
@@ -103,7 +102,7 @@ class Rig:
     def collect(self) -> None:
         self.scheduler.check_integrity()
         for output in self.scheduler.drain():
-            self.outputs.setdefault(output.rid, []).append(output)
+            self.outputs.setdefault(output.id, []).append(output)
 
     def step(self) -> StepPlan:
         plan = self.plan()
@@ -116,7 +115,7 @@ class Rig:
 
     def end_of(self, seq: Sequence) -> FinishReason:
         """The terminal output's reason; there is exactly one, and it is the last."""
-        outputs = self.outputs[seq.request.rid]
+        outputs = self.outputs[seq.id]
         assert [output.finish is None for output in outputs] == [True] * (len(outputs) - 1) + [
             False
         ]
@@ -124,7 +123,7 @@ class Rig:
         return outputs[-1].finish
 
     def tokens_of(self, seq: Sequence) -> list[int]:
-        return [token for output in self.outputs[seq.request.rid] for token in output.token_ids]
+        return [token for output in self.outputs[seq.id] for token in output.token_ids]
 
 
 def alone(num_prompt: int, max_new: int) -> list[int]:

@@ -84,8 +84,8 @@ class Simulation:
             copy_steps=lambda: self.random.randint(0, s.copy_steps),
         )
         self.registry = AdapterRegistry()
-        self.answers: dict[str, Answer] = {}
-        self._unfinished: dict[str, Answer] = {}
+        self.answers: dict[int, Answer] = {}
+        self._unfinished: dict[int, Answer] = {}
         self.in_flight: deque[StepPlan] = deque()
         self.passes: dict[int, int] = {}
         self._sequences: dict[int, Sequence] = {}
@@ -218,8 +218,8 @@ class Simulation:
 
     def _take_outputs(self) -> None:
         for output in self.scheduler.drain():
-            answer = self.answers[output.rid]
-            assert answer.finish is None, f"{output.rid} goes on after its end"
+            answer = self.answers[output.id]
+            assert answer.finish is None, f"{output.id} goes on after its end"
             answer.tokens.extend(output.token_ids)
             answer.logprobs.extend(output.logprobs)
             answer.prompt_logprobs.extend(output.prompt_logprobs)
@@ -227,7 +227,7 @@ class Simulation:
             answer.finish = output.finish
             answer.embedding = output.embedding
             if output.finish is not None:
-                del self._unfinished[output.rid]
+                del self._unfinished[output.id]
                 self.registry.release(answer.seq.version)
                 self._drop_unleased()
                 self._check_answer(answer, output)
@@ -297,14 +297,14 @@ class Simulation:
         seq = Sequence(self._next_id, request, self.registry.lease(request.adapter), self._next_id)
         self._next_id += 1
         self._sequences[seq.id] = seq
-        answer = self.answers[request.rid] = Answer(seq, request.adapter)
-        self._unfinished[request.rid] = answer
+        answer = self.answers[seq.id] = Answer(seq, request.adapter)
+        self._unfinished[seq.id] = answer
         try:
             self.scheduler.add(seq)
         except RequestError as error:
             answer.finish = FinishReason(kind="abort", message=str(error), status_code=400)
             assert self._has_failed(answer.finish)
-            del self._unfinished[request.rid]
+            del self._unfinished[seq.id]
             self.registry.release(seq.version)
             self._drop_unleased()
 
@@ -321,7 +321,6 @@ class Simulation:
         if self.scenario.pooling_rate and rng.random() < self.scenario.pooling_rate:
             pooling, max_new = Pooling(kind=rng.choice(("last", "mean"))), 0
         return Request(
-            rid=f"r{self._next_id}",
             prompt_token_ids=prompt,
             adapter=self._adapter(),
             sampling=SamplingParams(

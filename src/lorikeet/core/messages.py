@@ -7,27 +7,65 @@ adding a class here and a row to the table of handlers at the receiving end.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import msgspec
 
-from lorikeet.core.request import Request, RequestOutput
+from lorikeet.core.request import Prompt, Request, RequestOutput, SamplingParams
+
+
+class Entry(Prompt, kw_only=True):
+    """A request on its way; ``sampling`` is a place in the list of the message."""
+
+    sampling: int
 
 
 class Submit(msgspec.Struct, tag=True):
     """Start the requests of one call, so that they can share their first step.
 
-    Each is answered by ``Accepted`` or by ``Outputs`` with a terminal output.
+    Each completion is answered by ``Accepted`` or by ``Outputs`` with a terminal output.
+
+    Attributes:
+        first_id: completions are numbered from here on, request after request. No number is ever used again.
+        num_completions: how many there are, also where the rest cannot be read.
+        sampling: the parameters, each set once, however many requests share it.
     """
 
-    requests: list[Request]
+    first_id: int
+    num_completions: int
+    sampling: list[SamplingParams]
+    entries: list[Entry]
+
+    @classmethod
+    def of(cls, first_id: int, requests: Sequence[Request]) -> Submit:
+        """The message for these requests; sets of parameters are told apart by identity."""
+        places: dict[int, int] = {}
+        sampling: list[SamplingParams] = []
+        entries: list[Entry] = []
+        for request in requests:
+            place = places.setdefault(id(request.sampling), len(sampling))
+            if place == len(sampling):
+                sampling.append(request.sampling)
+            fields = {name: getattr(request, name) for name in Prompt.__struct_fields__}
+            entries.append(Entry(sampling=place, **fields))
+        num = sum(request.num_samples for request in requests)
+        return cls(first_id, num, sampling, entries)
+
+    @property
+    def ids(self) -> range:
+        """The completions' numbers."""
+        return range(self.first_id, self.first_id + self.num_completions)
+
+    def requests(self) -> list[Request]:
+        """The requests, which share their parameters again."""
+        return [Request.of(entry, self.sampling[entry.sampling]) for entry in self.entries]
 
 
 class Abort(msgspec.Struct, tag=True):
-    """End a request early. ``rid=None`` means all. Each is answered by its terminal output, if still open."""
+    """End completions early. ``ids=None`` means all. Each is answered by its terminal output, if still open."""
 
-    rid: str | None
+    ids: list[int] | None
     message: str = "aborted by the client"
 
 
@@ -51,13 +89,13 @@ class Shutdown(msgspec.Struct, tag=True):
 
 
 class Accepted(msgspec.Struct, tag=True):
-    """The request was checked against the adapters and its grammar compiled; outputs will follow."""
+    """These completions were checked against the adapters and their grammar compiled; outputs will follow."""
 
-    rid: str
+    ids: list[int]
 
 
 class Outputs(msgspec.Struct, tag=True):
-    """What one step produced, for all requests it touched."""
+    """What one step produced, for all completions it touched."""
 
     outputs: list[RequestOutput]
 
@@ -184,12 +222,12 @@ class Unreadable(msgspec.Struct):
 
     Attributes:
         reason: what is wrong with it.
-        rids: the requests that it was about, as far as it tells.
+        ids: the completions that it was about, as far as it tells.
         command: the command that it was, or that it answers.
     """
 
     reason: str
-    rids: list[str]
+    ids: list[int]
     command: int | None
 
 
@@ -301,14 +339,14 @@ def _unreadable(data: bytes, error: Exception) -> Unreadable:
     if not isinstance(parts, dict):
         return found
     fields = cast("dict[object, object]", parts)
-    number = fields.get("id")
+    number, first, count = (fields.get(name) for name in ("id", "first_id", "num_completions"))
+    if isinstance(first, int) and isinstance(count, int):
+        found.ids = list(range(first, first + count))
+        return found
     found.command = number if isinstance(number, int) else None
-    entries: list[object] = [fields]
-    for name in ("requests", "outputs"):
-        items = fields.get(name)
-        entries += cast("list[object]", items) if isinstance(items, list) else []
-    for entry in entries:
-        rid = cast("dict[object, object]", entry).get("rid") if isinstance(entry, dict) else None
-        if isinstance(rid, str):
-            found.rids.append(rid)
+    outputs = fields.get("outputs")
+    for output in cast("list[object]", outputs) if isinstance(outputs, list) else []:
+        item = cast("dict[object, object]", output).get("id") if isinstance(output, dict) else None
+        if isinstance(item, int):
+            found.ids.append(item)
     return found

@@ -1,7 +1,7 @@
 """What callers see: sampling parameters, a request, and the outputs it is answered with.
 
-A request enters the engine as a :class:`Request` and leaves it as a series of :class:`RequestOutput`, of which
-exactly one, the last, carries a :class:`FinishReason`.
+A request enters the engine as a :class:`Request`, and each of its completions leaves it as a series of
+:class:`RequestOutput`, of which exactly one, the last, carries a :class:`FinishReason`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         top_k: -1 keeps all tokens.
         stop: strings that end the completion; trimmed from the text unless ``no_stop_trim``.
         stop_regex: regular expressions that end the completion like ``stop`` does.
-        n: completions per prompt; the client expands it into n requests before the engine sees it.
-        sampling_seed: the same seed and prompt give the same tokens whatever shares the batch.
+        n: completions per prompt.
+        sampling_seed: the same seed and prompt give the same tokens whatever shares the batch; the n completions take
+            this seed and the ones that follow it.
         logit_bias: token id -> value added to its logit.
         json_schema, regex, ebnf, structural_tag: at most one; the grammar that the output obeys. ``json_schema``
             and ``structural_tag`` are JSON text.
@@ -101,6 +102,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.sampling_seed is not None and not 0 <= self.sampling_seed <= MAX_SEED:
             raise _refuse("sampling_seed", self.sampling_seed, f"an integer in [0, {MAX_SEED}]")
         self._validate_tokens(vocab_size)
+        self._validate_grammar()
+
+    def _validate_grammar(self) -> None:
         given = [kind for kind in GRAMMAR_FIELDS if getattr(self, kind) is not None]
         if len(given) > 1:
             raise RequestError(
@@ -166,25 +170,47 @@ class Pooling(msgspec.Struct, frozen=True, kw_only=True):
     normalize: bool = True
 
 
-class Request(msgspec.Struct, kw_only=True):
-    """One prompt for one completion, as the engine takes it (n has been expanded).
+class Prompt(msgspec.Struct, kw_only=True):
+    """One prompt and what is asked of it, but for the sampling parameters, which the prompts of a call may share.
 
     Attributes:
-        rid: unique among the requests in flight.
         adapter: an adapter's name; None is the base model.
         logprob_start_len: first prompt position whose log-probability is wanted; -1 means none of the prompt.
         top_logprobs_num: how many of the most likely tokens to report for each position.
         pooling: asks for one vector in place of tokens; ``max_new_tokens`` is 0 then.
     """
 
-    rid: str
     prompt_token_ids: list[int]
-    sampling: SamplingParams
     adapter: str | None = None
     return_logprob: bool = False
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
     pooling: Pooling | None = None
+
+
+class Request(Prompt, kw_only=True):
+    """One prompt and its ``sampling.n`` completions. They share everything here, the list of tokens included.
+
+    Each completion has an integer of its own, its id, which whoever submits the request hands out.
+    """
+
+    sampling: SamplingParams
+
+    @classmethod
+    def of(cls, prompt: Prompt, sampling: SamplingParams) -> Request:
+        """A prompt with its parameters; nothing is copied."""
+        return cls(
+            sampling=sampling, **{name: getattr(prompt, name) for name in Prompt.__struct_fields__}
+        )
+
+    @property
+    def num_samples(self) -> int:
+        return self.sampling.n
+
+    def seed(self, sample: int) -> int | None:
+        """Sampling seed of one of the completions, None if any will do: they differ, or the completions would not."""
+        seed = self.sampling.sampling_seed
+        return None if seed is None else (seed + sample) % (MAX_SEED + 1)
 
 
 FinishKind = Literal["stop", "length", "abort"]
@@ -222,10 +248,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """What one step added to a request.
+    """What one step added to a completion.
 
     Attributes:
-        rid: the request.
+        id: the completion's.
         token_ids: the new tokens, oldest first; may be empty in a terminal output.
         logprobs: one per new token if the request asked for them.
         prompt_logprobs: positions ``logprob_start_len`` to the end of the prompt, once, with the first new token (or
@@ -236,7 +262,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         finish: set in the last output and only there.
     """
 
-    rid: str
+    id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []

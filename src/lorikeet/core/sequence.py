@@ -1,4 +1,4 @@
-"""A request while the engine works on it: its tokens, how far they are scheduled, and its state machine."""
+"""A completion while the engine works on it: its tokens, how far they are scheduled, and its state machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEGAL_TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in the engine. Two sequences are equal only if they are the same object.
+    """One completion in the engine. Two sequences are equal only if they are the same object.
 
     Half-open ranges of token positions, in the order they are passed through::
 
@@ -46,10 +46,12 @@ class Sequence:
                                                 knows these tokens, we do not
 
     Attributes:
-        id: unique for the life of the engine, never reused.
+        id: the completion's; unique for the life of the engine, never reused.
+        request: shared by the completions of one prompt.
         version: adapter version; 0 is the base model.
         seed: sampling seed, always set.
-        tokens: the prompt, then what was generated.
+        tokens: the prompt, then what was generated. While nothing was, it is the request's own list, so that many
+            samples that wait cost no more than one: only :meth:`append` adds to it.
         max_tokens: the length at which it ends; set by ``Scheduler.add``.
         stop_tokens: token ids that end it; set by ``Scheduler.add``.
         cached_tokens: tokens that came from the prefix cache at the first admission; None before it.
@@ -81,7 +83,7 @@ class Sequence:
     last_step: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_token_ids)
+        self.tokens = self.request.prompt_token_ids
         self.num_prompt = len(self.tokens)
 
     @property
@@ -124,6 +126,12 @@ class Sequence:
         start = self.logprob_start
         limit = len(self.tokens) - 1
         return limit if start < 0 else min(limit, max(0, start - 1))
+
+    def append(self, token_id: int) -> None:
+        """Add a token that was generated."""
+        if self.tokens is self.request.prompt_token_ids:
+            self.tokens = list(self.tokens)
+        self.tokens.append(token_id)
 
     def enter(self, state: SequenceState) -> None:
         """Change state.

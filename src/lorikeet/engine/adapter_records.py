@@ -105,14 +105,14 @@ class Known:
         digest: of its content.
         origins: name -> where its bytes can be read, newest last.
         report: of its first load.
-        holders: requests that lease it.
+        holders: ids of the completions that lease it.
         last_use: seconds since the epoch, of the newest lease or its end; None: never.
     """
 
     digest: str
     report: dict[str, object]
     origins: dict[str, Origin] = field(default_factory=dict[str, Origin])
-    holders: dict[str, None] = field(default_factory=dict[str, None])
+    holders: dict[int, None] = field(default_factory=dict[int, None])
     last_use: float | None = None
 
     def add_origin(self, name: str, origin: Origin, *, is_alone: bool) -> list[Origin]:

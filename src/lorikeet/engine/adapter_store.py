@@ -18,11 +18,11 @@ BASE_VERSION = 0
 class AdapterStore(Protocol):
     """What the engine asks of its adapters."""
 
-    def lease(self, name: str | None, rid: str) -> int:
-        """Version that request ``rid`` for ``name`` runs with; held until :meth:`release`. None is the base."""
+    def lease(self, name: str | None, number: int) -> int:
+        """Version that the completion ``number`` of ``name`` runs with; held until :meth:`release`. None is the base."""
         ...
 
-    def release(self, version: int, rid: str) -> None: ...
+    def release(self, version: int, number: int) -> None: ...
 
     def find(self, name: str | None) -> Future[None] | None:
         """Look for a name that is not loaded; None if there is nowhere to look. The future is the caller's own: it ends
@@ -76,13 +76,13 @@ class AdapterStore(Protocol):
 
     def close(self) -> None: ...
 
-    def check_integrity(self, leases: Mapping[str, int]) -> None: ...
+    def check_integrity(self, leases: Mapping[int, int]) -> None: ...
 
 
 class NoAdapters:
     """The store of an engine that runs without LoRA."""
 
-    def lease(self, name: str | None, rid: str) -> int:
+    def lease(self, name: str | None, number: int) -> int:
         if name is not None:
             raise LoRADisabledError(
                 f"LoRA is not enabled, so adapter {name!r} cannot be used; start the server with --enable-lora",
@@ -90,7 +90,7 @@ class NoAdapters:
             )
         return BASE_VERSION
 
-    def release(self, version: int, rid: str) -> None:
+    def release(self, version: int, number: int) -> None:
         assert version == BASE_VERSION
 
     def find(self, name: str | None) -> Future[None] | None:
@@ -144,7 +144,7 @@ class NoAdapters:
     def close(self) -> None:
         pass
 
-    def check_integrity(self, leases: Mapping[str, int]) -> None:
+    def check_integrity(self, leases: Mapping[int, int]) -> None:
         assert not any(leases.values())
 
 

@@ -12,9 +12,6 @@ from lorikeet.lora.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 
-# Requests that a message names before it only counts them.
-_MAX_LISTED = 8
-
 # Names unloaded on purpose that are remembered; a resolver may find older ones again.
 _MAX_UNLOADED = 4096
 
@@ -98,11 +95,8 @@ class Unloads:
             unload.reply.set_result(LoadOutcome(unload.name, unload.path, unload.version, seconds))
 
     def _too_slow(self, unload: Unload, seconds: float) -> AdapterError:
-        rids = list(self._known[unload.version].holders)
-        listed = ", ".join(rids[:_MAX_LISTED])
-        if len(rids) > _MAX_LISTED:
-            listed += f" and {len(rids) - _MAX_LISTED} more"
+        num_running = len(self._known[unload.version].holders)
         return AdapterError(
-            f"adapter {unload.name!r} takes no new requests, but after {seconds:.1f} s {len(rids)} still run with it "
-            f"({listed}); its memory is freed when they end"
+            f"adapter {unload.name!r} takes no new requests, but after {seconds:.1f} s {num_running} still run with "
+            f"it; its memory is freed when they end"
         )

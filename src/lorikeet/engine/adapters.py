@@ -149,7 +149,7 @@ class LoadedAdapters:
         """Hide a name at once. The future is resolved when its last request has ended and its memory is free.
 
         Args:
-            timeout: seconds after which the future fails and says who still runs; the memory is freed later all the
+            timeout: seconds after which the future fails and says how many still run; the memory is freed later all the
                 same.
 
         Raises:
@@ -173,7 +173,7 @@ class LoadedAdapters:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def lease(self, name: str | None, rid: str) -> int:
+    def lease(self, name: str | None, number: int) -> int:
         if name is None:
             return BASE_VERSION
         version = self._registry.lease(name)
@@ -182,18 +182,18 @@ class LoadedAdapters:
             self._registry.release(version)
             raise RequestError(f"adapter {name!r} cannot be served: {reason}", "lora_path")
         known = self._known[version]
-        known.holders[rid] = None
+        known.holders[number] = None
         known.last_use = time.time()
         self._news.version(version)
         if self._residency.tier(version) is not Tier.DEVICE:
             self._cold.setdefault(version, time.monotonic())
         return version
 
-    def release(self, version: int, rid: str) -> None:
+    def release(self, version: int, number: int) -> None:
         if version == BASE_VERSION:
             return
         known = self._known[version]
-        del known.holders[rid]
+        del known.holders[number]
         known.last_use = time.time()
         self._news.version(version)
         self._registry.release(version)
@@ -266,13 +266,13 @@ class LoadedAdapters:
     def close(self) -> None:
         self._reader.close()
 
-    def check_integrity(self, leases: Mapping[str, int]) -> None:
-        """Compare registry, residency, host memory and the requests that are open (request -> version)."""
+    def check_integrity(self, leases: Mapping[int, int]) -> None:
+        """Compare registry, residency, host memory and the completions that are open (id -> version)."""
         self._residency.check_integrity()
         self._registry.check_integrity()
         self._host.check_integrity()
-        held = {(rid, version) for rid, version in leases.items() if version}
-        ours = {(rid, v) for v, known in self._known.items() for rid in known.holders}
+        held = {(number, version) for number, version in leases.items() if version}
+        ours = {(number, v) for v, known in self._known.items() for number in known.holders}
         assert ours == held, f"leases of {ours}, requests {held}"
         for version, known in self._known.items():
             assert self._registry.num_leases(version) == len(known.holders)

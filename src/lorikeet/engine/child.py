@@ -48,7 +48,6 @@ from lorikeet.errors import (
     AdapterNotFoundError,
     EngineFault,
     LorikeetError,
-    RequestError,
     UnavailableError,
     UserError,
 )
@@ -144,8 +143,8 @@ class EngineLoop:
             if messages or outputs:
                 self._quiet_since = time.monotonic()
             self.send_templates()
-            for rid in self._core.take_accepted():
-                self._endpoint.send(Accepted(rid))
+            if accepted := self._core.take_accepted():
+                self._endpoint.send(Accepted(accepted))
             if outputs:
                 self._endpoint.send(Outputs(outputs))
             self._send_replies()
@@ -188,10 +187,11 @@ class EngineLoop:
 
     def _do(self, message: ToEngine | Unreadable) -> None:
         match message:
-            case Submit(requests):
-                self._submit(requests)
-            case Abort(rid, text):
-                self._core.abort(rid, text)
+            case Submit():
+                self._submit(message)
+            case Abort(ids, text):
+                for number in [None] if ids is None else ids:
+                    self._core.abort(number, text)
             case Command(number, name, args):
                 self._command(number, name, args)
             case Shutdown(drain_seconds):
@@ -203,12 +203,12 @@ class EngineLoop:
     def _give_up(self, message: ToEngine | Unreadable, reason: str) -> None:
         """Answer, with a fault, everyone who waits for what this message asked for."""
         match message:
-            case Submit(requests):
-                for request in requests:
-                    self._end(request.rid, reason)
-            case Unreadable(_, rids, number):
-                for rid in rids:
-                    self._end(rid, reason)
+            case Submit():
+                for item in message.ids:
+                    self._end(item, reason)
+            case Unreadable(_, ids, number):
+                for item in ids:
+                    self._end(item, reason)
                 if number is not None:
                     self._endpoint.send(Reply(number, error=reason, status_code=500))
             case Command(number):
@@ -216,43 +216,45 @@ class EngineLoop:
             case _:  # nobody waits for an answer
                 pass
 
-    def _end(self, rid: str, reason: str) -> None:
-        """End one request with a fault, however far it has come."""
-        if self._core.is_open(rid):
-            self._core.abort(rid, reason, EngineFault.status_code)
+    def _end(self, number: int, reason: str) -> None:
+        """End one completion with a fault, however far it has come."""
+        if self._core.is_open(number):
+            self._core.abort(number, reason, EngineFault.status_code)
         else:
-            self._refuse([rid], reason, EngineFault.status_code)
+            self._refuse([number], reason, EngineFault.status_code)
 
-    def _refuse(self, rids: Iterable[str], reason: str, status: int) -> None:
-        """A terminal output for requests that the core does not have."""
+    def _refuse(self, ids: Iterable[int], reason: str, status: int) -> None:
+        """A terminal output for completions that the core does not have."""
         finish = FinishReason(kind="abort", message=reason, status_code=status)
-        outputs = [RequestOutput(rid=rid, token_ids=[], finish=finish) for rid in rids]
+        outputs = [RequestOutput(id=number, token_ids=[], finish=finish) for number in ids]
         self._endpoint.send(Outputs(outputs))
 
-    def _submit(self, requests: list[Request]) -> None:
+    def _submit(self, message: Submit) -> None:
         """Take the requests of one call, or none of them."""
         try:
             if self._deadline is not None:
                 raise UnavailableError("the server is shutting down")
-            self._core.check_queue(len(requests))
+            self._core.check_queue(message.num_completions)
         except UnavailableError as error:
-            self._refuse([r.rid for r in requests], str(error), error.status_code)
+            self._refuse(message.ids, str(error), error.status_code)
             return
-        for request in requests:
-            self._submit_one(request)
+        number = message.first_id
+        for request in message.requests():
+            self._submit_one(request, number)
+            number += request.num_samples
 
-    def _submit_one(self, request: Request) -> None:
+    def _submit_one(self, request: Request, number: int) -> None:
         try:
-            self._core.submit(request)
-        except RequestError:
-            # The id is in use. An answer under it would end somebody else's stream; the client never sends one
+            self._core.submit(request, number)
+        except EngineFault:
+            # The ids have been used. An answer under them would end somebody else's stream; the client never sends one
             # twice.
             logger.exception("request dropped")
         except Exception as error:
             logger.exception("a request could not be taken")
-            self._end(
-                request.rid, f"the request could not be taken: {type(error).__name__}: {error}"
-            )
+            reason = f"the request could not be taken: {type(error).__name__}: {error}"
+            for sample in range(request.num_samples):
+                self._end(number + sample, reason)
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
         if name == "cancel":

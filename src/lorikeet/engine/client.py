@@ -1,7 +1,10 @@
 """The HTTP process's view of the engine: submit requests, follow their completions, run commands, notice its death.
 
-Everything here belongs to one asyncio loop. A request is *open* from :meth:`EngineClient.submit` until its terminal
-output arrives; its id cannot be used again before that, also if nobody waits for it any more.
+Everything here belongs to one asyncio loop. A completion is *open* from :meth:`EngineClient.submit` until its terminal
+output arrives, also if nobody waits for it any more.
+
+The engine knows completions by integers, which are handed out here and never again. What callers call them (``rid``)
+stays in this process: it is a label of a call, claimed while somebody follows it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -31,12 +35,11 @@ from lorikeet.core.messages import (
     ToClient,
     Unreadable,
 )
-from lorikeet.core.request import Request, RequestOutput
+from lorikeet.core.request import RequestOutput
 from lorikeet.engine.adapter_views import AdapterViews
 from lorikeet.engine.commands import Commands
-from lorikeet.engine.completion import Completion
-from lorikeet.engine.intake import Intake
-from lorikeet.engine.open_request import OpenRequest
+from lorikeet.engine.intake import Intake, RequestBatch
+from lorikeet.engine.open_request import OpenCall, OpenRequest
 from lorikeet.engine.silence import Silence
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.template_sandbox import TemplateSandbox
@@ -49,6 +52,7 @@ from lorikeet.errors import (
     RequestError,
     UnavailableError,
     UserError,
+    full_queue,
 )
 from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
@@ -104,7 +108,9 @@ class EngineClient:
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
         self.templates = TemplateSandbox()
-        self._open: dict[str, OpenRequest] = {}
+        self._open: dict[int, OpenRequest] = {}
+        self._labels: dict[str, OpenCall] = {}
+        self._next_id = 0
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
         self._info: dict[str, Any] | None = None
@@ -195,56 +201,53 @@ class EngineClient:
             raise UnavailableError(f"the engine has given no sign of life for {limit:g} s")
 
     async def submit(
-        self,
-        requests: Sequence[Request],
-        groups: Mapping[str, str] | None = None,
-        *,
-        markers: Collection[int] = (),
+        self, batch: RequestBatch, *, markers: Collection[int] = ()
     ) -> CompletionStream:
         """Start the requests of one call, all of them or none.
 
-        Returns once the engine has accepted every one. If it refuses one, or the caller is cancelled, the others are
-        aborted. The caller closes the stream.
+        Returns once the engine has accepted every completion. If it refuses one, or the caller is cancelled, the others
+        are aborted. The caller closes the stream.
 
         Args:
-            groups: id of a request -> the id that it was expanded from; :meth:`abort` takes that one, too.
             markers: special tokens that are always part of the text.
 
         Raises:
-            RequestError: an id is in use, or the engine refused a request.
+            RequestError: a rid is in use, or the engine refused a request.
             EngineFault: the engine failed; EngineDeadError if it is dead, UnavailableError if its queue is full.
         """
-        await self._wait_for_ids(requests)
-        stream = CompletionStream(len(requests), self._abandon)
-        made = [Completion(request, self.tokenizer, markers=markers) for request in requests]
-        entries = [
-            self._begin(stream, index, item, (groups or {}).get(item.request.rid))
-            for index, item in enumerate(made)
-        ]
-        self._transport.send(Submit([entry.request for entry in entries]))
+        self.check_alive()
+        call = self._claim(batch.labels, batch.num_completions)
+        first_id = self._next_id
+        for index in range(batch.num_completions):
+            completion = batch.completion(index, self.tokenizer, markers=markers)
+            timer = self._metrics.begin(completion.request.adapter)
+            entry = OpenRequest(call, first_id + index, index, completion, timer)
+            call.add(entry)
+            self._open[entry.number] = entry
+        self._next_id += batch.num_completions
+        self._transport.send(Submit.of(first_id, batch.requests))
+        stream = call.stream
+        assert stream is not None
         try:
-            await asyncio.gather(*(entry.accepted for entry in entries))
+            await call.accepted
         except BaseException:
             stream.close()
             raise
         return stream
 
     def abort(self, rid: str | None = None) -> int:
-        """End the request or the group ``rid``, or all for None, early; their streams deliver an ``abort``.
+        """End early what the caller calls ``rid``, or all for None; their streams deliver an ``abort``.
 
         Returns:
-            How many were open.
+            How many completions were open.
         """
-        found = [
-            key
-            for key, entry in self._open.items()
-            if entry.stream is not None and (rid is None or rid in (key, entry.group))
-        ]
         if rid is None:
             self._send_abort(None)  # one message, however many there are
-            return len(found)
-        for key in found:
-            self._send_abort(key)
+            return sum(entry.is_followed for entry in self._open.values())
+        call = self._labels.get(rid)
+        entries = [] if call is None else [call.entries[i] for i in call.labels[rid]]
+        found = [entry.number for entry in entries if entry.is_followed]
+        self._send_abort(found)
         return len(found)
 
     def cut_off(self, fault: EngineFault) -> int:
@@ -254,9 +257,11 @@ class EngineClient:
             How many requests were followed.
         """
         self._send_abort(None)
-        followed = [entry for entry in self._open.values() if entry.stream is not None]
+        followed = [entry for entry in self._open.values() if entry.is_followed]
         for entry in followed:
-            entry.fail(fault)
+            if entry.call.stream is not None:
+                self._forget_labels(entry.call)
+                entry.call.fail(fault)
         self._commands.fail(fault)
         return len(followed)
 
@@ -274,44 +279,34 @@ class EngineClient:
         timeout = QUERY_TIMEOUT_S if name in QUERIES else None
         return await self._commands.run(name, args, timeout=timeout)
 
-    async def _wait_for_ids(self, requests: Sequence[Request]) -> None:
-        """Wait until ids that nobody follows any more are free; refuse those that are in use."""
-        for request in requests:
-            while (entry := self._open.get(request.rid)) is not None:
-                if entry.stream is not None:
-                    raise RequestError(
-                        f"rid: {request.rid!r} is already in use by a running request", "rid"
-                    )
-                await entry.released.wait()
-        self.check_alive()
-        if len({request.rid for request in requests}) < len(requests):
-            raise RequestError("rid: the requests of one call need different ids", "rid")
+    def _claim(self, labels: Mapping[str, list[int]], num_completions: int) -> OpenCall:
+        """A new call, whose names are its own from now on: nothing is awaited between the look and the claim."""
+        for rid in labels:
+            if rid in self._labels:
+                raise RequestError(
+                    f"rid: {rid!r} is already in use by a running request; allowed: a new one, or none",
+                    "rid",
+                )
+        accepted = asyncio.get_running_loop().create_future()
+        call = OpenCall(None, labels, accepted)
+        call.stream = CompletionStream(num_completions, partial(self._abandon, call))
+        self._labels.update(dict.fromkeys(labels, call))
+        return call
 
-    def _begin(
-        self, stream: CompletionStream, index: int, completion: Completion, group: str | None
-    ) -> OpenRequest:
-        request = completion.request
-        entry = OpenRequest(
-            request=request,
-            completion=completion,
-            timer=self._metrics.begin(request.adapter),
-            index=index,
-            group=group or request.rid,
-            stream=stream,
-            accepted=asyncio.get_running_loop().create_future(),
-        )
-        self._open[request.rid] = entry
-        return entry
+    def _forget_labels(self, call: OpenCall) -> None:
+        for rid in call.labels:
+            if self._labels.get(rid) is call:
+                del self._labels[rid]
 
-    def _send_abort(self, rid: str | None) -> None:
-        if self._fault is None:
-            self._transport.send(Abort(rid))
+    def _send_abort(self, ids: list[int] | None) -> None:
+        if self._fault is None and ids != []:
+            self._transport.send(Abort(ids))
 
-    def _abandon(self, stream: CompletionStream) -> None:
-        for rid, entry in self._open.items():
-            if entry.stream is stream:
-                entry.stream = None
-                self._send_abort(rid)
+    def _abandon(self, call: OpenCall) -> None:
+        running = [entry.number for entry in call.entries if entry.is_followed]
+        self._forget_labels(call)
+        call.end()
+        self._send_abort(running)
 
     async def _supervise(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what has to run as long as the engine is used: if it fails, nobody would be answered any more."""
@@ -366,24 +361,20 @@ class EngineClient:
     async def _outputs(self, outputs: Sequence[RequestOutput]) -> None:
         """Take in what a step brought, and let others have their turn where it ends thousands at once."""
         for number, output in enumerate(outputs, 1):
-            entry = self._open.get(output.rid)
+            entry = self._open.get(output.id)
             if self._fault is not None:
                 return  # meanwhile everybody was told
             if entry is None:
-                logger.error("an output of the unknown request %r", output.rid)
+                logger.error("an output of the unknown completion %d", output.id)
                 continue
-            try:
-                self._output(entry, output)
-            except Exception as error:
-                logger.exception("an output could not be taken in")
-                self._lose(entry, f"an error inside the server: {type(error).__name__}: {error}")
+            self._output(entry, output)
             if number % MAX_OUTPUTS == 0:
                 await asyncio.sleep(0)
 
     def _handle(self, message: ToClient | Unreadable) -> None:
         match message:
-            case Accepted(rid):
-                self._accept(rid)
+            case Accepted(ids):
+                self._accept(ids)
             case Reply():
                 self._commands.reply(message)
             case Stats(values, labels, samples):
@@ -407,16 +398,19 @@ class EngineClient:
         logger.error("%s", reason)
         if message.command is not None:
             self._commands.reply(Reply(message.command, error=reason, status_code=500))
-        entries = [entry for rid in message.rids if (entry := self._open.get(rid)) is not None]
+        entries = [entry for item in message.ids if (entry := self._open.get(item)) is not None]
         for entry in entries:
             self._lose(entry, reason)
         if message.command is None and not entries:
             self._die(EngineDeadError(reason))  # whoever waits for it would wait for ever
 
     def _lose(self, entry: OpenRequest, reason: str) -> None:
-        """One request cannot be followed any more; its id is free when the engine has ended it."""
-        entry.fail(EngineFault(reason))
-        self._send_abort(entry.request.rid)
+        """One completion cannot be followed any more."""
+        if entry.completion.finish is None:
+            entry.completion.fail(reason)
+            self._publish(entry)
+        if entry.number in self._open:  # the engine goes on with it
+            self._send_abort([entry.number])
 
     def _note_adapters(self, message: AdaptersChanged | AdapterTemplates) -> None:
         if isinstance(message, AdaptersChanged):
@@ -424,10 +418,25 @@ class EngineClient:
         else:
             message.apply(self.adapter_templates)
 
-    def _accept(self, rid: str) -> None:
-        entry = self._open.get(rid)
-        if entry is not None and not entry.accepted.done():
-            entry.accepted.set_result(None)
+    def _check_room(self, num_new: int) -> None:
+        """Refuse what the engine would refuse, before it is made. Those that do not fit into its batch wait at least.
+
+        Raises:
+            UnavailableError: too many wait already.
+        """
+        info = self.info
+        limit, most_running = info.get("max_queued_requests"), info.get("max_running_requests")
+        if limit is None or most_running is None:
+            return
+        num_waiting = len(self._open) - most_running
+        if num_waiting > 0 and num_waiting + num_new > limit:
+            raise UnavailableError(full_queue(num_waiting, num_new, limit))
+
+    def _accept(self, ids: list[int]) -> None:
+        for number in ids:
+            entry = self._open.get(number)
+            if entry is not None:
+                entry.call.accept(entry)
 
     def _ready(self, info: dict[str, Any]) -> None:
         self._info = info
@@ -435,47 +444,56 @@ class EngineClient:
             self.tokenizer,
             vocab_size=info["vocab_size"],
             context_length=info["context_length"],
-            is_bounded=True,
+            check_room=self._check_room,
         )
         self._started.set()
 
     def _output(self, entry: OpenRequest, output: RequestOutput) -> None:
-        completion = entry.completion
-        if completion.finish is None:
-            entry.timer.tokens(len(output.token_ids))
-            if completion.add(output):
-                self._send_abort(output.rid)  # ended by a stop string, which the engine cannot see
+        if output.finish is not None:
+            del self._open[entry.number]
+        try:
+            if entry.completion.finish is None:
+                self._take(entry, output)
+        except Exception as error:
+            logger.exception("an output could not be taken in")
+            self._lose(entry, f"an error inside the server: {type(error).__name__}: {error}")
             self._publish(entry)
         if output.finish is not None:
-            self._release(entry)
+            self._record_end(entry)
+
+    def _take(self, entry: OpenRequest, output: RequestOutput) -> None:
+        entry.timer.tokens(len(output.token_ids))
+        if entry.completion.add(output):
+            self._send_abort([output.id])  # ended by a stop string, which the engine cannot see
+        self._publish(entry)
 
     def _publish(self, entry: OpenRequest) -> None:
-        finish = entry.completion.finish
-        if not entry.accepted.done():
-            # A terminal output without Accepted before it: refused, or aborted while it waited.
-            error = None if finish is None else finish_error(finish)
-            if error is None:
-                entry.accepted.set_result(None)
-            else:
-                entry.accepted.set_exception(error)
-        if entry.stream is not None:
-            entry.stream.update(entry.index, entry.completion)
-            if finish is not None:
-                entry.stream = None
+        """Tell whoever follows that a completion has grown or finished."""
+        call, finish = entry.call, entry.completion.finish
+        # A terminal output without Accepted before it: refused, or aborted while it waited.
+        error = None if finish is None or entry.is_accepted else finish_error(finish)
+        if error is None:
+            call.accept(entry)
+        else:
+            call.refuse(error)
+        if call.stream is not None:
+            call.stream.update(entry.index, entry.completion)
+        if finish is not None:
+            call.num_running -= 1
+            if not call.num_running:
+                self._forget_labels(call)
+                call.end()
 
-    def _release(self, entry: OpenRequest) -> None:
-        """The terminal output is here: the id is free."""
-        completion = entry.completion
-        del self._open[entry.request.rid]
-        entry.released.set()
-        if completion.finish is None:
+    def _record_end(self, entry: OpenRequest) -> None:
+        """The terminal output is here."""
+        finish, snapshot = entry.completion.finish, entry.completion.snapshot()
+        if finish is None:
             raise AssertionError("a terminal output did not finish its completion")
-        failed = finish_error(completion.finish) is not None
-        outcome: Outcome = "error" if failed else completion.finish.kind
+        outcome: Outcome = "error" if finish_error(finish) is not None else finish.kind
         entry.timer.end(
             outcome,
-            num_prompt_tokens=len(entry.request.prompt_token_ids),
-            num_cached_tokens=completion.snapshot().cached_tokens,
+            num_prompt_tokens=snapshot.prompt_tokens,
+            num_cached_tokens=snapshot.cached_tokens,
         )
 
     def _die(self, fault: LorikeetError) -> None:
@@ -485,10 +503,10 @@ class EngineClient:
         self._fault = fault
         dead = EngineDeadError(str(fault))
         for entry in self._open.values():
-            entry.fail(dead)
-            entry.released.set()
+            entry.call.fail(dead)
             entry.timer.end("error", num_prompt_tokens=0, num_cached_tokens=0)
         self._open.clear()
+        self._labels.clear()
         self._commands.fail(dead)
         self._started.set()
         self._died.set()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.detokenizer import Detokenizer
-from lorikeet.engine.stop import StopBudgetError, StopMatch, StopMatcher
+from lorikeet.engine.stop import StopBudgetError, StopMatch, StopMatcher, StopRules
 from lorikeet.engine.tokenizer import Tokenizer
 
 
@@ -27,6 +27,7 @@ class Snapshot:
     """A completion at one moment; everything is cumulative.
 
     Attributes:
+        rid: what the caller calls it.
         text: the completion's text, without what is held back while it may begin a stop.
         output_ids: the tokens, the one that ended the completion included.
         finish: None while it runs.
@@ -36,6 +37,7 @@ class Snapshot:
         first_token_latency: seconds until the first output token; None before it.
     """
 
+    rid: str
     request: Request
     text: str
     output_ids: list[int]
@@ -51,17 +53,26 @@ class Snapshot:
     def completion_tokens(self) -> int:
         return len(self.output_ids)
 
+    @property
+    def num_logprobs(self) -> int:
+        """Log-probabilities that it has, of the prompt and of the output."""
+        num_positions = len(self.prompt_logprobs) + len(self.output_logprobs)
+        return num_positions * (1 + self.request.top_logprobs_num)
+
 
 class Completion:
-    """Accumulates the outputs of one request.
+    """Accumulates the outputs of one completion.
 
     Args:
-        request: as submitted to the engine.
+        request: as submitted to the engine, shared with its other completions.
         tokenizer: the model's.
+        stops: what ends it besides the engine, shared with the others of its call; None are those of the request alone.
+        rid: what the caller calls this one.
         markers: special tokens that are part of the text although ``skip_special_tokens`` is set.
         clock: seconds, monotonic.
 
     Attributes:
+        rid: what the caller calls it.
         embedding: the vector, once it has finished, of a request with ``pooling``.
     """
 
@@ -70,11 +81,14 @@ class Completion:
         request: Request,
         tokenizer: Tokenizer,
         *,
+        stops: StopRules | None = None,
+        rid: str = "",
         markers: Collection[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         sampling = request.sampling
         self.request = request
+        self.rid = rid
         self._sampling = sampling
         visible = tokenizer.visible_tokens(
             request.prompt_token_ids, skip_special_tokens=sampling.skip_special_tokens
@@ -86,7 +100,7 @@ class Completion:
             continues=next(iter(visible), None) is not None,
             except_for=markers,
         )
-        self._stops = StopMatcher(sampling.stop, sampling.stop_regex)
+        self._stops = StopMatcher(stops or StopRules(sampling.stop, sampling.stop_regex))
         self._text = _GrowingText()
         self._output_ids: list[int] = []
         self._output_logprobs: list[TokenLogprobs] = []
@@ -142,11 +156,18 @@ class Completion:
         self._ended = self._clock()
         return output.finish is None
 
+    def fail(self, message: str) -> None:
+        """End it with an error of ours, unless it has ended."""
+        if self._finish is None:
+            self._finish = FinishReason(kind="abort", message=message, status_code=500)
+            self._ended = self._clock()
+
     def snapshot(self) -> Snapshot:
         """Everything so far, as values of its own."""
         now = self._clock() if self._ended is None else self._ended
         first = self._first_token
         return Snapshot(
+            rid=self.rid,
             request=self.request,
             text=self._text.shown,
             output_ids=list(self._output_ids),
@@ -154,7 +175,7 @@ class Completion:
             prompt_tokens=len(self.request.prompt_token_ids),
             cached_tokens=self._cached_tokens,
             output_logprobs=list(self._output_logprobs),
-            prompt_logprobs=list(self._prompt_logprobs),
+            prompt_logprobs=self._prompt_logprobs,
             e2e_latency=now - self._began,
             first_token_latency=None if first is None else first - self._began,
         )

@@ -34,8 +34,10 @@ from lorikeet.errors import (
     RequestError,
     UnavailableError,
     UserError,
+    full_queue,
 )
 from lorikeet.kv.manager import KVManager
+from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -43,16 +45,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Open:
-    """A request between its submission and its terminal output."""
+    """A completion between its submission and its terminal output."""
 
-    request: Request
+    request: Request  # shared with the others of its prompt
+    sample: int
     version: int | None  # None while the resolver looks for its adapter
-    seq: int | None = None  # None while that happens or its grammar compiles
     grammar: object = None  # held, so that the worker finds it
+    is_started: bool = False  # not while that happens or its grammar compiles
 
 
 class EngineCore:
-    """One scheduler, one worker, and the requests that are open.
+    """One scheduler, one worker, and the completions that are open, by their ids.
 
     Args:
         compile_grammar: begins to check and compile a request's grammar, elsewhere, since a large schema takes longer
@@ -83,12 +86,12 @@ class EngineCore:
         self._info = info
         self._on_close = on_close
         self._in_flight: deque[StepPlan] = deque()
-        self._open: dict[str, _Open] = {}
-        self._compiling: dict[str, Future[Any]] = {}
-        self._finding: dict[str, Future[None]] = {}
-        self._accepted: list[str] = []
+        self._open: dict[int, _Open] = {}
+        self._compiling: dict[int, Future[Any]] = {}
+        self._finding: dict[int, Future[None]] = {}
+        self._accepted: list[int] = []
         self._outputs: list[RequestOutput] = []
-        self._next_seq = 0
+        self._next_id = 0
         self._log = StepLog(logger, scheduler.stats)
         self._commands: dict[str, Callable[..., object]] = {
             "flush_cache": self._flush_cache,
@@ -109,9 +112,9 @@ class EngineCore:
     def num_open(self) -> int:
         return len(self._open)
 
-    def is_open(self, rid: str) -> bool:
-        """True between a request's submission and its terminal output."""
-        return rid in self._open
+    def is_open(self, number: int) -> bool:
+        """True between a completion's submission and its terminal output."""
+        return number in self._open
 
     @property
     def has_steps(self) -> bool:
@@ -140,51 +143,67 @@ class EngineCore:
         limit = self._scheduler.limits.max_queued
         waiting = self._scheduler.num_waiting + len(self._finding) + len(self._compiling)
         if limit is not None and waiting and waiting + num_new > limit:
-            raise UnavailableError(
-                f"the queue is full: {waiting} sequences wait, this request has {num_new}, and "
-                f"--max-queued-requests is {limit}; try again later"
-            )
+            raise UnavailableError(full_queue(waiting, num_new, limit))
 
-    def submit(self, request: Request) -> None:
-        """Take a request. It ends in exactly one terminal output; a refusal is one with a status of 400."""
-        if request.rid in self._open:
-            # The one already open keeps the id, so this refusal cannot be delivered under it to anybody else's
-            # stream: the client refuses duplicates before they get here.
-            raise RequestError(f"rid {request.rid!r} is already in use by a running request", "rid")
+    def submit(self, request: Request, first_id: int | None = None) -> int:
+        """Take a request. Each completion ends in exactly one terminal output; a refusal is one with a status of 400.
+
+        Args:
+            first_id: of its completions, which are numbered from there on; above every id so far. None is the next one.
+
+        Returns:
+            the first id.
+
+        Raises:
+            EngineFault: an id has been used.
+        """
+        if first_id is None:
+            first_id = self._next_id
+        if first_id < self._next_id:
+            # Whoever has the id keeps it: a refusal under it would be delivered to somebody else.
+            raise EngineFault(
+                f"completion {first_id} comes too late: ids below {self._next_id} have been used"
+            )
+        self._next_id = first_id + request.num_samples
+        for sample in range(request.num_samples):
+            self._take(first_id + sample, request, sample)
+        return first_id
+
+    def _take(self, number: int, request: Request, sample: int) -> None:
         try:
-            version = self._adapters.lease(request.adapter, request.rid)
+            version = self._adapters.lease(request.adapter, number)
         except AdapterNotFoundError as error:
-            found = self._adapters.find(request.adapter)
+            found = self._find(request.adapter)
             if found is None:
-                self._outputs.append(_refusal(request, error))
+                self._outputs.append(_refusal(number, error))
             else:
-                self._open[request.rid] = _Open(request, None)
-                self._finding[request.rid] = found
+                self._open[number] = _Open(request, sample, None)
+                self._finding[number] = found
             return
         except UserError as error:
-            self._outputs.append(_refusal(request, error))
+            self._outputs.append(_refusal(number, error))
             return
-        self._open[request.rid] = _Open(request, version)
-        self._prepare(request)
+        self._open[number] = _Open(request, sample, version)
+        self._prepare(number)
 
-    def abort(self, rid: str | None, message: str, status_code: int | None = None) -> None:
-        """End one request (or all, for None) with an ``abort``; unknown ids are too late and mean nothing.
+    def abort(self, number: int | None, message: str, status_code: int | None = None) -> None:
+        """End one completion (or all, for None) with an ``abort``; unknown ids are too late and mean nothing.
 
         Args:
             status_code: makes it an error; None is an end that was asked for.
         """
         reason = FinishReason(kind="abort", message=message, status_code=status_code)
-        for key in list(self._open) if rid is None else [rid]:
+        for key in list(self._open) if number is None else [number]:
             entry = self._open.get(key)
             if entry is None:
                 continue
-            if entry.seq is None:
-                future = self._finding.pop(key, None) or self._compiling.pop(key, None)
-                if future is not None:
-                    future.cancel()
-                self._finish_unstarted(key, RequestOutput(rid=key, token_ids=[], finish=reason))
-            else:
-                self._scheduler.abort(entry.seq, reason)
+            if entry.is_started:
+                self._scheduler.abort(key, reason)
+                continue
+            future = self._finding.pop(key, None) or self._compiling.pop(key, None)
+            if future is not None:
+                future.cancel()
+            self._finish_unstarted(RequestOutput(id=key, token_ids=[], finish=reason))
 
     def command(self, name: str, args: dict[str, object]) -> object:
         """Run one of the engine's commands.
@@ -233,8 +252,8 @@ class EngineCore:
             self._commit_oldest()
         return self._collect()
 
-    def take_accepted(self) -> list[str]:
-        """Ids of requests that passed every check since the last call."""
+    def take_accepted(self) -> list[int]:
+        """Ids of completions that passed every check since the last call."""
         accepted, self._accepted = self._accepted, []
         return accepted
 
@@ -280,9 +299,9 @@ class EngineCore:
         self._on_close()
 
     def fail_all(self, message: str) -> list[RequestOutput]:
-        """The engine is lost: a terminal output for every open request."""
+        """The engine is lost: a terminal output for every open completion."""
         reason = FinishReason(kind="abort", message=message, status_code=500)
-        outputs = [RequestOutput(rid=rid, token_ids=[], finish=reason) for rid in self._open]
+        outputs = [RequestOutput(id=key, token_ids=[], finish=reason) for key in self._open]
         self._open.clear()
         return outputs
 
@@ -290,7 +309,7 @@ class EngineCore:
         """Raise AssertionError if pages, slots, leases or states disagree (tests; and when idle)."""
         self._scheduler.check_integrity()
         self._adapters.check_integrity(
-            {rid: entry.version for rid, entry in self._open.items() if entry.version is not None}
+            {key: entry.version for key, entry in self._open.items() if entry.version is not None}
         )
 
     def _submit(self, plan: StepPlan) -> None:
@@ -311,19 +330,20 @@ class EngineCore:
         self._adapters.note_copied(result.copied)
         self._log.step(plan)
 
-    def _prepare(self, request: Request) -> None:
-        """A request has its adapter; next comes its grammar, if it has one."""
-        if request.sampling.grammar is None:
-            self._start(request.rid)
+    def _prepare(self, number: int) -> None:
+        """A completion has its adapter; next comes its grammar, if it has one."""
+        sampling = self._open[number].request.sampling
+        if sampling.grammar is None:
+            self._start(number)
         else:
-            self._compiling[request.rid] = self._compile_grammar(request.sampling)
+            self._compiling[number] = self._compile_grammar(sampling)
 
-    def _start(self, rid: str) -> None:
-        entry = self._open[rid]
+    def _start(self, number: int) -> None:
+        entry = self._open[number]
         assert entry.version is not None
-        seed = entry.request.sampling.sampling_seed
+        seed = entry.request.seed(entry.sample)
         sequence = Sequence(
-            id=self._next_seq,
+            id=number,
             request=entry.request,
             version=entry.version,
             seed=self._seeds() if seed is None else seed,
@@ -331,72 +351,86 @@ class EngineCore:
         try:
             self._scheduler.add(sequence)
         except RequestError as error:
-            self._finish_unstarted(rid, _refusal(entry.request, error))
+            self._finish_unstarted(_refusal(number, error))
             return
-        entry.seq = sequence.id
-        self._next_seq += 1
-        self._accepted.append(rid)
+        entry.is_started = True
+        self._accepted.append(number)
 
     def _collect_found(self) -> None:
-        """Requests whose adapter the resolver has found, or has not."""
-        for rid in [rid for rid, future in self._finding.items() if future.done()]:
-            request, found = self._open[rid].request, self._finding.pop(rid)
+        """Completions whose adapter the resolver has found, or has not."""
+        for number in [number for number, future in self._finding.items() if future.done()]:
+            entry, found = self._open[number], self._finding.pop(number)
             error = None if found.cancelled() else found.exception()
             try:
                 if error is not None and not isinstance(error, AdapterNotFoundError):
                     raise error
                 # Not found: the same words as without a resolver.
-                self._open[rid].version = self._adapters.lease(request.adapter, rid)
+                entry.version = self._adapters.lease(entry.request.adapter, number)
             except Exception as refusal:
                 if not isinstance(refusal, LorikeetError):
                     logger.exception("the adapter of a request could not be found")
-                self._finish_unstarted(rid, _refusal(request, refusal))
+                self._finish_unstarted(_refusal(number, refusal))
             else:
-                self._prepare(request)
+                self._prepare(number)
 
     def _collect_compiled(self) -> None:
-        for rid in [rid for rid, future in self._compiling.items() if future.done()]:
-            future = self._compiling.pop(rid)
-            error, request = future.exception(), self._open[rid].request
+        for number in [number for number, future in self._compiling.items() if future.done()]:
+            entry, future = self._open[number], self._compiling.pop(number)
+            error = future.exception()
             if error is None:
-                self._open[rid].grammar = future.result()
-                self._start(rid)
+                entry.grammar = future.result()
+                self._start(number)
                 continue
             if not isinstance(error, LorikeetError):
-                logger.error("request %s: compiling its grammar failed", rid, exc_info=error)
+                logger.error("completion %d: compiling its grammar failed", number, exc_info=error)
                 error = EngineFault(f"compiling a grammar failed: {error}")
-            self._finish_unstarted(rid, _refusal(request, error))
+            self._finish_unstarted(_refusal(number, error))
 
-    def _finish_unstarted(self, rid: str, output: RequestOutput) -> None:
-        self._forget(rid)
+    def _finish_unstarted(self, output: RequestOutput) -> None:
+        self._forget(output.id)
         self._outputs.append(output)
 
     def _collect(self) -> list[RequestOutput]:
         outputs, self._outputs = self._outputs, []
         for output in self._scheduler.drain():
             if output.finish is not None:
-                self._forget(output.rid)
+                self._forget(output.id)
             outputs.append(output)
         return outputs
 
-    def _forget(self, rid: str) -> None:
-        version = self._open.pop(rid).version
+    def _forget(self, number: int) -> None:
+        version = self._open.pop(number).version
         if version is not None:
-            self._adapters.release(version, rid)
+            self._adapters.release(version, number)
 
     def _load_adapter(
         self, name: str, path: str, *, pinned: bool = False, replace: bool = False
     ) -> Future[LoadOutcome]:
+        self._check_name(name)
+        check_name(path, "lora_path", most=MAX_PATH)
         return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
 
     def _load_adapter_from_tensors(
         self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
+        self._check_name(name)
         return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
+
+    def _check_name(self, name: str) -> None:
+        """Refuse a name that requests could not use, or that means something else to them."""
+        check_adapter_name(name, str(self._info.get("served_model_name") or ""))
+
+    def _find(self, name: str | None) -> Future[None] | None:
+        """Let the resolver look for a name, if it may be an adapter's."""
+        try:
+            self._check_name(name or "")
+        except RequestError:
+            return None
+        return self._adapters.find(name)
 
     def _find_adapter(self, name: str) -> Future[None] | None:
         """Let the resolver look for a name that is not loaded."""
-        found = self._adapters.find(name)
+        found = self._find(name)
         if found is None:
             return None
         # Whether it was found is seen by asking for the name again; why it was not, as well.
@@ -418,8 +452,8 @@ class EngineCore:
         return {"success": idle}
 
 
-def _refusal(request: Request, error: Exception) -> RequestOutput:
+def _refusal(number: int, error: Exception) -> RequestOutput:
     status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
     text = str(error) if isinstance(error, LorikeetError) else f"{type(error).__name__}: {error}"
     reason = FinishReason(kind="abort", message=text, status_code=status)
-    return RequestOutput(rid=request.rid, token_ids=[], finish=reason)
+    return RequestOutput(id=number, token_ids=[], finish=reason)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.call_limits import OWN
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
 from lorikeet.engine.paths import tokenizer_dir
@@ -64,6 +65,8 @@ class LLM:
             self.tokenizer,
             vocab_size=cast(int, self.info["vocab_size"]),
             context_length=cast(int, self.info["context_length"]),
+            # There is nobody else here to be kept waiting: a call may be as large as its caller has memory for.
+            limits=OWN,
         )
 
     @property
@@ -219,25 +222,24 @@ class LLM:
 
     def _complete(self, batch: RequestBatch) -> list[Completion]:
         """The completions of a call, finished, in order."""
-        completions = {
-            request.rid: Completion(request, self.tokenizer) for request in batch.requests
-        }
+        completions = [
+            batch.completion(index, self.tokenizer) for index in range(batch.num_completions)
+        ]
         try:
             self._run(batch, completions)
         except BaseException:
             self._abandon()
             raise
-        return list(completions.values())
+        return completions
 
-    def _run(self, batch: RequestBatch, completions: Mapping[str, Completion]) -> None:
-        for request in batch.requests:
-            with interrupt_later():
-                self._core.submit(request)
+    def _run(self, batch: RequestBatch, completions: Sequence[Completion]) -> None:
+        with interrupt_later():
+            first_id, *_ = [self._core.submit(request) for request in batch.requests]
         while not self._core.is_idle:
             for output in self._step():
-                completion = completions[output.rid]
+                completion = completions[output.id - first_id]
                 if completion.add(output):
-                    self._core.abort(output.rid, "ended by a stop string")
+                    self._core.abort(output.id, "ended by a stop string")
                 _raise_error(completion)
             self._core.wait_for_threads()
 

@@ -8,16 +8,28 @@ the default, except that ``max_new_tokens: null`` means as many as the context h
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, cast
 
 from lorikeet.core.request import SamplingParams, check_grammar_length
-from lorikeet.engine.stop import compile_stop_pattern
 from lorikeet.errors import RequestError
 
-# Each stop string and pattern is searched for after each token.
-MAX_STOPS = 128
+# OpenAI has 4 stops, clients of the field send some more. Strings cost their length once a call and nothing per token; each
+# pattern is searched for after each token.
+MAX_STOPS = 32
 MAX_STOP_LENGTH = 1024
+MAX_PATTERNS = 8
+# Every end-of-turn token that a model has and some more; each completion has a set of them.
+MAX_STOP_TOKENS = 256
+# OpenAI's number.
+MAX_BIASES = 300
+
+# Characters of a wrong value in a message.
+MAX_SHOWN = 80
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict, _short.maxstring = 3, 8, 8, MAX_SHOWN
 
 Reader = Callable[[object, str, str], Any]
 """(value, field's name, what holds it) -> the value as the engine wants it; raises RequestError."""
@@ -33,8 +45,8 @@ def parse_sampling(
         where: what to call it in messages.
 
     Raises:
-        RequestError: an unknown key (the known ones are listed), a value of a wrong type, a stop pattern or JSON
-            text that cannot be parsed.
+        RequestError: an unknown key (the known ones are listed), a value of a wrong type, more entries than a list may
+            have, JSON text that cannot be parsed.
     """
     if value is None:
         return SamplingParams()
@@ -44,7 +56,7 @@ def parse_sampling(
         raise RequestError(
             f"{where} is {shown(value)}; allowed: an object", where.partition("[")[0]
         )
-    unknown = sorted(str(name) for name in value if name not in _READERS)
+    unknown = sorted(islice((str(name)[:MAX_SHOWN] for name in value if name not in _READERS), 4))
     if unknown:
         raise RequestError(
             f"{where} has unknown keys: {', '.join(map(repr, unknown))[:200]}; "
@@ -60,8 +72,13 @@ def parse_sampling(
 
 
 def shown(value: object) -> str:
-    """A value as a message quotes it: its beginning, in one line."""
-    return f"{value!r:.80}"
+    """A value as a message quotes it: its beginning, in one line, however large or deeply nested it is."""
+    if isinstance(value, str):
+        return f"{value[:MAX_SHOWN]!r:.{MAX_SHOWN}}"
+    if isinstance(value, int):
+        # The digits of a long integer take a time that is quadratic, and are refused by the interpreter.
+        return repr(value) if value.bit_length() <= 256 else "an integer of many digits"
+    return f"{_short.repr(value):.{MAX_SHOWN}}"
 
 
 def wrong_type(value: object, name: str, where: str, allowed: str) -> RequestError:
@@ -111,14 +128,23 @@ def _read_text(value: object, name: str, where: str) -> str:
     return check_unicode(value, name, where)
 
 
-def _read_texts(value: object, name: str, where: str) -> tuple[str, ...]:
+def _read_stops(value: object, name: str, where: str) -> tuple[str, ...]:
+    return _read_texts(value, name, where, MAX_STOPS)
+
+
+def _read_patterns(value: object, name: str, where: str) -> tuple[str, ...]:
+    """Patterns; whether they compile is found where they are compiled."""
+    return _read_texts(value, name, where, MAX_PATTERNS)
+
+
+def _read_texts(value: object, name: str, where: str, most: int) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
         raise wrong_type(value, name, where, "a string or a list of strings")
     entries = cast(list[object], items)
-    if len(entries) > MAX_STOPS:
+    if len(entries) > most:
         raise RequestError(
-            f"{where}.{name} has {len(entries)} entries; allowed: at most {MAX_STOPS}", name
+            f"{where}.{name} has {len(entries)} entries; allowed: at most {most}", name
         )
     texts = tuple(_read_text(item, name, where) for item in entries)
     if any(len(text) > MAX_STOP_LENGTH for text in texts):
@@ -130,18 +156,22 @@ def _read_texts(value: object, name: str, where: str) -> tuple[str, ...]:
     return texts
 
 
-def _read_patterns(value: object, name: str, where: str) -> tuple[str, ...]:
-    patterns = _read_texts(value, name, where)
-    for pattern in patterns:
-        compile_stop_pattern(pattern)
-    return patterns
-
-
 def _read_ints(value: object, name: str, where: str) -> tuple[int, ...]:
+    """Token ids, each once."""
     items = [value] if is_int(value) else value
-    if not isinstance(items, list | tuple) or not all(map(is_int, cast(list[object], items))):
+    if not isinstance(items, list | tuple):
         raise wrong_type(value, name, where, "a list of token ids")
-    return tuple(cast(list[int], items))
+    found: dict[int, None] = {}
+    for item in cast(list[object], items):
+        if not is_int(item):
+            raise wrong_type(item, name, where, "a list of token ids")
+        found[cast(int, item)] = None
+        if len(found) > MAX_STOP_TOKENS:
+            raise RequestError(
+                f"{where}.{name} has more than {MAX_STOP_TOKENS} different ids; allowed: at most {MAX_STOP_TOKENS}",
+                name,
+            )
+    return tuple(found)
 
 
 def _read_bias(value: object, name: str, where: str) -> dict[int, float]:
@@ -150,6 +180,10 @@ def _read_bias(value: object, name: str, where: str) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise wrong_type(value, name, where, allowed)
     biases: dict[int, float] = {}
+    if len(value) > MAX_BIASES:
+        raise RequestError(
+            f"{where}.{name} has {len(value)} entries; allowed: at most {MAX_BIASES}", name
+        )
     for key, bias in cast(Mapping[object, object], value).items():
         token_id = key
         if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 18:
@@ -165,8 +199,12 @@ def _read_json_text(value: object, name: str, where: str) -> str:
     if isinstance(value, Mapping):
         try:
             return json.dumps(value)
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError) as error:
             raise wrong_type(value, name, where, "an object of JSON values") from error
+        except RecursionError:
+            raise RequestError(
+                f"{where}.{name} is nested too deeply; allowed: a few hundred levels", name
+            ) from None
     if not isinstance(value, str):
         raise wrong_type(value, name, where, "an object, or its JSON as a string")
     check_grammar_length(name, value)
@@ -187,7 +225,7 @@ _READERS: dict[str, Reader] = {
     "frequency_penalty": _read_number,
     "presence_penalty": _read_number,
     "repetition_penalty": _read_number,
-    "stop": _read_texts,
+    "stop": _read_stops,
     "stop_token_ids": _read_ints,
     "stop_regex": _read_patterns,
     "ignore_eos": _read_bool,

@@ -13,17 +13,22 @@ TokenText = Callable[[int], str]
 
 
 def native_reply(
-    snapshot: Snapshot, *, token_text: TokenText | None = None, index: int | None = None
+    snapshot: Snapshot,
+    *,
+    token_text: TokenText | None = None,
+    index: int | None = None,
+    tells_prompt: bool = True,
 ) -> dict[str, Any]:
     """The object that ``POST /generate`` replies with, whole or so far.
 
     Args:
+        tells_prompt: False leaves out the log-probabilities of the prompt, which a stream tells once.
         token_text: token id -> text, for ``return_text_in_logprobs``; None leaves null in that place.
         index: place of the completion in the reply's list, for streams of a batch.
     """
     request = snapshot.request
     meta: dict[str, Any] = {
-        "id": request.rid,
+        "id": snapshot.rid,
         "finish_reason": None if snapshot.finish is None else finish_object(snapshot.finish),
         "prompt_tokens": snapshot.prompt_tokens,
         "completion_tokens": snapshot.completion_tokens,
@@ -32,10 +37,11 @@ def native_reply(
         "lora_name": request.adapter,
     }
     if request.return_logprob:
-        meta["input_token_logprobs"] = _tokens(snapshot.prompt_logprobs, token_text)
+        of_prompt = snapshot.prompt_logprobs if tells_prompt else []
+        meta["input_token_logprobs"] = _tokens(of_prompt, token_text)
         meta["output_token_logprobs"] = _tokens(snapshot.output_logprobs, token_text)
         if request.top_logprobs_num:
-            meta["input_top_logprobs"] = _tops(snapshot.prompt_logprobs, token_text)
+            meta["input_top_logprobs"] = _tops(of_prompt, token_text)
             meta["output_top_logprobs"] = _tops(snapshot.output_logprobs, token_text)
     reply: dict[str, Any] = {
         "text": snapshot.text,

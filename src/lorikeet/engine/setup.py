@@ -183,8 +183,11 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
     return {
         "version": lorikeet.__version__,
         "model_path": target.config.model_path,
+        "served_model_name": target.config.served_model_name or target.config.model_path,
         "architecture": spec.architecture,
         "context_length": target.context_length,
+        "max_running_requests": target.max_running,
+        "max_queued_requests": target.config.max_queued_requests,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -14,6 +14,10 @@ from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserErr
 class CompletionStream:
     """The completions of one call, followed together: ``async for index, completion in stream``.
 
+    Args:
+        size: how many there are.
+        abandon: called when nobody follows any more.
+
     Yields a completion whenever it has grown, and a last time when it has finished. Updates that come while the
     consumer is busy with another one are merged: completions are cumulative, so a slow consumer sees fewer, larger
     steps, and nothing queues up. Ends when every completion has finished.
@@ -22,7 +26,7 @@ class CompletionStream:
         EngineFault: the engine died, or the server ends; updates that came before have been yielded.
     """
 
-    def __init__(self, size: int, abandon: Callable[[CompletionStream], None]) -> None:
+    def __init__(self, size: int, abandon: Callable[[], None]) -> None:
         self._abandon = abandon
         self._num_unfinished = size
         self._changed: dict[int, Completion] = {}
@@ -48,7 +52,7 @@ class CompletionStream:
 
     def close(self) -> None:
         """Nobody follows any more: what still runs is aborted. Harmless after the end."""
-        self._abandon(self)
+        self._abandon()
 
     def update(self, index: int, completion: Completion) -> None:
         self._changed[index] = completion

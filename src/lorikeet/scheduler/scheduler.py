@@ -387,7 +387,7 @@ class Scheduler:
             # max_new_tokens is 0. Only the prompt was to be computed; the token that its last position samples was not asked for.
             self._state.end(seq, FinishReason(kind="length", length=0), [], None)
             return
-        seq.tokens.append(token.token_id)
+        seq.append(token.token_id)
         self._counters.output_tokens += 1
         reason = finish_reason(seq, token.token_id)
         if reason is not None:

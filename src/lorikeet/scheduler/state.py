@@ -55,7 +55,7 @@ class State:
     ) -> None:
         """Add an output of ``seq``; it carries the prompt's log-probabilities if they were not handed out yet."""
         output = RequestOutput(
-            rid=seq.request.rid,
+            id=seq.id,
             token_ids=token_ids,
             cached_tokens=seq.cached_tokens or 0,
             finish=reason,

@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
+from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.server.limits import BodyError
 from lorikeet.server.protocol import (
     Body,
@@ -83,7 +84,7 @@ class AdapterRoutes:
 
         async def work() -> Description:
             body = await self._body(request, LoadAdapterBody)
-            self._check_name(body.lora_name)
+            self._check_load(body.lora_name, body.lora_path)
             return await self._load(
                 request,
                 "load_adapter",
@@ -99,6 +100,7 @@ class AdapterRoutes:
 
         async def work() -> Description:
             body = await self._body(request, UnloadAdapterBody)
+            check_name(body.lora_name, "lora_name")
             return await self._client.command(
                 "unload_adapter", name=body.lora_name, timeout=body.timeout
             )
@@ -112,7 +114,7 @@ class AdapterRoutes:
             data = await request.body()
             self._check_enabled()
             body, tensors = await read_large(data, _read_tensors)
-            self._check_name(body.lora_name)
+            self._check_load(body.lora_name)
             return await self._load(
                 request,
                 "load_adapter_from_tensors",
@@ -128,7 +130,7 @@ class AdapterRoutes:
         """vLLM's load. ``load_inplace`` replaces an adapter of the name: requests that run keep the one they have."""
         try:
             body = await self._body(request, InplaceLoadBody)
-            self._check_name(body.lora_name)
+            self._check_load(body.lora_name, body.lora_path)
             await self._load(
                 request,
                 "load_adapter",
@@ -144,6 +146,7 @@ class AdapterRoutes:
         """vLLM's unload."""
         try:
             body = await self._body(request, NamedAdapterBody)
+            check_name(body.lora_name, "lora_name")
             await self._client.command("unload_adapter", name=body.lora_name, timeout=None)
         except UserError as error:
             return _vllm_refusal(error)
@@ -192,12 +195,10 @@ class AdapterRoutes:
         if not self._client.info["lora_enabled"]:
             raise LoRADisabledError("LoRA is not enabled; start the server with --enable-lora")
 
-    def _check_name(self, name: str) -> None:
-        if name == self._base:
-            raise RequestError(
-                f"lora_name: {name!r} is the name of the base model; allowed: any other",
-                "lora_name",
-            )
+    def _check_load(self, name: str, path: str | None = None) -> None:
+        check_adapter_name(name, self._base)
+        if path is not None:
+            check_name(path, "lora_path", most=MAX_PATH)
 
 
 def _read_tensors(data: bytes) -> tuple[LoadTensorsBody, bytes]:

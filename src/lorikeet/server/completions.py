@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,10 @@ from lorikeet.server.openai_replies import (
     CompletionChoice,
     Envelope,
     MakeChoice,
-    Reply,
 )
 from lorikeet.server.openai_submit import check_finish, submit
 from lorikeet.server.protocol import body_schema, parse_body, read_large
-from lorikeet.server.replies import JSONReply, until_disconnect
+from lorikeet.server.replies import JSONReply, build_reply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
 
 
@@ -81,8 +80,7 @@ class CompletionRoutes:
         if call.body.stream:
             return EventStream(self._events(stream, call, form), on_end=stream.close)
         try:
-            whole = self._whole(stream, call, form)
-            return JSONReply(await until_disconnect(request.receive, whole))
+            return await until_disconnect(request.receive, self._whole(stream, call, form))
         finally:
             stream.close()
 
@@ -102,34 +100,41 @@ class CompletionRoutes:
                 await self._client.command("find_adapter", name=adapter)
         return await self._reader.chat(body, len(data))
 
-    async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
+    async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> JSONReply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
         finished: dict[int, Snapshot] = {}
         async for index, completion in stream:
             if completion.finish is not None:
                 check_finish(completion.finish)
                 finished[index] = completion.snapshot()
-        snapshots = [finished[index] for index in range(len(call.batch.requests))]
+        snapshots = [finished[index] for index in range(call.batch.num_completions)]
+        num_logprobs = sum(snapshot.num_logprobs for snapshot in snapshots)
+        return await build_reply(num_logprobs, partial(self._reply, snapshots, call, form))
+
+    def _reply(self, snapshots: Sequence[Snapshot], call: Call, form: _Form) -> JSONReply:
         choices = [
             form.make_choice(index, call, self._client.tokenizer).whole(snapshot)
             for index, snapshot in enumerate(snapshots)
         ]
-        return _envelope(call, form).whole(choices, snapshots)
+        return JSONReply(_envelope(call, form).whole(choices, snapshots))
 
     async def _events(
         self, stream: CompletionStream, call: Call, form: _Form
     ) -> AsyncGenerator[bytes, None]:
         """Frames of chunks as the choices grow. One that fails ends the stream, and the others are aborted."""
         envelope = _envelope(call, form)
-        num = len(call.batch.requests)
+        num = call.batch.num_completions
         choices = [form.make_choice(index, call, self._client.tokenizer) for index in range(num)]
         finished: dict[int, Snapshot] = {}
+        told: dict[int, int] = {}  # index -> log-probabilities so far
         try:
             async for index, completion in stream:
                 if completion.finish is not None:
                     check_finish(completion.finish)
                 snapshot = completion.snapshot()
-                for choice in choices[index].chunks(snapshot):
+                new = snapshot.num_logprobs - told.get(index, 0)
+                told[index] = snapshot.num_logprobs
+                for choice in await build_reply(new, partial(choices[index].chunks, snapshot)):
                     yield frame(envelope.chunk(choice))
                 if snapshot.finish is not None:
                     finished[index] = snapshot

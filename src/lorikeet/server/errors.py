@@ -24,6 +24,9 @@ CLIENT_CLOSED_REQUEST = 499
 # Seconds, for refusals whose reason passes. Clients of the field wait that long and try again, up to their own limit.
 RETRY_AFTER = {"Retry-After": "1"}
 
+# Characters of a path that an error repeats.
+MAX_SHOWN_PATH = 200
+
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -71,6 +74,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EngineFault, _on_own)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(RecursionError, _on_recursion)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     # Starlette's outermost layer calls this one and then raises the exception again, so uvicorn logs its traceback.
     app.add_exception_handler(Exception, _on_unexpected)
@@ -89,10 +93,11 @@ async def _on_http(request: Request, error: Exception) -> Response:
         raise error
     message = error.detail
     if error.status_code == 404:
-        message = f"there is no {request.url.path}"
+        message = f"there is no {request.url.path[:MAX_SHOWN_PATH]}"
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
-        message = f"{request.method} {request.url.path} is not allowed; allowed: {allowed}"
+        path = request.url.path[:MAX_SHOWN_PATH]
+        message = f"{request.method} {path} is not allowed; allowed: {allowed}"
     return error_response(message, error.status_code, headers=error.headers)
 
 
@@ -102,6 +107,13 @@ async def _on_validation(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     name = str(first["loc"][-1])
     return JSONReply(error_body(f"{name}: {first['msg']}", 400, param=name), status_code=400)
+
+
+async def _on_recursion(request: Request, error: Exception) -> Response:
+    """Nothing here calls itself but what walks over a body."""
+    return error_response(
+        "the body is nested too deeply; allowed: a few hundred levels in any field", 400
+    )
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:

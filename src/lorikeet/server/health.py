@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +16,8 @@ from lorikeet.config import OPTIONS, ServerConfig
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
+from lorikeet.engine.intake import RequestBatch
+from lorikeet.engine.stop import StopRules
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.masking import mask_all
 from lorikeet.server.errors import error_response
@@ -84,11 +85,13 @@ class HealthRoutes:
 
     async def _generate_one(self) -> None:
         probe = EngineRequest(
-            rid=f"health-{uuid.uuid4().hex}",
             prompt_token_ids=[0],
             sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
         )
-        stream = await self._client.submit([probe])
+        batch = RequestBatch(
+            requests=[probe], stops=[StopRules()], rids=["health"], labels={}, is_list=False
+        )
+        stream = await self._client.submit(batch)
         try:
             async for _ in stream:
                 pass

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lorikeet.engine.client import EngineClient
-from lorikeet.engine.completion import Completion
+from lorikeet.engine.completion import Snapshot
 from lorikeet.engine.intake import RequestBatch
-from lorikeet.engine.reply import native_reply
+from lorikeet.engine.reply import TokenText, native_reply
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.errors import EngineFault, RequestError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
-from lorikeet.server.replies import JSONReply, until_disconnect
+from lorikeet.server.replies import LARGE_REPLY, JSONReply, build_reply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
 
 
@@ -46,7 +46,7 @@ class NativeRoutes:
         if body.stream:
             return EventStream(self._events(stream, batch), on_end=stream.close)
         try:
-            return JSONReply(await until_disconnect(request.receive, self._whole(stream, batch)))
+            return await until_disconnect(request.receive, self._whole(stream, batch))
         finally:
             stream.close()
 
@@ -60,7 +60,7 @@ class NativeRoutes:
 
     async def _begin(self, data: bytes) -> tuple[GenerateBody, RequestBatch, CompletionStream]:
         body, batch = await read_large(data, self._read)
-        return body, batch, await self._client.submit(batch.requests, _groups(body, batch))
+        return body, batch, await self._client.submit(batch)
 
     def _read(self, data: bytes) -> tuple[GenerateBody, RequestBatch]:
         body = parse_body(GenerateBody, data)
@@ -68,48 +68,60 @@ class NativeRoutes:
         fields = {name: getattr(body, name) for name in GenerateBody.model_fields}
         return body, self._client.intake.make_requests(fields)
 
-    async def _whole(self, stream: CompletionStream, batch: RequestBatch) -> object:
+    async def _whole(self, stream: CompletionStream, batch: RequestBatch) -> JSONReply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
-        finished: dict[int, Completion] = {}
+        finished: dict[int, Snapshot] = {}
         async for index, completion in stream:
             if completion.finish is None:
                 continue
             error = finish_error(completion.finish)
             if error is not None:
                 raise error
-            finished[index] = completion
+            finished[index] = completion.snapshot()
+        num_logprobs = sum(snapshot.num_logprobs for snapshot in finished.values())
+        return await build_reply(num_logprobs, partial(self._reply, finished, batch))
+
+    def _reply(self, finished: Mapping[int, Snapshot], batch: RequestBatch) -> JSONReply:
         replies = [
-            self._reply(finished[index], batch, None) for index in range(len(batch.requests))
+            native_reply(finished[index], token_text=self._token_text(batch))
+            for index in range(batch.num_completions)
         ]
-        return replies if batch.is_list else replies[0]
+        return JSONReply(replies if batch.is_list else replies[0])
 
     async def _events(
         self, stream: CompletionStream, batch: RequestBatch
     ) -> AsyncGenerator[bytes, None]:
-        """A frame for each growth of a completion. One that fails is an error frame, and the others go on."""
+        """A frame for each growth of a completion. One that fails is an error frame, and the others go on.
+
+        A frame repeats the log-probabilities of all output tokens. Once they are many, the next frame comes when they have
+        grown by an eighth, so that all frames together take a time that is linear in the last one's.
+        """
+        told: dict[int, int] = {}  # index -> log-probabilities of its last frame
         try:
             async for index, completion in stream:
                 place = index if batch.is_list else None
                 error = finish_error(completion.finish) if completion.finish else None
                 if error is None:
-                    yield frame(self._reply(completion, batch, place))
+                    snapshot, last = completion.snapshot(), told.get(index, 0)
+                    num = snapshot.num_logprobs
+                    if snapshot.finish is None and max(last, LARGE_REPLY) < num < last * 9 // 8:
+                        continue
+                    write = partial(self._frame, snapshot, batch, place, tells_prompt=not last)
+                    told[index] = num
+                    yield await build_reply(num, write)
                 else:
                     yield frame(describe(error)[1] | ({} if place is None else {"index": place}))
         except EngineFault as fault:
             yield frame(describe(fault)[1])
         yield DONE
 
-    def _reply(
-        self, completion: Completion, batch: RequestBatch, index: int | None
-    ) -> dict[str, Any]:
-        token_text = self._client.tokenizer.token_text if batch.return_text_in_logprobs else None
-        return native_reply(completion.snapshot(), token_text=token_text, index=index)
+    def _frame(
+        self, snapshot: Snapshot, batch: RequestBatch, place: int | None, *, tells_prompt: bool
+    ) -> bytes:
+        token_text = self._token_text(batch)
+        return frame(
+            native_reply(snapshot, token_text=token_text, index=place, tells_prompt=tells_prompt)
+        )
 
-
-def _groups(body: GenerateBody, batch: RequestBatch) -> dict[str, str]:
-    """The id that the caller gave for each request, where the call was expanded from it."""
-    if body.rid is None:
-        return {}
-    given = body.rid if isinstance(body.rid, list) else [body.rid]
-    num_each = len(batch.requests) // len(given)
-    return {request.rid: given[index // num_each] for index, request in enumerate(batch.requests)}
+    def _token_text(self, batch: RequestBatch) -> TokenText | None:
+        return self._client.tokenizer.token_text if batch.return_text_in_logprobs else None

@@ -6,11 +6,12 @@ accepted), or the body is refused and the field named. Null counts as not given,
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lorikeet.server.protocol import Body
+from lorikeet.server.protocol import Body, Many
 
 
 class StrictBody(Body):
@@ -24,7 +25,12 @@ class StrictBody(Body):
         if not isinstance(value, dict):
             return value
         fields = cast(dict[str, object], value)
-        return {name: item for name, item in fields.items() if item is not None}
+        given = {name: item for name, item in fields.items() if item is not None}
+        unknown = (name for name in given if name not in cls.model_fields)
+        # The first one is reported; there is no use in an error for each of a million.
+        for name in list(islice(unknown, 1, None)):
+            del given[name]
+        return given
 
 
 class NeutralFields(StrictBody):
@@ -64,9 +70,9 @@ class OpenAIBody(NeutralFields):
     max_tokens: int | None = Field(None, description="an integer")
     temperature: float | None = Field(None, description="a number")
     top_p: float | None = Field(None, description="a number")
-    stop: str | list[str] | None = Field(None, description="a string or a list of strings")
+    stop: str | Many[str] | None = Field(None, description="a string or a list of strings")
     seed: int | None = Field(None, description="an integer")
-    logit_bias: dict[str, float] | None = Field(
+    logit_bias: dict[str, Any] | None = Field(
         None, description="an object from token ids to numbers"
     )
     presence_penalty: float | None = Field(None, description="a number")
@@ -79,8 +85,8 @@ class OpenAIBody(NeutralFields):
     min_p: float | None = Field(None, description="a number")
     repetition_penalty: float | None = Field(None, description="a number")
     min_tokens: int | None = Field(None, description="an integer")
-    stop_token_ids: list[int] | None = Field(None, description="a list of token ids")
-    stop_regex: str | list[str] | None = Field(None, description="a string or a list of strings")
+    stop_token_ids: Many[int] | None = Field(None, description="a list of token ids")
+    stop_regex: str | Many[str] | None = Field(None, description="a string or a list of strings")
     no_stop_trim: bool | None = Field(None, description="true or false")
     ignore_eos: bool | None = Field(None, description="true or false")
     skip_special_tokens: bool | None = Field(None, description="true or false")
@@ -93,7 +99,7 @@ class EmbeddingBody(StrictBody):
     """``POST /v1/embeddings``."""
 
     model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
-    input: str | list[Any] = Field(
+    input: str | Many[Any] = Field(
         description="a string, a list of strings, a list of token ids or a list of such lists"
     )
     encoding_format: Literal["float", "base64"] | None = Field(
@@ -111,7 +117,7 @@ class EmbeddingBody(StrictBody):
 class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
-    prompt: str | list[Any] = Field(
+    prompt: str | Many[Any] = Field(
         description="a string, a list of strings, a list of token ids or a list of such lists"
     )
     logprobs: int | None = Field(None, description="an integer")
@@ -122,13 +128,13 @@ class CompletionBody(OpenAIBody):
 class ChatBody(OpenAIBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[dict[str, Any]] = Field(description="a list of objects with role and content")
+    messages: Many[dict[str, Any]] = Field(description="a list of objects with role and content")
     max_completion_tokens: int | None = Field(None, description="an integer")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, description="an integer")
-    modalities: list[Literal["text"]] | None = Field(None, description='["text"]')
+    modalities: Many[Literal["text"]] | None = Field(None, description='["text"]')
     parallel_tool_calls: bool | None = Field(None, description="true or false")
-    tools: list[Any] | None = Field(None, description="a list of functions")
+    tools: Many[Any] | None = Field(None, description="a list of functions")
     tool_choice: str | dict[str, Any] | None = Field(
         None, description="none, auto, required or an object that names a function"
     )

@@ -11,11 +11,13 @@ from typing import Any, cast
 
 import orjson
 
+from lorikeet.engine.call_limits import MAX_TEXT
 from lorikeet.engine.chat import ChatTemplates, render_template
 from lorikeet.engine.chat_facts import TemplateFacts, read_facts
 from lorikeet.engine.client import EngineClient
-from lorikeet.engine.intake import MAX_TEXT, RequestBatch
+from lorikeet.engine.intake import RequestBatch
 from lorikeet.errors import RequestError
+from lorikeet.names import check_name
 from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody, OpenAIBody
 from lorikeet.server.openai_messages import plain_messages
 from lorikeet.server.openai_objects import check_keys, read_field, refusal
@@ -147,7 +149,7 @@ class ModelNames:
         """The adapter that a body names, None if it is the base. Whether it exists is the engine's to say.
 
         Raises:
-            RequestError: ``model`` is empty.
+            RequestError: ``model`` is empty, or no name.
         """
         by_model = self.named_by_model(body.model)
         return body.lora_path if by_model is None else by_model
@@ -156,11 +158,10 @@ class ModelNames:
         """The adapter that ``model`` names; None if it is the base."""
         if model == self._base:
             return None
-        if model.startswith(f"{self._base}:"):
-            return model.removeprefix(f"{self._base}:") or None
         if not model:
             raise RequestError("model is empty; allowed: the name of a model", "model")
-        return model
+        name = model.removeprefix(f"{self._base}:")
+        return check_name(name, "model") if name else None
 
 
 class CallReader:
@@ -311,7 +312,7 @@ class CallReader:
                 self._client.tokenizer.decode(
                     request.prompt_token_ids, skip_special_tokens=not keep
                 )
-                for request in call.batch.requests[:: call.num_samples]
+                for request in call.batch.requests
             ]
         return replace(call, echo=texts)
 

@@ -85,7 +85,7 @@ class ChatChoice:
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer) -> None:
         self._index = index
         self._tokenizer = tokenizer
-        self._wants_logprobs = call.batch.requests[index].return_logprob
+        self._wants_logprobs = call.batch.request_of(index).return_logprob
         self._speech = Speech(call.tools)
         self._num_tokens = 0
         self._has_begun = False
@@ -153,7 +153,7 @@ class CompletionChoice:
     """One choice of a completion. With ``echo`` its text and its log-probabilities begin with the prompt's."""
 
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer) -> None:
-        request = call.batch.requests[index]
+        request = call.batch.request_of(index)
         self._index = index
         self._prompt = call.echo[index // call.num_samples] if call.echo else ""
         self._num_chars = 0

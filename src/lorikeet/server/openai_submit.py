@@ -18,11 +18,9 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
         RequestError: the engine refused a request, in the client's own words.
         EngineFault: the engine failed, or has no room.
     """
-    requests = call.batch.requests
-    groups = {item.rid: call.id for item in requests}
     markers = client.tokenizer.ids_of(call.markers)
     try:
-        return await client.submit(requests, groups, markers=markers)
+        return await client.submit(call.batch, markers=markers)
     except RequestError as error:
         # The engine says why, not which field: it may be the adapter, or a grammar.
         if call.adapter is None or client.adapters.path(call.adapter) is not None:

@@ -10,22 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar, cast
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from lorikeet.core.request import RANGES, SamplingParams
 from lorikeet.errors import RequestError
 from lorikeet.server.reading import check_values, run_sized
 
+_Item = TypeVar("_Item")
+
+Many = Annotated[list[_Item], FailFast()]
+"""A list of which the first wrong entry is reported, and none of the millions that may follow."""
+
 _Model = TypeVar("_Model", bound=BaseModel)
 _Read = TypeVar("_Read")
 
 # Longest quotation of a wrong value in a message.
 MAX_QUOTE = 60
+MAX_QUOTE_DEPTH = 8
 
 
 def _sampling_schema() -> dict[str, Any]:
@@ -53,32 +60,32 @@ class Body(BaseModel):
 class GenerateBody(Body):
     """``POST /generate``. Null is the same as not given. The values are checked by ``engine/intake.py``."""
 
-    text: str | list[str] | None = Field(None, description="a string or a list of strings")
-    input_ids: list[int] | list[list[int]] | None = Field(
+    text: str | Many[str] | None = Field(None, description="a string or a list of strings")
+    input_ids: Many[int] | Many[Many[int]] | None = Field(
         None, description="a list of token ids or a list of such lists"
     )
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = Field(
+    sampling_params: dict[str, Any] | Many[dict[str, Any]] | None = Field(
         None,
         description="an object or a list of objects, one per prompt",
         json_schema_extra={
             "anyOf": [_SAMPLING, {"type": "array", "items": _SAMPLING}, {"type": "null"}]
         },
     )
-    lora_path: str | list[str | None] | None = Field(
+    lora_path: str | Many[str | None] | None = Field(
         None,
         description="an adapter's name, null (the base model) or a list of them, one per prompt",
     )
     stream: bool | None = Field(None, description="true or false")
-    rid: str | list[str] | None = Field(
+    rid: str | Many[str] | None = Field(
         None, description="a string or a list of strings, one per prompt"
     )
-    return_logprob: bool | list[bool | None] | None = Field(
+    return_logprob: bool | Many[bool | None] | None = Field(
         None, description="true, false or a list of them, one per prompt"
     )
-    logprob_start_len: int | list[int | None] | None = Field(
+    logprob_start_len: int | Many[int | None] | None = Field(
         None, description="an integer or a list of integers, one per prompt"
     )
-    top_logprobs_num: int | list[int | None] | None = Field(
+    top_logprobs_num: int | Many[int | None] | None = Field(
         None, description="an integer or a list of integers, one per prompt"
     )
     return_text_in_logprobs: bool | None = Field(None, description="true or false")
@@ -91,10 +98,13 @@ class AbortBody(Body):
     abort_all: bool = Field(default=False, description="true or false")
 
 
+NAME = "a string that is not empty"
+
+
 class LoadAdapterBody(Body):
     """``POST /load_lora_adapter``."""
 
-    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_name: str = Field(min_length=1, description=NAME)
     lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
     pinned: bool = Field(default=False, description="true or false")
 
@@ -102,7 +112,7 @@ class LoadAdapterBody(Body):
 class UnloadAdapterBody(Body):
     """``POST /unload_lora_adapter``."""
 
-    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_name: str = Field(min_length=1, description=NAME)
     timeout: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="a number of seconds, at least 0"
     )
@@ -111,7 +121,7 @@ class UnloadAdapterBody(Body):
 class LoadTensorsBody(Body):
     """``POST /load_lora_adapter_from_tensors``."""
 
-    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_name: str = Field(min_length=1, description=NAME)
     config_dict: dict[str, Any] = Field(description="the object of an adapter_config.json")
     tensors: str = Field(
         min_length=1,
@@ -126,7 +136,7 @@ class LoadTensorsBody(Body):
 class InplaceLoadBody(Body):
     """``POST /v1/load_lora_adapter``, as vLLM has it."""
 
-    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_name: str = Field(min_length=1, description=NAME)
     lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
     load_inplace: bool = Field(default=False, description="true or false")
     is_3d_lora_weight: Literal[False] | None = Field(
@@ -137,7 +147,7 @@ class InplaceLoadBody(Body):
 class NamedAdapterBody(Body):
     """``POST /v1/unload_lora_adapter``, as vLLM has it."""
 
-    lora_name: str = Field(min_length=1, description="a string that is not empty")
+    lora_name: str = Field(min_length=1, description=NAME)
 
 
 def parse_body(model: type[_Model], data: bytes) -> _Model:
@@ -157,7 +167,7 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
         return model.model_validate(value)
     except ValidationError as error:
         # A union reports each of its members; the deepest report is about the member that the client meant.
-        raise _refusal(model, max(error.errors(), key=_depth)) from None
+        raise _refusal(model, max(error.errors(include_url=False), key=_depth)) from None
 
 
 async def read_large(data: bytes, read: Callable[[bytes], _Read]) -> _Read:
@@ -190,7 +200,7 @@ def _depth(error: ErrorDetails) -> int:
 
 def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     if error["type"] == "extra_forbidden":
-        path = ".".join(map(str, error["loc"]))
+        path = ".".join(map(str, error["loc"]))[:MAX_QUOTE]
         return RequestError(f"{path}: there is no such field here; remove it", path)
     name = str(error["loc"][0])
     field = model.model_fields.get(name)
@@ -203,9 +213,21 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
 
 
 def quote(value: object) -> str:
-    """A value of a body as a message shows it: the beginning of its JSON."""
-    try:
-        text = orjson.dumps(value).decode()
-    except orjson.JSONEncodeError:  # nested deeper than it writes, though not deeper than it reads
-        return "something deeply nested"
+    """A value of a body as a message shows it: the beginning of its JSON, whatever its size."""
+    text = orjson.dumps(_beginning(value, MAX_QUOTE_DEPTH)).decode()
     return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "…"
+
+
+def _beginning(value: object, depth: int) -> object:
+    """A value that is no larger than a message can show."""
+    if isinstance(value, str):
+        return value[: MAX_QUOTE + 1]
+    if not isinstance(value, list | dict):
+        return value
+    if not depth:
+        return "…"
+    if isinstance(value, list):
+        items = cast(list[object], value)
+        return [_beginning(item, depth - 1) for item in islice(items, MAX_QUOTE)]
+    fields = islice(cast(dict[str, object], value).items(), MAX_QUOTE)
+    return {name[:MAX_QUOTE]: _beginning(item, depth - 1) for name, item in fields}

@@ -13,6 +13,8 @@ from starlette.types import Receive
 
 _T = TypeVar("_T")
 
+# Log-probabilities of a reply or a frame that take some milliseconds to write out.
+LARGE_REPLY = 2_000
 # Items of a list that are written at a time: less than a millisecond.
 _PIECE = 256
 
@@ -38,6 +40,11 @@ async def list_body(items: Sequence[_T], show: Callable[[_T], object]) -> bytes:
             await asyncio.sleep(0)
         pieces.append(orjson.dumps([show(item) for item in items[start : start + _PIECE]])[1:-1])
     return b'{"object":"list","data":[' + b",".join(pieces) + b"]}"
+
+
+async def build_reply(num_logprobs: int, build: Callable[[], _T]) -> _T:
+    """``build()``, which writes out so many log-probabilities; on a thread if others would notice."""
+    return await asyncio.to_thread(build) if num_logprobs > LARGE_REPLY else build()
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
