@@ -22,7 +22,7 @@ from lorikeet.core.request import (
 )
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.errors import RequestError
+from lorikeet.errors import ContextLengthError, RequestError
 
 __all__ = ["Intake", "RequestBatch", "parse_sampling"]
 
@@ -208,9 +208,10 @@ class Intake:
         room = self._context_length - num_prompt
         if room < least:
             reason = " and at least one token is generated" if least else ""
-            raise RequestError(
+            # Clients look for "maximum context length is".
+            raise ContextLengthError(
                 f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
-                f"the context length is {self._context_length}{reason}",
+                f"the maximum context length is {self._context_length}{reason}",
                 "text",
             )
         return room

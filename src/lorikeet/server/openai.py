@@ -38,10 +38,11 @@ class OpenAIRoutes:
         return JSONReply({"object": "list", "data": await self._cards()})
 
     async def model(self, model_id: str) -> Response:
+        """One card, under each name that a request may give: an adapter's may follow the base's."""
         cards = await self._cards()
         for card in cards:
-            if card["id"] == model_id:
-                return JSONReply(card)
+            if model_id in (card["id"], f"{self._base}:{card['id']}"):
+                return JSONReply(card | {"id": model_id})
         known = ", ".join(card["id"] for card in cards)
         raise ModelNotFoundError(f"the model {model_id!r} does not exist; known: {known}", "model")
 
