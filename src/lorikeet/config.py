@@ -21,7 +21,7 @@ from lorikeet.config_device import (
     resolve_lora_backend,
 )
 from lorikeet.config_targets import check_targets, expand_targets
-from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
+from lorikeet.config_values import LORA_SOURCES, LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
 from lorikeet.masking import mask
 
@@ -125,6 +125,20 @@ class ServerConfig:
     lora_root: tuple[str, ...] = _option(
         (),
         "directories that hold every local adapter which a request may load; none: any directory",
+    )
+    lora_sources: tuple[str, ...] = _option(
+        LORA_SOURCES,
+        "kinds of source that requests may load adapters from",
+        choices=LORA_SOURCES,
+    )
+    lora_allow_private_hosts: bool = _option(
+        default=False,
+        meaning="requests may load adapters from web servers whose address is not public: this machine, a local network",
+    )
+    lora_download_timeout: float = _option(
+        600.0,
+        "seconds that a download of an adapter may take; the next one goes on from there",
+        above=0,
     )
     lora_resolver_dir: str | None = _option(
         None, "directory where a name that is not loaded is looked up on its first use"
@@ -354,8 +368,9 @@ def _check_lora(config: ServerConfig) -> None:
     if config.enable_lora is False and config.lora_paths:
         raise ConfigError("--no-enable-lora contradicts --lora-paths; leave one of them out")
     needed = ("max_lora_rank", "lora_target_modules")
-    sources = ("lora_root", "lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
-    names = ("max_loaded_loras", *needed, *sources)
+    sources = ("lora_root", "lora_sources", "lora_allow_private_hosts", "lora_download_timeout")
+    places = ("lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
+    names = ("max_loaded_loras", *needed, *sources, *places)
     given = [name for name in names if getattr(config, name) != OPTIONS[name].default]
     if not _lora_is_on(config):
         if given:

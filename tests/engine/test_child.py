@@ -209,7 +209,7 @@ def test_a_load_is_answered_when_it_is_done() -> None:
     loaded = decode_to_client(encode(replies[1]))
     assert isinstance(loaded, Reply)
     assert isinstance(loaded.result, dict)
-    assert loaded.result["loaded_adapters"] == {"a": "/a"}
+    assert loaded.result["path"] == "/a"
     assert replies[3].error is None
     assert replies[4].status_code == 404
     assert (replies[5].status_code, replies[5].error) == (400, "adapter path /b does not exist")

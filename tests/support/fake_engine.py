@@ -12,6 +12,8 @@ import os
 import struct
 import threading
 import time
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -21,7 +23,10 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdaptersChanged,
     AdapterTemplates,
+    AdapterUse,
+    AdapterView,
     Command,
     Failed,
     Outputs,
@@ -116,6 +121,7 @@ class FakeEngine:
         self.commands: list[Command] = []
         self.cancelled: list[int] = []
         self._loading: dict[int, tuple[float, Command]] = {}
+        self._told: dict[str, tuple[str, str | None]] = {}
 
     @property
     def num_running(self) -> int:
@@ -142,7 +148,7 @@ class FakeEngine:
         if knobs.start_error is not None:
             endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
             return 2 if knobs.start_user_error else 1
-        self._tell(*knobs.adapters)
+        self._tell_changes()
         endpoint.send(Ready(self._info()))
         while not self._is_over():
             orphan = os.getppid() != self._parent
@@ -153,6 +159,7 @@ class FakeEngine:
             for message in endpoint.recv(0 if self._running else 5):
                 self._handle(message)
             self._finish_loads()
+            self._tell_changes()
             self._step()
         return 0
 
@@ -242,8 +249,6 @@ class FakeEngine:
         match command.name:
             case "flush_cache":
                 return Reply(command.id, {"success": not self._running})
-            case "adapters":
-                return self._describe(command)
             case "info":
                 return Reply(command.id, self._info())
             case "load_adapter" | "load_adapter_from_tensors":
@@ -261,22 +266,11 @@ class FakeEngine:
             case name:
                 return Reply(command.id, error=f"unknown command {name!r}", status_code=400)
 
-    def _describe(self, command: Command) -> Reply:
-        wanted = command.args.get("name")
-        items = [
-            {"name": name, "path": path, "state": self.knobs.states.get(name, "loaded")}
-            for name, path in self.knobs.adapters.items()
-            if wanted in (None, name)
-        ]
-        if wanted is not None and not items:
-            return _unknown_adapter(command.id, wanted)
-        return Reply(command.id, items)
-
     def _unload(self, command: Command) -> Reply:
         if self.knobs.adapters.pop(str(command.args["name"]), None) is None:
             return _unknown_adapter(command.id, command.args["name"])
         self._tell(str(command.args["name"]))
-        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+        return Reply(command.id)
 
     def _find(self, name: str, number: int) -> Reply:
         if name in self.knobs.findable:
@@ -284,14 +278,48 @@ class FakeEngine:
             self._tell(name)
         return Reply(number)
 
+    def _tell_changes(self) -> None:
+        """Tell the client about names that a test has given another meaning."""
+        now = {
+            name: (path, self.knobs.states.get(name)) for name, path in self.knobs.adapters.items()
+        }
+        if now != self._told:
+            names = dict.fromkeys([*now, *self._told])
+            self._tell(*(name for name in names if now.get(name) != self._told.get(name)))
+
     def _tell(self, *names: str) -> None:
         """Tell the client what these names mean now."""
+        for name in names:
+            self._told.pop(name, None)
+            if name in self.knobs.adapters:
+                self._told[name] = (self.knobs.adapters[name], self.knobs.states.get(name))
         paths = {name: self.knobs.adapters.get(name) for name in names}
+        self._endpoint.send(self._changes(paths))
         templates = self.knobs.templates
         changed = {
             name: None if path is None else templates.get(path, {}) for name, path in paths.items()
         }
         self._endpoint.send(AdapterTemplates(changed))
+
+    def _changes(self, paths: Mapping[str, str | None]) -> AdaptersChanged:
+        """What the real engine would say about these names; a name's version is its hash."""
+        names: dict[str, list[AdapterView]] = {}
+        uses: dict[int, AdapterUse | None] = {}
+        for name, path in paths.items():
+            state = self.knobs.states.get(name, "loaded")
+            version = zlib.crc32(name.encode())
+            reason = "broken" if state == "failed" else None
+            view = AdapterView(
+                name=name,
+                path=path or "",
+                state="loaded" if state == "failed" else state,
+                pinned=False,
+                version=None if state == "loading" else version,
+                report=b'{"rank":8}',
+            )
+            names[name] = [] if path is None else [view]
+            uses[version] = None if path is None else AdapterUse(tier="host", reason=reason)
+        return AdaptersChanged(names=names, uses=uses)
 
     def _finish_loads(self) -> None:
         now = time.monotonic()
@@ -307,7 +335,7 @@ class FakeEngine:
             return Reply(command.id, error=f"adapter {name!r} is already loaded", status_code=400)
         self.knobs.adapters[name] = str(command.args.get("path", "__tensor__"))
         self._tell(name)
-        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+        return Reply(command.id)
 
     def _step(self) -> None:
         if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:

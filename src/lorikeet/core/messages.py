@@ -86,6 +86,54 @@ class AdapterTemplates(msgspec.Struct, tag=True):
                 known[name] = templates
 
 
+class AdapterView(msgspec.Struct, frozen=True):
+    """One meaning of an adapter's name: what requests get, what is being loaded, or what is being unloaded.
+
+    Attributes:
+        state: ``loaded``, ``loading`` or ``unloading``.
+        version: and what follows: None while it is being loaded.
+        report: what it changes in the base model, as JSON.
+    """
+
+    name: str
+    path: str
+    state: str
+    pinned: bool
+    version: int | None = None
+    rank: int | None = None
+    targets: list[str] | None = None
+    nbytes: int | None = None
+    report: bytes | None = None
+
+
+class AdapterUse(msgspec.Struct, frozen=True):
+    """Where a version is, and who uses it.
+
+    Attributes:
+        tier: of ``lora/tiers.py``; None: nowhere yet.
+        in_flight: requests that hold it.
+        last_use: seconds since the epoch, of the newest request's begin or end; None: never.
+        reason: why it cannot be read again; None if it can.
+    """
+
+    tier: str | None = None
+    in_flight: int = 0
+    last_use: float | None = None
+    reason: str | None = None
+
+
+class AdaptersChanged(msgspec.Struct, tag=True):
+    """What has changed about the adapters. It is sent before whatever follows from it, like ``AdapterTemplates``.
+
+    Attributes:
+        names: name -> everything that it means now; empty if it means nothing any more.
+        uses: version -> how it is used now; None if it is gone.
+    """
+
+    names: dict[str, list[AdapterView]] = {}
+    uses: dict[int, AdapterUse | None] = {}
+
+
 class Progress(msgspec.Struct, tag=True):
     """The engine's state of start-up, shown by the parent (``phase`` is free text for a log)."""
 
@@ -124,7 +172,17 @@ class Stats(msgspec.Struct, tag=True):
 
 
 ToEngine = Submit | Abort | Command | Shutdown
-ToClient = Accepted | Outputs | Reply | AdapterTemplates | Progress | Ready | Failed | Stats
+ToClient = (
+    Accepted
+    | Outputs
+    | Reply
+    | AdapterTemplates
+    | AdaptersChanged
+    | Progress
+    | Ready
+    | Failed
+    | Stats
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)

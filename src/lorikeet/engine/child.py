@@ -125,7 +125,9 @@ class EngineLoop:
         return 0
 
     def send_templates(self) -> None:
-        """Tell which adapters came or went."""
+        """Tell which adapters came or went, and what else has changed about them."""
+        if news := self._core.take_adapter_changes():
+            self._endpoint.send(news)
         if changed := self._core.take_templates():
             self._endpoint.send(AdapterTemplates(changed))
 

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdaptersChanged,
     AdapterTemplates,
     Failed,
     Outputs,
@@ -30,11 +31,13 @@ from lorikeet.core.messages import (
     ToClient,
 )
 from lorikeet.core.request import Request, RequestOutput
+from lorikeet.engine.adapter_views import AdapterViews
 from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
 from lorikeet.engine.open_request import OpenRequest
 from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.engine.template_sandbox import TemplateSandbox
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
 from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
@@ -73,8 +76,10 @@ class EngineClient:
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
+        self.adapters = AdapterViews()
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
+        self.templates = TemplateSandbox()
         self._open: dict[str, OpenRequest] = {}
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
@@ -127,6 +132,7 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._transport.close()
+        self.templates.close()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -306,14 +312,20 @@ class EngineClient:
                 self._commands.reply(message)
             case Stats(values, labels, samples):
                 self._engine_metrics.update(values, labels, samples)
-            case AdapterTemplates():
-                message.apply(self.adapter_templates)
+            case AdaptersChanged() | AdapterTemplates():
+                self._note_adapters(message)
             case Progress(phase):
                 self._on_progress(phase)
             case Ready(info):
                 self._ready(info)
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
+
+    def _note_adapters(self, message: AdaptersChanged | AdapterTemplates) -> None:
+        if isinstance(message, AdaptersChanged):
+            self.adapters.apply(message)
+        else:
+            message.apply(self.adapter_templates)
 
     def _accept(self, rid: str) -> None:
         entry = self._open.get(rid)
@@ -326,6 +338,7 @@ class EngineClient:
             self.tokenizer,
             vocab_size=info["vocab_size"],
             context_length=info["context_length"],
+            is_bounded=True,
         )
         self._started.set()
 

@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
@@ -82,7 +83,7 @@ class EngineCore:
         self._in_flight: deque[StepPlan] = deque()
         self._open: dict[str, _Open] = {}
         self._compiling: dict[str, Future[None]] = {}
-        self._finding: dict[str, Future[LoadOutcome]] = {}
+        self._finding: dict[str, Future[None]] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._accepted: list[str] = []
         self._outputs: list[RequestOutput] = []
@@ -173,8 +174,7 @@ class EngineCore:
             if entry is None:
                 continue
             if entry.seq is None:
-                self._finding.pop(key, None)
-                future = self._compiling.pop(key, None)
+                future = self._finding.pop(key, None) or self._compiling.pop(key, None)
                 if future is not None:
                     future.cancel()
                 self._finish_unstarted(key, RequestOutput(rid=key, token_ids=[], finish=reason))
@@ -247,6 +247,10 @@ class EngineCore:
     def take_samples(self) -> dict[str, list[float]]:
         """Durations in seconds, by name, measured since the last call."""
         return self._adapters.take_samples()
+
+    def take_adapter_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
+        return self._adapters.take_changes()
 
     def take_templates(self) -> dict[str, dict[str, str] | None]:
         """Adapters' names that came or went since the last call; see ``AdapterTemplates``."""
@@ -321,7 +325,8 @@ class EngineCore:
     def _collect_found(self) -> None:
         """Requests whose adapter the resolver has found, or has not."""
         for rid in [rid for rid, future in self._finding.items() if future.done()]:
-            request, error = self._open[rid].request, self._finding.pop(rid).exception()
+            request, found = self._open[rid].request, self._finding.pop(rid)
+            error = None if found.cancelled() else found.exception()
             try:
                 if error is not None and not isinstance(error, AdapterNotFoundError):
                     raise error
@@ -374,14 +379,15 @@ class EngineCore:
         found = self._adapters.find(name)
         if found is None:
             return None
-        # Others may wait for the same name: whoever does not wait any more must not cancel it.
+        # Whether it was found is seen by asking for the name again; why it was not, as well.
         reply: Future[None] = Future()
 
-        def finish(_: Future[LoadOutcome]) -> None:
+        def finish(_: Future[None]) -> None:
             if reply.set_running_or_notify_cancel():
                 reply.set_result(None)
 
         found.add_done_callback(finish)
+        reply.add_done_callback(lambda reply: reply.cancelled() and found.cancel())
         return reply
 
     def _flush_cache(self) -> dict[str, object]:

@@ -18,6 +18,7 @@ from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.spawn import spawn_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, EngineAddress
+from lorikeet.lora.registry import MAX_LISTED
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
@@ -140,9 +141,11 @@ async def _run(
 
 
 def _ready_line(config: ServerConfig, client: EngineClient) -> str:
-    names = list(client.info["adapters"])
+    num_adapters = len(client.adapters)
+    names = list(client.adapters.paths())[:MAX_LISTED]
+    names += ["…"] if num_adapters > len(names) else []
     host = f"[{config.host}]" if ":" in config.host else config.host
     return (
         f"Server ready at http://{host}:{config.port}: {config.served_model_name or config.model_path} "
-        f"with {len(names)} adapters" + (f" ({', '.join(names)})" if names else "")
+        f"with {num_adapters} adapters" + (f" ({', '.join(names)})" if names else "")
     )

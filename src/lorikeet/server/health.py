@@ -18,7 +18,6 @@ from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import RequestError, UnavailableError
-from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import error_response
 from lorikeet.server.replies import JSONReply, until_disconnect
 
@@ -119,7 +118,7 @@ class HealthRoutes:
 
     async def server_info(self) -> Response:
         """Every field of the configuration but the keys, what the engine reported, and what is so now."""
-        adapters = await served_adapters(self._client)
+        self._client.check_alive()
         fields: dict[str, Any] = dataclasses.asdict(self._config)
         for name in SECRETS:
             del fields[name]
@@ -127,7 +126,7 @@ class HealthRoutes:
             {
                 **fields,
                 **self._client.info,
-                "adapters": {adapter["name"]: adapter["path"] for adapter in adapters},
+                "adapters": self._client.adapters.paths(),
                 "version": __version__,
                 "internal_states": [dict(self._client.stats)],
             }
