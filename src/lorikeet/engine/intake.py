@@ -182,8 +182,9 @@ class Intake:
         """Refuse a prompt that cannot fit into the context, for its length."""
         least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
         if least > self._context_length:
-            raise RequestError(
-                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, the context length",
+            raise ContextLengthError(
+                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
+                f"context length is {self._context_length}",
                 "text",
             )
         if self._is_bounded and len(text) > MAX_TEXT:
