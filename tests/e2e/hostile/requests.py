@@ -98,6 +98,8 @@ MANY = [
     Case("stop pattern evil, text", lambda: stopping(["^(.+)+!!"], max_new_tokens=200), "", EITHER),
     Case("stop pattern {10000}", lambda: stopping(["(a{1000}){10}"] * 128), "stop_regex"),
     Case("stop pattern {10^20}", lambda: stopping([f"a{{{10**20}}}"]), "stop_regex"),
+    Case("stop pattern of groups", lambda: stopping(["(){9000}a"] * 4), "stop_regex", EITHER),
+    Case("stop pattern of groups, ^", lambda: stopping(["(){9999}(a+)+?^|"]), "stop_regex"),
     Case("stop pattern nested", lambda: stopping([nested(5000, "(", ")")]), "stop_regex"),
     Case("stop pattern open", lambda: stopping(["[" * 16000]), "stop_regex"),
     Case("stop pattern, completions", lambda: completion(stop_regex=["(a+)+$"]), "stop", EITHER),
