@@ -10,10 +10,10 @@ STAMP := $(VENV)/.lorikeet-installed
 # Processes of the test suite. Each is one torch thread, so more than the cores only makes them wait.
 JOBS ?= 2
 
-.PHONY: help demo test check docs clean
+.PHONY: help demo test test-slow check docs clean
 
 help: ## show this help
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 demo: $(STAMP) ## one question to the base model and each adapter, side by side; serves until Ctrl-C (DEMO_ONCE=1: ends)
 	@$(PY) -m lorikeet.cli demo
@@ -21,6 +21,9 @@ demo: $(STAMP) ## one question to the base model and each adapter, side by side;
 test: $(STAMP) ## run every test
 	@echo "== tests: pytest with $(JOBS) processes"
 	@$(PY) -m pytest -n $(JOBS)
+
+test-slow: $(STAMP) ## run the tests that take minutes: long hostile requests, fuzzers, soaks
+	@$(PY) -m pytest -m "slow and not gpu and not multi_gpu and not network"
 
 check: $(STAMP) ## lint, format, types, import contracts, spelling, version
 	@scripts/check

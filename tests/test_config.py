@@ -320,6 +320,7 @@ def test_a_bad_adapter_entry_is_refused(entry, words):
         # dash keeps the braces, bash expands them into three words; both remove the quotes.
         ("{lora_name:lora0,lora_path:p/q,pinned:true}", ("lora0", "p/q", True)),
         ("{lora_name: lora0, lora_path: p}", ("lora0", "p", False)),
+        ("{lora_name:lora0,lora_path:p,pinned:True}", ("lora0", "p", True)),
         ("lora_name:lora0", ("lora0", "PATH", False)),
         ("pinned:true", ("NAME", "PATH", True)),
     ],
@@ -331,6 +332,40 @@ def test_json_whose_quotes_the_shell_ate_is_shown_quoted(eaten, meant):
     assert "single quotes" in message
     quoted = json.loads(message[message.rindex("'{") + 1 : message.rindex("}") + 1])
     assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ('{"lora_name":"x","lora_path":"p","pinned":True}', ("x", "p", True)),
+        ("{'lora_name': 'x', 'lora_path': 'p=q', 'pinned': False}", ("x", "p=q", False)),
+        ('{"lora_name": "x", "lora_path": "p",}', ("x", "p", False)),
+    ],
+)
+def test_an_object_of_python_is_shown_as_json(written, meant):
+    with pytest.raises(ConfigError) as caught:
+        parse_lora_paths([written])
+    message = str(caught.value)
+    assert "Python and not JSON" in message
+    quoted = json.loads(message[message.rindex("'{") + 1 : message.rindex("}") + 1])
+    assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("{lora_name:x,lora_path:p,pinned:yes}", "pinned must be true or false"),
+        ("{'lora_name': 'x', 'lora_path': 'p', 'pinned': 1}", "pinned must be true or false"),
+        ("{'lora_name': 'x', 'rank': 1}", "unknown key rank"),
+        ("{'lora_name'", "not JSON"),
+        ("{'lora_name'}", "not JSON"),
+        ("{" * 5000, "not JSON"),
+    ],
+)
+def test_no_value_is_proposed_that_was_not_meant(written, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_lora_paths([written])
+    assert words in str(caught.value)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 2_200,
+    ".": 2_300,
     "attention": 900,
     "core": 700,
     "demo": 180,

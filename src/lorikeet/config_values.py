@@ -6,6 +6,7 @@ in the same words wherever it comes from.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -261,13 +262,31 @@ def _from_json(text: str) -> LoRAPath:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if _MANGLED.search(text):
+        if not {'"', "'"} & set(text) and _MANGLED.search(text):
             raise _quoting(text) from None
+        if meant := _from_python(text):
+            raise ConfigError(
+                f"--lora-paths has {text!r}, which is Python and not JSON; write it as "
+                f"--lora-paths '{_example(meant.name, meant.path, pinned=meant.pinned)}'"
+            ) from None
         raise ConfigError(
             f"--lora-paths has {text!r}, which is not JSON ({error.msg} at character {error.pos}); "
             f"allowed: {_example('NAME', 'PATH', pinned=False)}"
         ) from None
     return _from_mapping(cast("dict[object, object]", value), text)
+
+
+def _from_python(text: str) -> LoRAPath | None:
+    """What an object means that is written as in Python: ``True``, single quotes, a comma at the end."""
+    try:
+        value: object = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return (
+        _from_mapping(cast("dict[object, object]", value), text)
+        if isinstance(value, dict)
+        else None
+    )
 
 
 def _from_mapping(value: Mapping[object, object], shown: str) -> LoRAPath:
@@ -290,10 +309,13 @@ def _from_mapping(value: Mapping[object, object], shown: str) -> LoRAPath:
 def _quoting(text: str) -> ConfigError:
     """The shell has eaten the quotes: rebuild the JSON from what is left and show it quoted."""
     found = {match[1]: match[2].strip() for match in _MANGLED.finditer(text)}
+    pinned = found.get("pinned", "false").lower()
+    if pinned not in ("true", "false"):
+        raise ConfigError(f"--lora-paths has {text!r}: pinned must be true or false")
     example = _example(
         found.get("lora_name") or "NAME",
         found.get("lora_path") or "PATH",
-        pinned=found.get("pinned") == "true",
+        pinned=pinned == "true",
     )
     return ConfigError(
         f"--lora-paths has {text!r}: the shell has removed the quotes of the JSON; put it in single quotes: "

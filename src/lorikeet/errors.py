@@ -7,6 +7,7 @@
     │   ├── AdapterError        an adapter that cannot be served exactly
     │   └── RequestError        a field of one request
     │       ├── AdapterNotFoundError   the request names an adapter that is not loaded
+    │       ├── ContextLengthError     the prompt does not fit into the context
     │       └── LoRADisabledError      the request names an adapter and LoRA is off
     └── EngineFault             our side failed; not the fault of any request
         ├── EngineDeadError     the engine process is gone
@@ -23,6 +24,7 @@ __all__ = [
     "AdapterError",
     "AdapterNotFoundError",
     "ConfigError",
+    "ContextLengthError",
     "EngineDeadError",
     "EngineFault",
     "LoRADisabledError",
@@ -65,6 +67,9 @@ class RequestError(UserError):
         param: the field's name as the client wrote it, if one field is to blame.
     """
 
+    code: str | None = None
+    """What OpenAI calls this kind of error, where its clients look for it."""
+
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
@@ -72,6 +77,12 @@ class RequestError(UserError):
 
 class AdapterNotFoundError(RequestError):
     """The request names an adapter that is not loaded."""
+
+
+class ContextLengthError(RequestError):
+    """The prompt has more tokens than the context."""
+
+    code = "context_length_exceeded"
 
 
 class LoRADisabledError(RequestError):

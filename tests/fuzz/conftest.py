@@ -18,6 +18,7 @@ import pytest
 
 FAST_SECONDS = 2.0
 SLOW_SECONDS = float(os.environ.get("LORIKEET_FUZZ_SECONDS", "120"))
+MAX_REASON = 2000
 SEED = os.environ.get("LORIKEET_FUZZ_SEED", "0")
 
 
@@ -44,6 +45,15 @@ def make_chances(seed: str, seconds: float) -> Iterator[Chance]:
     while not number or time.monotonic() < end:
         yield Chance(f"{seed}-{number}")
         number += 1
+
+
+def check_reason(error: Exception) -> None:
+    """A refusal says something, can be sent, and is one line of a log and no long one."""
+    reason = str(error)
+    assert reason.strip()
+    assert len(reason) < MAX_REASON
+    reason.encode()
+    assert reason.replace("\n", "").isprintable()
 
 
 @pytest.fixture(

@@ -207,6 +207,19 @@ async def test_what_a_request_does_not_say_the_model_recommends(make_api: MakeAp
     assert got() == {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0}
 
 
+async def test_a_prompt_that_is_too_long_is_recognised(api: Api) -> None:
+    """Clients look for the code or the words, and send the prompt elsewhere."""
+    for reply in (
+        await complete(api, prompt="a" * 600),
+        await complete(api, prompt=[97] * 600),
+        await chat(api, "a" * 600),
+    ):
+        assert reply.status_code == 400
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+        assert "allowed: at most 511" in message(reply)
+        assert "maximum context length is 512" in message(reply)
+
+
 async def test_n_has_a_seed_for_each(api: Api) -> None:
     await chat(api, n=3, seed=5)
     (seen,) = api.engine.seen

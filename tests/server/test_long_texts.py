@@ -18,7 +18,7 @@ from tests.support.tool_templates import HERMES, MISTRAL_ARGS
 
 pytestmark = pytest.mark.anyio
 
-LEAST = "has at least {} tokens; allowed: at most 512, the context length"
+LEAST = "has at least {} tokens; allowed: at most 512, because the maximum context length is 512"
 
 
 @pytest.fixture

@@ -62,6 +62,14 @@ async def test_token_ids_are_as_good_as_text(api: Api) -> None:
     assert api.engine.seen[0].prompt_token_ids == [99, 100]
 
 
+async def test_put_is_as_good_as_post(api: Api) -> None:
+    reply = await api.http.put("/generate", json={"text": "ab", "sampling_params": FOUR})
+    assert reply.json()["text"] == "abab"
+    refused = await api.http.delete("/generate")
+    assert refused.status_code == 405
+    assert set(refused.headers["allow"].split(", ")) == {"POST", "PUT"}
+
+
 async def test_a_list_is_answered_in_its_order_each_with_its_adapter(api: Api) -> None:
     reply = await api.generate(
         text=["aa", "b", "c"],

@@ -34,9 +34,11 @@ async def test_the_base_comes_first_and_adapters_name_it(api: Api, config: Serve
 
 async def test_one_model(make_api: MakeApi) -> None:
     api: Api = await make_api(adapters={"org/name": "/a/b"})
-    for name in ("base", "org/name"):
+    for name in ("base", "org/name", "base:org/name"):
         reply = await api.http.get(f"/v1/models/{name}")
         assert reply.json()["id"] == name
+    assert reply.json()["root"] == "/a/b"
+    assert (await api.http.get("/v1/models/org:org/name")).status_code == 404
     reply = await api.http.get("/v1/models/nobody")
     assert reply.status_code == 404
     assert "'nobody' does not exist; known: base, org/name" in message(reply)

@@ -19,7 +19,7 @@ from lorikeet.engine.completion import Completion
 from lorikeet.engine.params import check_unicode, is_int, parse_sampling, shown, wrong_type
 from lorikeet.engine.stop import SearchBudget, StopRules
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.errors import RequestError
+from lorikeet.errors import ContextLengthError, RequestError
 from lorikeet.names import MAX_RID, check_name
 
 __all__ = ["Intake", "RequestBatch", "parse_sampling"]
@@ -210,8 +210,9 @@ class Intake:
         """Refuse a prompt that cannot fit into the context, for its length."""
         least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
         if least > self._context_length:
-            raise RequestError(
-                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, the context length",
+            raise ContextLengthError(
+                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
+                f"context length is {self._context_length}",
                 "text",
             )
         most = self._limits.max_text
@@ -278,9 +279,10 @@ class Intake:
         room = self._context_length - num_prompt
         if room < least:
             reason = " and at least one token is generated" if least else ""
-            raise RequestError(
+            # Clients look for "maximum context length is".
+            raise ContextLengthError(
                 f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
-                f"the context length is {self._context_length}{reason}",
+                f"the maximum context length is {self._context_length}{reason}",
                 "text",
             )
         return room

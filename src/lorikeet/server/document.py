@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 Schema = dict[str, Any]
 
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
-_METHODS = ("get", "post")
+_METHODS = ("get", "post", "put")
 
 
 def _schema(kind: str) -> Schema:

@@ -42,6 +42,7 @@ class ModelNotFoundError(RequestError):
     """A model's id that is neither the base nor an adapter."""
 
     status_code = 404
+    code = "model_not_found"
 
 
 def error_body(
@@ -54,8 +55,7 @@ def error_body(
 
 def describe(error: UserError | EngineFault) -> tuple[int, ErrorBody]:
     """Status and body of an exception raised on purpose."""
-    param = error.param if isinstance(error, RequestError) else None
-    code = "model_not_found" if isinstance(error, ModelNotFoundError) else None
+    param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
     return error.status_code, error_body(str(error), error.status_code, param=param, code=code)
 
 

@@ -28,12 +28,13 @@ class NativeRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["native"])
+        body = body_schema(GenerateBody)
+        # FastAPI's document cannot hold a route with two methods; the lines after it are only for the document.
         router.add_api_route(
-            "/generate",
-            self.generate,
-            methods=["POST"],
-            openapi_extra=body_schema(GenerateBody),
+            "/generate", self.generate, methods=["POST", "PUT"], include_in_schema=False
         )
+        for method in ("POST", "PUT"):
+            router.add_api_route("/generate", self.generate, methods=[method], openapi_extra=body)
         router.add_api_route(
             "/abort_request", self.abort, methods=["POST"], openapi_extra=body_schema(AbortBody)
         )

@@ -46,11 +46,14 @@ class OpenAIRoutes:
         return Response(self._list[1], media_type=JSONReply.media_type)
 
     async def model(self, model_id: str) -> Response:
+        """One card, under each name that a request may give: an adapter's may follow the base's."""
         self._client.check_alive()
         adapters = self._client.adapters
         if model_id == self._base:
             return JSONReply(self._card((self._base, None)))
         path = adapters.path(model_id)
+        if path is None:
+            path = adapters.path(model_id.removeprefix(f"{self._base}:"))
         if path is None:
             raise ModelNotFoundError(
                 f"the model {model_id!r} does not exist; known: {self._known()}", "model"

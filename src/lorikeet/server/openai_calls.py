@@ -318,7 +318,7 @@ class CallReader:
 
 
 def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
-    """The same refusal with the fields called as the client called them, status included."""
+    """The same refusal with the fields called as the client called them, status and code included."""
     message, param = str(error), error.param
     found = _FIELD.match(message)
     if found and (found["name"] in names or found["name"] in _NATIVE_NAMES):
@@ -329,7 +329,7 @@ def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
     message = _FOREIGN.sub(lambda match: names[match[0]], message)
     message = re.sub(r"sampling_params(\.|: )", "", message)
     renamed = RequestError(message, None if param is None else names.get(param, param))
-    renamed.status_code = error.status_code
+    renamed.status_code, renamed.code = error.status_code, error.code
     return renamed
 
 
