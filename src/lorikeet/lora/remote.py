@@ -469,7 +469,9 @@ def _refuse(error: Exception, name: str) -> None:
     status = getattr(error, "status", None) or getattr(error, "code", None)
     is_client_error = isinstance(status, int) and 400 <= status < 500
     # A ValueError is a URL that is none.
-    if isinstance(error, PermissionError | ValueError) or (is_client_error and status not in _ASK_AGAIN):
+    if isinstance(error, PermissionError | ValueError) or (
+        is_client_error and status not in _ASK_AGAIN
+    ):
         raise _RefusedError(f"{name}: {_reason(error)}") from None
 
 
