@@ -47,8 +47,12 @@ FLAGS = [
     "--port",
     "--api-key",
     "--admin-api-key",
+    "--allowed-origins",
+    "--cors-allow-origins",
+    "--allowed-hosts",
     "--log-level",
     "--tool-call-parser",
+    "--sampling-defaults",
     "--dtype",
     "--device",
     "--context-length",
@@ -91,12 +95,16 @@ FLAGS = [
     "--random-seed",
     "--enable-metrics",
     "--shutdown-timeout",
+    "--watchdog-timeout",
 ]
 
 DEFAULTS = {
     "host": "127.0.0.1",
     "port": 30000,
+    "allowed_origins": (),
+    "allowed_hosts": (),
     "log_level": "info",
+    "sampling_defaults": "model",
     "dtype": "auto",
     "device": "auto",
     "lora_paths": (),
@@ -117,6 +125,7 @@ DEFAULTS = {
     "load_format": "auto",
     "enable_metrics": False,
     "shutdown_timeout": 30.0,
+    "watchdog_timeout": 300.0,
 }
 
 SAMPLING = {

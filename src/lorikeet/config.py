@@ -66,11 +66,27 @@ class ServerConfig:
         auto="LORIKEET_ADMIN_API_KEY, or --api-key",
         secret=True,
     )
+    allowed_origins: tuple[str, ...] = _option(
+        (),
+        "web pages of other origins that may call the server (CORS), as https://host:port, or * for all; none: no page but "
+        "the server's own",
+        aliases=("cors-allow-origins",),
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        (),
+        "names of this server, as in a Host header, besides --host and this machine's own; needed where --host is a loopback "
+        "address and a proxy passes another name on",
+    )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = _option(
         "info", "least level that is logged"
     )
     tool_call_parser: str | None = _option(
         None, "form of the model's tool calls", auto="from the chat template", choices=_TOOL_PARSERS
+    )
+    sampling_defaults: Literal["model", "openai"] = _option(
+        "model",
+        "what OpenAI requests get that do not say: temperature, top_p, top_k, min_p and repetition_penalty of the model's "
+        "generation_config.json, or OpenAI's own",
     )
     dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
         "auto",
@@ -219,6 +235,12 @@ class ServerConfig:
     enable_metrics: bool = _option(default=False, meaning="serve Prometheus metrics at /metrics")
     shutdown_timeout: float = _option(
         30.0, "seconds that running requests may take after SIGTERM", least=0, most=86400
+    )
+    watchdog_timeout: float = _option(
+        300.0,
+        "seconds that the engine may be silent while requests are open, before they fail and the server ends",
+        least=1,
+        most=86400,
     )
 
 

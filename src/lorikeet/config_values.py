@@ -146,6 +146,8 @@ def _allowed(option: Option) -> str:
 
 
 def _read_text(option: Option, value: object) -> object:
+    if option.secret and isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{option.flag} is empty; allowed: a key, or no such option")
     if not isinstance(value, str) or not value.strip():
         raise _refuse(option, value)
     return value

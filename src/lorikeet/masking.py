@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any, cast
 
 # A URL is looked for by its slashes, not by its scheme: whoever looks for a scheme first begins anew at each letter.
 # From there a match takes everything up to a blank, a quote or an angle bracket, so each character is read a few times.
@@ -40,6 +41,18 @@ def mask(text: str) -> str:
     """``text`` with the user information and the query of every URL in it replaced by ``***``. Rather too much than too
     little: a query ends only at a blank, a quote or an angle bracket."""
     return _URL.sub(_masked, text)
+
+
+def mask_all(value: Any) -> Any:
+    """The same of every text in nested lists, tuples and dictionaries, their keys included."""
+    if isinstance(value, str):
+        return mask(value)
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return {mask_all(key): mask_all(item) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [mask_all(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def mask_path(path: str) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -224,3 +227,29 @@ def test_no_new_tokens_computes_the_prompt_alone(make_llm: MakeLLM) -> None:
     assert reply["output_ids"] == []
     assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
     assert [entry[1] for entry in reply["meta_info"]["input_token_logprobs"]] == [8, 9]
+
+
+@pytest.mark.parametrize("place", ["plan", "commit"])
+def test_an_interrupted_call_leaves_the_engine_usable(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Ctrl-C comes when a step is planned and not submitted, or computed and not committed."""
+    llm = make_llm("qv")
+    greedy = {"temperature": 0, "max_new_tokens": 8}
+    wanted = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    scheduler = llm._core._scheduler  # pyright: ignore[reportPrivateUsage]
+    method, calls = getattr(scheduler, place), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(place)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(*args)
+
+    monkeypatch.setattr(scheduler, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    assert len(calls) == 3, "at the end of this step"
+    again = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    assert again["output_ids"] == wanted["output_ids"]
+    llm._core.check_integrity()  # pyright: ignore[reportPrivateUsage]

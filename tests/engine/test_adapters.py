@@ -18,6 +18,7 @@ from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
 from lorikeet.lora.tiers import Tier
 from tests.support.adapter_rig import AdapterRig, expected_tokens
+from tests.support.count_operations import count_operations
 
 PROMPT = list(range(10))
 MakeRig = Callable[..., AdapterRig]
@@ -43,12 +44,13 @@ def rig(make_rig: MakeRig) -> AdapterRig:
 
 def test_load_ask_unload(rig: AdapterRig) -> None:
     outcome = rig.wait(rig.start_load("a", "first"))
-    assert (outcome.name, outcome.path, outcome.loaded_adapters) == ("a", "/a", {"a": "/a"})
+    assert (outcome.name, outcome.path, rig.store.paths()) == ("a", "/a", {"a": "/a"})
     assert rig.ask("a") == expected_tokens(outcome.version, PROMPT, 4)
     view = rig.view("a")
     assert (view["state"], view["tier"], view["in_flight"]) == ("loaded", "device", 0)
     assert view["last_use"] is not None
-    assert rig.wait(rig.command("unload_adapter", name="a")).loaded_adapters == {}
+    assert rig.wait(rig.command("unload_adapter", name="a")).name == "a"
+    assert rig.store.paths() == rig.copy.paths() == {}
     assert "never been loaded" in rig.refusal(rig.submit("a"))
     rig.finish()
     assert len(rig.host) == 0
@@ -65,7 +67,8 @@ def test_a_load_never_holds_up_others_nor_is_it_usable_before_its_end(rig: Adapt
     assert "never been loaded" in rig.refusal(rig.submit("b"))
     assert not load.done()
     gate.set()
-    assert rig.wait(load).loaded_adapters == {"a": "/a", "b": "/b"}
+    rig.wait(load)
+    assert rig.store.paths() == rig.copy.paths() == {"a": "/a", "b": "/b"}
     rig.finish()
 
 
@@ -482,7 +485,7 @@ def test_tensors_are_kept_for_a_reload_and_removed_with_the_name(
     rig = make_rig(max_host=2)
     spools = Spools(rig, monkeypatch)
     outcome = rig.wait(spools.start("t", b"content"))
-    assert outcome.loaded_adapters == {"t": TENSORS_PATH}
+    assert rig.copy.paths() == {"t": TENSORS_PATH}
     for name in "ab":
         rig.load(name, name)
     assert rig.view("t")["tier"] == "disk"
@@ -697,6 +700,75 @@ def test_what_is_logged(rig: AdapterRig, caplog: pytest.LogCaptureFixture) -> No
     load, unload = (line for line in caplog.messages if line.startswith("Adapter a "))
     assert load.startswith("Adapter a loaded: version 1, 0.00 MB, ")
     assert unload.startswith("Adapter a unloaded: version 1, 0.00 MB, ")
+
+
+def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
+    """Tiers, requests, a successor, an unload that waits, a version that cannot be read again."""
+    rig = make_rig(max_host=2)
+    rig.load("a", "first")
+    running = rig.submit("a", count=180)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    view, entry = rig.copy.find("a")
+    assert (entry["tier"], entry["in_flight"], view.version) == ("device", 1, 1)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "second", replace=True)
+    rig.step()
+    states = [view.state for view in rig.copy.views()]
+    assert states == ["loaded", "loading"]
+    gate.set()
+    wait([rig.store._loads["a"].read], 20)  # without a step of the request
+    rig.wait(load)
+    assert [view.state for view in rig.copy.views()] == ["loaded", "unloading"]
+    assert rig.copy.find("a")[0].version == 2
+    rig.check_copy()
+    rig.until(lambda: rig.is_over(running))
+    for name in "bc":
+        rig.load(name, name)
+    rig.finish()
+    assert rig.copy.find("a")[1]["tier"] == "disk"
+    rig.disk.contents["/a"] = "changed"
+    rig.refusal(rig.submit("a"))
+    rig.step()
+    entry = rig.copy.find("a")[1]
+    assert entry["state"] == "failed"
+    assert "have changed" in str(entry["reason"])
+    assert rig.copy.path("a") == "/a", "it keeps its name"
+    rig.finish()
+    rig.unload("a")
+    with pytest.raises(AdapterNotFoundError, match=r"'a' has never been loaded.*: b, c$"):
+        rig.copy.find("a")
+
+
+def test_news_cost_what_changes(make_rig: MakeRig) -> None:
+    """Not what exists: with a hundred times as many names a load, a request and an unload take as many operations."""
+    counts: list[list[int]] = []
+    for num_adapters in (3, 300):
+        rig = make_rig()
+        for index in range(num_adapters):
+            rig.load(f"n{index:04}", "the same for all")
+        rig.finish()
+        found: list[int] = []
+        for act in (
+            lambda rig=rig: rig.store.lease("n0001", "rid"),
+            lambda rig=rig: rig.store.release(1, "rid"),
+            lambda rig=rig: rig.store.start_unload("n0001"),
+            lambda rig=rig: (rig.store.stats(), rig.core.labels()),
+        ):
+            found.append(count_operations(lambda act=act, rig=rig: (act(), rig.tell()))[0])
+        with pytest.raises(AdapterNotFoundError):
+            rig.store.lease("unknown", "rid")
+        gate = rig.block("/new")
+        rig.start_load("new", "the same for all")
+        read = rig.store._loads["new"].read
+        gate.set()
+        wait([read], 20)
+        found.append(count_operations(rig.store.poll)[0])
+        assert rig.store.paths()["new"] == "/new"
+        counts.append(found)
+    few, many = counts
+    assert [more <= 1.1 * less + 20 for less, more in zip(few, many, strict=True)] == [True] * 5, (
+        counts
+    )
 
 
 def test_commands_without_lora() -> None:

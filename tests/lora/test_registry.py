@@ -49,12 +49,12 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         registry.lease("x")
     load(registry, "b", "1")
     load(registry, "a", "2")
-    with pytest.raises(AdapterNotFoundError, match="adapters: a, b") as caught:
+    with pytest.raises(AdapterNotFoundError, match=r"adapters: b, a$") as caught:
         registry.lease("x")
     assert caught.value.param == "lora_path"
     for index in range(30):
         load(registry, f"c{index:02}", f"c{index}")
-    with pytest.raises(AdapterNotFoundError, match="c17 and 12 more"):
+    with pytest.raises(AdapterNotFoundError, match="c05 and 24 more"):
         registry.lease("x")
 
 

@@ -154,7 +154,7 @@ class HostMoves:
         self._residency.read_failed(version, shown)
 
     def _retry_pins(self) -> None:
-        """Nobody has to ask for a pinned version."""
+        """Nobody has to ask for a pinned version that could not be read."""
         now = time.monotonic()
         if now < self._pins_due:
             return
@@ -162,7 +162,6 @@ class HostMoves:
         for version in list(self._retries):
             if self._registry.is_pinned(version) and self._residency.failure(version) is not None:
                 self.retry(version)
-        self._residency.retry_pins()
 
     def _arrive(self, version: int, adapter: HostAdapter) -> None:
         self._retries.pop(version, None)

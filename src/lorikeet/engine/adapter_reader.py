@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from lorikeet.lora.source import pin_source, public_path
 from lorikeet.lora.tensors import tensors_to_dir
 from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.masking import shortened
+from lorikeet.scratch import ScratchDir
 
 logger = logging.getLogger(__name__)
 
@@ -221,10 +221,11 @@ class AdapterReader:
     def _spool_dir(self) -> Path:
         if self._spool_root is None:
             try:
-                self._spool_root = Path(tempfile.mkdtemp(prefix="lorikeet-adapters-"))
+                scratch = ScratchDir()
             except OSError as error:
                 raise AdapterError(f"cannot make a directory for tensors: {error}") from error
-            weakref.finalize(self, shutil.rmtree, self._spool_root, ignore_errors=True)
+            self._spool_root = Path(scratch.path)
+            weakref.finalize(self, scratch.remove)
         return self._spool_root
 
     def _read(self, name: str, origin: Origin, transfer: Transfer) -> ReadAdapter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -25,14 +24,12 @@ class LoadOutcome:
     Attributes:
         version: that the name means from now on; of an unload, that it meant.
         seconds: from the command to this answer.
-        loaded_adapters: name -> path, after it.
     """
 
     name: str
     path: str
     version: int
     seconds: float
-    loaded_adapters: dict[str, str]
 
 
 @dataclass(slots=True, eq=False)
@@ -118,10 +115,13 @@ class Known:
     holders: dict[str, None] = field(default_factory=dict[str, None])
     last_use: float | None = None
 
-    def add_origin(self, name: str, origin: Origin, names: Collection[str]) -> list[Origin]:
-        """``name`` means this version from now on; so do ``names`` and no others. Returns origins to forget."""
+    def add_origin(self, name: str, origin: Origin, *, is_alone: bool) -> list[Origin]:
+        """``name`` means this version from now on, and no other does if it ``is_alone``. Returns origins to forget."""
         gone = [self.origins.pop(name)] if name in self.origins else []
-        gone += [self.origins.pop(other) for other in self.origins.keys() - set(names)]
+        if is_alone:
+            # The last name that was unloaded has left its origin, for requests that still run.
+            gone += self.origins.values()
+            self.origins.clear()
         self.origins[name] = origin
         return gone
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.adapter_templates import Templates
 from lorikeet.errors import LoRADisabledError
@@ -64,6 +65,10 @@ class AdapterStore(Protocol):
     def stats(self) -> dict[str, float]: ...
 
     def take_samples(self) -> dict[str, list[float]]: ...
+
+    def take_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
+        ...
 
     def take_templates(self) -> dict[str, Templates | None]:
         """Names that came since the last call, with their chat templates, and those that went, with None."""
@@ -129,6 +134,9 @@ class NoAdapters:
 
     def take_samples(self) -> dict[str, list[float]]:
         return {}
+
+    def take_changes(self) -> AdaptersChanged | None:
+        return None
 
     def take_templates(self) -> dict[str, Templates | None]:
         return {}

@@ -5,7 +5,8 @@ them. A sequence whose adapter has no room is *blocked*: it waits alone and othe
 are never blocked, and their passing harms nobody who waits for an adapter's room.
 
 **On its way.** A sequence whose adapter is being read or copied waits alone, too, but is not blocked: what it waits
-for is time, and holding others back would not make it shorter. A copy takes milliseconds and a slot; so that its
+for is time, and holding others back would not make it shorter. The same holds while its adapter stands in line for being
+read, since a number of adapters are read at a time, in the order of the queue. A copy takes milliseconds and a slot; so that its
 sequence finds the way open, an adapter that is being copied counts as running for those who stand behind it.
 
 **The bound.** Requests that name an adapter are numbered as they arrive (``Sequence.serial``). Let b be the oldest
@@ -28,7 +29,9 @@ in front.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from lorikeet.core.sequence import Sequence
 from lorikeet.lora.tiers import Tier
@@ -42,8 +45,27 @@ _MAX_REFUSALS = 16
 _ON_ITS_WAY = frozenset({Tier.READING, Tier.COPYING})
 
 
+class Adapters(Protocol):
+    """What admission asks of the residency."""
+
+    @property
+    def num_free_reads(self) -> int:
+        """How many more adapters may be read at this moment."""
+        ...
+
+    def tier(self, version: int) -> Tier: ...
+
+    def take_ended_reads(self) -> Iterable[int]:
+        """Versions that are not being read any more, since the last call."""
+        ...
+
+
 class Admission:
-    """Remembers between steps which adapter is draining; opens a round per step."""
+    """Remembers between steps which adapter is draining, and which are being read; opens a round per step.
+
+    Those that are read, or stand in line for it, are off the queue's list of heads until something has changed for them,
+    so that a step costs nothing for the hundreds of them that a burst brings.
+    """
 
     def __init__(
         self,
@@ -51,17 +73,50 @@ class Admission:
         queue: WaitingQueue,
         running: RunningSet,
         match: Callable[[Sequence], int],
-        tier: Callable[[int], Tier],
+        adapters: Adapters,
     ) -> None:
         self.limits = limits
         self.queue = queue
         self.running = running
         self.match = match
-        self.tier = tier
+        self.adapters = adapters
         self._draining = 0
+        self._reading: set[int] = set()
+        # (order, version) of heads whose adapters are on disk and stand in line for being read.
+        self._unread: list[tuple[int, int]] = []
+
+    def note_reads(self) -> None:
+        """List those again whose adapters are not being read any more, and those that may be read now."""
+        for version in self.adapters.take_ended_reads():
+            self._reading.discard(version)
+            self.queue.offer(version)
+        self._offer_unread()
 
     def open_round(self, budget: StepBudget) -> Round:
         return Round(self, budget)
+
+    def waits_for_read(self, version: int) -> None:
+        """A version, whose head is off the list, is being read or has to wait until others are."""
+        head = self.queue.head(version)
+        if self.adapters.tier(version) is Tier.READING:
+            self._reading.add(version)
+        elif head is not None:
+            heapq.heappush(self._unread, (head.order, version))
+
+    def is_off(self, version: int) -> bool:
+        """True if the head of a version is off the queue's list, to be offered again later."""
+        return version in self._reading or any(version == unread for _, unread in self._unread)
+
+    def _offer_unread(self) -> None:
+        """List as many of those that stand in line for being read as may be read now."""
+        num_free = self.adapters.num_free_reads
+        while num_free > 0 and self._unread:
+            order, version = heapq.heappop(self._unread)
+            head = self.queue.head(version)
+            # Otherwise its head is listed already, or it is read ahead.
+            if head is not None and head.order == order:
+                self.queue.offer(version)
+                num_free -= self.adapters.tier(version) is Tier.DISK
 
     def draining(self) -> int:
         """The adapter that gives its place to a blocked sequence; chosen again when it has fallen idle."""
@@ -111,8 +166,12 @@ class Round:
 
     def park(self, seq: Sequence) -> None:
         """The adapter of ``seq``, which ``next`` returned, is on its way now."""
-        self._set_aside(seq)
-        self._reserve(seq)
+        if self._admission.adapters.tier(seq.version) is Tier.COPYING:
+            self._set_aside(seq)
+            self._budget.adapters -= 1
+        else:
+            self._queue.pop_idle()
+            self._admission.waits_for_read(seq.version)
 
     def close(self) -> None:
         """Put those that were set aside back in line."""
@@ -122,7 +181,7 @@ class Round:
     def _next_idle(self) -> Sequence | None:
         """First in order among those whose adapter neither runs nor is on its way."""
         while (idle := self._queue.peek_idle(self._running.num_of_version)) is not None:
-            if self._admission.tier(idle.version) not in _ON_ITS_WAY:
+            if self._admission.adapters.tier(idle.version) not in _ON_ITS_WAY:
                 return idle
             self.park(idle)
         return None
@@ -130,10 +189,6 @@ class Round:
     def _set_aside(self, seq: Sequence) -> None:
         self._queue.pop_idle()
         self._aside.append(seq.version)
-
-    def _reserve(self, seq: Sequence) -> None:
-        if self._admission.tier(seq.version) is Tier.COPYING:
-            self._budget.adapters -= 1
 
     def _may_pass(self, seq: Sequence, blocked: Sequence | None) -> bool:
         if blocked is None or seq.version == 0 or seq.order <= blocked.order:

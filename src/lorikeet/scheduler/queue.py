@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from lorikeet.core.sequence import Sequence, SequenceState
@@ -129,8 +129,13 @@ class WaitingQueue:
         for lane in self._by_version.values():
             yield from lane.values()
 
-    def check_integrity(self, running: Collection[int]) -> None:
+    def check_integrity(
+        self, running: Collection[int], is_off: Callable[[int], bool] = lambda version: False
+    ) -> None:
         """Compare counts, orders and the list of heads.
+
+        Args:
+            is_off: tells of a version whether somebody keeps it to offer it again.
 
         Raises:
             AssertionError: names what does not match.
@@ -146,7 +151,9 @@ class WaitingQueue:
             orders = [seq.order for seq in lane.values()]
             if not orders or orders != sorted(orders):
                 raise AssertionError(f"version {version} waits in the order {orders}")
-            if version and version not in running and (orders[0], version) not in listed:
+            if version in running or version == 0 or is_off(version):
+                continue
+            if (orders[0], version) not in listed:
                 raise AssertionError(f"the head of version {version} is not listed")
         for seq in found:
             if seq.state not in (SequenceState.WAITING, SequenceState.PREEMPTED):

@@ -50,7 +50,7 @@ class Scheduler:
         self._queue = self._state.queue
         self._running = self._state.running
         self._counters = self._state.counters
-        self._admission = Admission(limits, self._queue, self._running, self._match, residency.tier)
+        self._admission = Admission(limits, self._queue, self._running, self._match, residency)
         self._freed_slots: list[int] = []
         # `Residency.num_changes` when there was nothing to plan; until something moves there is nothing again.
         self._stalled_at = -1
@@ -237,7 +237,7 @@ class Scheduler:
         """
         self._kv.check_integrity()
         self._residency.check_integrity()
-        self._state.check_integrity(self.limits)
+        self._state.check_integrity(self.limits, self._admission.is_off)
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -298,6 +298,7 @@ class Scheduler:
             self._running.start_decoding(seq)
 
     def _admit_waiting(self, plan: StepPlan, budget: StepBudget) -> None:
+        self._admission.note_reads()
         if not budget.can_admit or not len(self._queue):
             return
         if self._state.page_wait is not None:
