@@ -451,3 +451,10 @@ def test_flags_of_graphs_are_noted_on_a_cpu_alone(monkeypatch):
     assert "--disable-cuda-graph has no effect: a CPU has no CUDA graphs" in notes(config)
     monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
     assert notes(config) == []
+
+
+def test_sources_of_requests():
+    everything = ("local", "hub", "http", "https", "s3", "gs")
+    assert config().lora_sources == everything
+    assert ", ".join(everything) in refused(lora_sources=("local", "ftp"))
+    assert "--lora-sources given, but LoRA is off" in refused(lora_sources=("local",))

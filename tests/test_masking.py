@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.masking import mask, mask_path, printable, shortened
+from lorikeet.masking import mask, mask_path, printable, shortened, without_paths
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,24 @@ def test_printable_text_stays_and_anything_else_is_escaped():
     assert printable("größer, 大きい 'x'") == "größer, 大きい 'x'"
     assert printable("a\nb\x00\u2028\ud800\x9b") == r"a\nb\x00\u2028\ud800\x9b"
     assert shortened("x" * 300) == "x" * 200 + "…"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/adapters/a/config.json is not valid JSON", "config.json is not valid JSON"),
+        ("cannot read ~/x/y: no", "cannot read y: no"),
+        ("its files at ../x/y, '/z/q.json'", "its files at y, 'q.json'"),
+        ("https://host/a/b?***/c.json has no r", "https://host/a/b?***/c.json has no r"),
+        ("owner/name: 3/4 of it", "owner/name: 3/4 of it"),
+        ("my dir/sub/x.json is broken", "sub/x.json is broken"),
+        ("no path at all", "no path at all"),
+    ],
+)
+def test_a_text_without_the_places_of_files(text, shown):
+    assert without_paths(text, "my dir/sub") == shown
+
+
+def test_paths_are_found_in_linear_time():
+    for text in ("/a" * 300_000, "/" * 300_000, "~/" * 300_000, "../" * 300_000, "/a b" * 200_000):
+        assert len(without_paths(text)) <= len(text)

@@ -42,6 +42,7 @@ def llm(world: World, tmp_path: Path) -> Iterator[LLM]:
         max_loaded_loras=1,
         max_total_tokens=1024,
         lora_disk_cache_dir=str(tmp_path / "cache"),
+        lora_allow_private_hosts=True,
     ) as made:
         yield made
 

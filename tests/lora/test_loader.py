@@ -540,3 +540,19 @@ def test_a_file_of_another_metadata_is_the_same_adapter(load, copied):
     tensors = load_file(copied / WEIGHTS)
     save_file(tensors, copied / WEIGHTS, metadata={"format": "pt", "note": "saved again"})
     assert load(copied).digest == digest
+
+
+def test_a_digest_that_cannot_be_made_fails_the_load(load, copied, monkeypatch):
+    """Equal digests mean equal weights, so one without a tensor must not pass."""
+
+    def broken(*args):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("lorikeet.lora.loader._Packer._hash", broken)
+    with pytest.raises(MemoryError):
+        load(copied)
+
+
+def test_a_configuration_with_half_a_surrogate_pair(load, copied):
+    edit_config(copied, **{"\ud800x": 1})
+    _refused(load, copied, "surrogate pair")

@@ -128,7 +128,7 @@ def test_what_is_no_pattern(pattern, says):
 
 def test_a_pattern_that_takes_all_memory(monkeypatch):
     monkeypatch.setattr(patterns, "MAX_BYTES", 60 << 20)
-    with pytest.raises(AdapterError, match=r"^target_modules: the pattern.* memory"):
+    with pytest.raises(AdapterError, match=r"^target_modules: the pattern .* memory"):
         match_patterns([("target_modules", "whole", ["(?:ab|[cd]){2}" * 60_000])], PATHS)
 
 

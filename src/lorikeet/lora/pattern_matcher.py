@@ -7,6 +7,7 @@ interpreter's lock away while it tries. So nothing but the standard library may 
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -122,6 +123,7 @@ def main() -> None:
             f"takes too long: all patterns of an adapter may take {seconds} s together"
         )
 
+    os.nice(10)  # whoever waits for a token goes first
     resource.setrlimit(resource.RLIMIT_AS, (request["bytes"], request["bytes"]))
     # re looks at signals while it matches. The second limit ends whatever does not.
     signal.signal(signal.SIGPROF, stop)

@@ -22,7 +22,7 @@ from lorikeet.lora.pattern_matcher import PatternError
 from lorikeet.masking import printable, shortened
 
 # Of processor time, for all patterns of an adapter: a thousand of them take about a second for a thousand modules.
-MAX_SECONDS = 5
+MAX_SECONDS = 3
 MAX_BYTES = 512 << 20
 # The processor may be busy with others.
 _PATIENCE_S = 60
@@ -59,7 +59,7 @@ def match_patterns(questions: Sequence[Question], paths: Sequence[str]) -> list[
         if key in _remembered:
             _remembered.move_to_end(key)
             return _remembered[key]
-    answers = _ask(request, [field for field, _, _ in questions])
+    answers = _ask(request, questions)
     with _lock:
         _remembered[key] = answers
         while len(_remembered) > _MAX_REMEMBERED:
@@ -74,25 +74,39 @@ def _answer(field: str, how: str, patterns: Sequence[str], paths: Sequence[str])
         raise _refusal(field, error.pattern, error.reason) from None
 
 
-def _ask(request: bytes, fields: Sequence[str]) -> list[list[int]]:
+def _ask(request: bytes, questions: Sequence[Question]) -> list[list[int]]:
     """Let a process answer."""
     # Without the environment's and the site's modules: it starts in a hundredth of a second.
     command = [sys.executable, "-I", "-S", "-W", "ignore", pattern_matcher.__file__]
-    names = ", ".join(fields)
-    limits = f"allowed: {MAX_SECONDS} s and {MAX_BYTES >> 20} MiB for all patterns of an adapter"
     try:
         done = subprocess.run(command, input=request, capture_output=True, timeout=_PATIENCE_S)
     except subprocess.TimeoutExpired:
-        raise AdapterError(f"{names}: the patterns take too long; {limits}") from None
+        raise _too_much(questions) from None
     except OSError as error:
         raise AdapterError(f"the patterns cannot be matched: {error.strerror or error}") from None
     if done.returncode:
-        raise AdapterError(f"{names}: the patterns take too much time or memory; {limits}")
+        raise _too_much(questions)
     reply = cast("dict[str, object]", json.loads(done.stdout))
     if "answers" in reply:
         return cast("list[list[int]]", reply["answers"])
-    field = fields[cast("int", reply["question"])]
+    field = questions[cast("int", reply["question"])][0]
     raise _refusal(field, str(reply["pattern"]), str(reply["reason"]))
+
+
+def _too_much(questions: Sequence[Question]) -> AdapterError:
+    """The process has ended without a word, so that nobody knows at which of several patterns."""
+    field, pattern = next(
+        (field, pattern)
+        for field, _, patterns in questions
+        for pattern in patterns
+        if not pattern_matcher.is_plain(pattern)
+    )
+    return _refusal(
+        field,
+        pattern,
+        f"(or one after it) takes too much time or memory; all patterns of an adapter may take {MAX_SECONDS} s and "
+        f"{MAX_BYTES >> 20} MiB together",
+    )
 
 
 def _refusal(field: str, pattern: str, reason: str) -> AdapterError:
