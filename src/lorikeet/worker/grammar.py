@@ -239,7 +239,7 @@ class GrammarCompiler:
         """Body of a thread, for one compilation: its end is told to whoever waits, or it comes to the second lane."""
         try:
             if compilation.is_cancelled:
-                raise CancelledError
+                raise EngineFault("nobody waits for it")
             waited = time.monotonic() - compilation.since
             if waited > _MAX_WAIT_SECONDS:
                 raise UnavailableError(
@@ -262,9 +262,12 @@ class GrammarCompiler:
         work = [compilation.kind, compilation.source, compilation.skip_special_tokens]
         job = compilation.job = self._sandbox.submit(work, limits)
         compilation.cancel_if_unwanted()
-        answer: dict[str, Any] = job.future.result()
+        try:
+            answer: dict[str, Any] = job.future.result()
+        except CancelledError:
+            raise EngineFault("the engine is closed") from None
         if compilation.is_cancelled:
-            raise CancelledError
+            raise EngineFault("nobody waits for it")
         prepared = Prepared(compilation.kind, answer["text"], Vocabulary(*answer["vocabulary"]))
         try:
             grammar = self._backend.compile(prepared)
@@ -307,7 +310,9 @@ class GrammarCompiler:
 
 
 def _finish(compilation: _Compilation, result: CompiledGrammar | BaseException) -> None:
-    for future in compilation.waiting:
+    # Each future has a callback that has the compilation.
+    waiting, compilation.waiting = compilation.waiting, []
+    for future in waiting:
         if future.done() or not future.set_running_or_notify_cancel():
             continue
         if isinstance(result, CompiledGrammar):
