@@ -117,7 +117,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "source", "why"), HOSTILE, ids=[f"{kind}-{n}" for n, (kind, _, _) in enumerate(HOSTILE)]
+    ("kind", "source", "why"),
+    HOSTILE,
+    ids=[f"{kind}-{n}" for n, (kind, _, _) in enumerate(HOSTILE)],
 )
 def test_it_is_refused_with_a_reason(compiler, kind, source, why):
     with pytest.raises(RequestError) as caught:
@@ -189,7 +191,9 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 def test_slow_ones_delay_no_others_and_end_when_nobody_waits(own_compiler):
     own_compiler.compile(SamplingParams(regex="a"))
-    slow = [own_compiler.request(SamplingParams(ebnf=f"{SLOW} | {i}")) for i in ('"p"', '"q"', '"r"')]
+    slow = [
+        own_compiler.request(SamplingParams(ebnf=f"{SLOW} | {i}")) for i in ('"p"', '"q"', '"r"')
+    ]
     wait_until(lambda: own_compiler._second._num_threads == 2)
     for i in range(3):
         own_compiler.compile(SamplingParams(regex=f"b{i}"))
@@ -280,7 +284,9 @@ def test_no_process_before_the_first_grammar_and_none_after_the_end(tmp_path_fac
 def test_a_grammar_that_names_a_token_is_not_taken_for_one_that_names_another(compiler):
     """XGrammar's own cache gives the second the first one's mask."""
     for token in (66, 70, 1):
-        matcher = compiler.matcher(SamplingParams(structural_tag=tag({"type": "token", "token": token})))
+        matcher = compiler.matcher(
+            SamplingParams(structural_tag=tag({"type": "token", "token": token}))
+        )
         assert admitted(matcher) == [token]
         assert matcher.accept(token)
 
@@ -301,7 +307,9 @@ def test_many_distinct_schemas_take_no_more_memory(own_compiler):
         if i % 250 == 249:
             sizes.append(psutil.Process().memory_info().rss)
     # The cache fills up to its bound; a leak of 33 kB each would be 50 MB from there on.
-    assert sizes[-1] - sizes[3] < 20 * 2**20 + grammar._MAX_IDLE_BYTES * (len(own_compiler._recent) > 1000)
+    assert sizes[-1] - sizes[3] < 20 * 2**20 + grammar._MAX_IDLE_BYTES * (
+        len(own_compiler._recent) > 1000
+    )
 
 
 # --- masks of running sequences ---
@@ -330,7 +338,9 @@ def raise_error() -> None:
 
 
 def fill(filler: MaskFiller, *matchers: GrammarMatcher) -> list[int]:
-    bits = filler.fill(torch.zeros((len(matchers), 13), dtype=torch.int32), [(m, ()) for m in matchers])
+    bits = filler.fill(
+        torch.zeros((len(matchers), 13), dtype=torch.int32), [(m, ()) for m in matchers]
+    )
     return bits[:, 0].tolist()
 
 

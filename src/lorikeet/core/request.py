@@ -101,6 +101,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.sampling_seed is not None and not 0 <= self.sampling_seed <= MAX_SEED:
             raise _refuse("sampling_seed", self.sampling_seed, f"an integer in [0, {MAX_SEED}]")
         self._validate_tokens(vocab_size)
+        self._validate_grammar()
+
+    def _validate_grammar(self) -> None:
         given = [kind for kind in GRAMMAR_FIELDS if getattr(self, kind) is not None]
         if len(given) > 1:
             raise RequestError(
@@ -132,7 +135,8 @@ def check_grammar_length(kind: str, source: str) -> None:
     """
     if len(source) > MAX_GRAMMAR:
         raise RequestError(
-            f"sampling_params.{kind} has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}", kind
+            f"sampling_params.{kind} has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}",
+            kind,
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from lorikeet.core.request import SamplingParams, check_grammar_length
-from lorikeet.errors import EngineFault, LorikeetError, RequestError, UnavailableError
+from lorikeet.errors import EngineFault, LorikeetError, UnavailableError
 from lorikeet.sandbox import Job, LimitError, Limits, Sandbox
 from lorikeet.worker.grammar_backend import GrammarBackend, Prepared, Vocabulary, reason, refuse
 from lorikeet.worker.grammar_masks import (
@@ -94,9 +94,7 @@ class _Lane:
                 raise UnavailableError(
                     f"{len(self._heap)} grammars wait to be compiled, which is as many as may; try again later"
                 )
-            heapq.heappush(
-                self._heap, (len(compilation.source), next(self._numbers), compilation)
-            )
+            heapq.heappush(self._heap, (len(compilation.source), next(self._numbers), compilation))
             self._condition.notify()
             if self._num_threads < _NUM_THREADS:
                 self._num_threads += 1
@@ -205,9 +203,7 @@ class GrammarCompiler:
         Raises:
             RequestError, UnavailableError, EngineFault: as ``request``.
         """
-        return GrammarMatcher(
-            self.request(sampling).result(), self.vocab_size, self._eos_token_ids
-        )
+        return GrammarMatcher(self.request(sampling).result(), self.vocab_size, self._eos_token_ids)
 
     def close(self) -> None:
         """End all threads and processes; what is not compiled yet fails."""
@@ -230,7 +226,9 @@ class GrammarCompiler:
         try:
             encoded = source.encode()
         except UnicodeEncodeError:
-            raise refuse(kind, "half of a surrogate pair stands alone, which is not Unicode") from None
+            raise refuse(
+                kind, "half of a surrogate pair stands alone, which is not Unicode"
+            ) from None
         if not self._tokenizer_file.is_file():
             raise refuse(kind, f"grammars need {self._tokenizer_file}, which does not exist")
         return kind, skip_special_tokens, hashlib.sha256(encoded).digest()

@@ -169,9 +169,7 @@ def _nodes(schema: object) -> Iterator[tuple[str, dict[str, Any]]]:
         if depth > MAX_SCHEMA_DEPTH:
             raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
         if length > MAX_REFERENCE_DEPTH:
-            raise ValueError(
-                f"references nest the schema deeper than {MAX_REFERENCE_DEPTH} levels"
-            )
+            raise ValueError(f"references nest the schema deeper than {MAX_REFERENCE_DEPTH} levels")
         if not isinstance(node, dict):
             raise ValueError(f"{where}: a schema must be an object or a boolean")
         seen.add(id(node))

@@ -65,7 +65,11 @@ def setup(
             vocabulary = Vocabulary(special, control)
             backend.compiler(vocabulary)
             # The masks of strings and numbers, which most schemas need: workers begin with them.
-            first = Prepared("regex", "a", vocabulary) if control else Prepared("json_schema", "{}", vocabulary)
+            first = (
+                Prepared("regex", "a", vocabulary)
+                if control
+                else Prepared("json_schema", "{}", vocabulary)
+            )
             _Proof(backend.compile(first), vocab_size, "").run()
 
     def handle(job: list[Any]) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def setup(
             _check_rules(backend, prepared, compiled)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001  # whatever it is, the grammar is at fault
+        except Exception as error:  # whatever it is, the grammar is at fault
             if "bad_alloc" in str(error):
                 raise MemoryError from error
             raise refuse(kind, reason(error)) from error
@@ -131,7 +135,7 @@ class _Proof:
     def __init__(self, compiled: xgrammar.CompiledGrammar, vocab_size: int, seed: str) -> None:
         self._compiled = compiled
         self._vocab_size = vocab_size
-        self._random = random.Random(seed)  # noqa: S311
+        self._random = random.Random(seed)
         self._bits_1W = np.zeros((1, (vocab_size + 31) // 32), dtype=np.int32)
 
     def run(self) -> None:
@@ -221,9 +225,7 @@ def _check_rules(
 
 def _check_seconds(what: str, seconds: float, allowed: float) -> None:
     if seconds > allowed:
-        raise ValueError(
-            f"{what} takes {seconds:.2f} s of processor time; allowed: {allowed:g} s"
-        )
+        raise ValueError(f"{what} takes {seconds:.2f} s of processor time; allowed: {allowed:g} s")
 
 
 class _MallInfo(ctypes.Structure):
