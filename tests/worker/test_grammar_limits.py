@@ -374,7 +374,10 @@ def test_a_row_that_takes_too_long_is_left_behind(filler, monkeypatch):
     assert same.error == slow.error
     assert first.error is last.error is None
     assert fill(filler, first, slow, same, last) == [7, 0, 0, 7]
+    left = filler._tasks
     stopped.set()
+    wait_until(lambda: sum(t.name == "masks" and t.is_alive() for t in threading.enumerate()) == 1)
+    assert filler._tasks is left
 
 
 def test_a_row_that_always_takes_long_ends(filler, monkeypatch):

@@ -44,7 +44,6 @@ _MAX_WAIT_SECONDS = 60.0
 # Compiled grammars in this process: of requests that are open, and of earlier ones.
 _MAX_OPEN_BYTES = 2**30
 _MAX_IDLE_BYTES = 256 * 2**20
-_NICENESS = 10
 
 _Key = tuple[str, bool, bytes]
 
@@ -98,7 +97,7 @@ class _Lane:
             self._condition.notify()
             if self._num_threads < _NUM_THREADS:
                 self._num_threads += 1
-                start_thread(f"{self._name}-{self._num_threads}", self._run, _NICENESS)
+                start_thread(f"{self._name}-{self._num_threads}", self._run)
 
     def close(self) -> None:
         with self._condition:
