@@ -413,7 +413,6 @@ def main() -> NoReturn:
     control = socket.socket(fileno=int(sys.argv[1]))
     config = json.loads(sys.argv[2])
     limits = Limits(**config["limits"])
-    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, _, function = config["setup"].partition(":")
     made: list[Handler] = []
@@ -463,6 +462,7 @@ def _fork(control: socket.socket, sock: socket.socket, handler: Handler, limits:
         sock.close()
         return pid
     try:
+        os.nice(_NICENESS)
         control.close()
         # Libraries print what they think of a job; the answer says what matters.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -44,7 +44,6 @@ _MAX_WAIT_SECONDS = 60.0
 # Compiled grammars in this process: of requests that are open, and of earlier ones.
 _MAX_OPEN_BYTES = 2**30
 _MAX_IDLE_BYTES = 256 * 2**20
-_NICENESS = 10
 
 _Key = tuple[str, bool, bytes]
 
@@ -98,7 +97,7 @@ class _Lane:
             self._condition.notify()
             if self._num_threads < _NUM_THREADS:
                 self._num_threads += 1
-                start_thread(f"{self._name}-{self._num_threads}", self._run, _NICENESS)
+                start_thread(f"{self._name}-{self._num_threads}", self._run)
 
     def close(self) -> None:
         with self._condition:
@@ -237,7 +236,7 @@ class GrammarCompiler:
         """Body of a thread, for one compilation: its end is told to whoever waits, or it comes to the second lane."""
         try:
             if compilation.is_cancelled:
-                raise CancelledError
+                raise EngineFault("nobody waits for it")
             waited = time.monotonic() - compilation.since
             if waited > _MAX_WAIT_SECONDS:
                 raise UnavailableError(
@@ -260,9 +259,12 @@ class GrammarCompiler:
         work = [compilation.kind, compilation.source, compilation.skip_special_tokens]
         job = compilation.job = self._sandbox.submit(work, limits)
         compilation.cancel_if_unwanted()
-        answer: dict[str, Any] = job.future.result()
+        try:
+            answer: dict[str, Any] = job.future.result()
+        except CancelledError:
+            raise EngineFault("the engine is closed") from None
         if compilation.is_cancelled:
-            raise CancelledError
+            raise EngineFault("nobody waits for it")
         prepared = Prepared(compilation.kind, answer["text"], Vocabulary(*answer["vocabulary"]))
         try:
             grammar = self._backend.compile(prepared)
@@ -305,7 +307,9 @@ class GrammarCompiler:
 
 
 def _finish(compilation: _Compilation, result: CompiledGrammar | BaseException) -> None:
-    for future in compilation.waiting:
+    # Each future has a callback that has the compilation.
+    waiting, compilation.waiting = compilation.waiting, []
+    for future in waiting:
         if future.done() or not future.set_running_or_notify_cancel():
             continue
         if isinstance(result, CompiledGrammar):

@@ -58,7 +58,8 @@ _SUBSCHEMAS = (
     "additionalProperties", "unevaluatedProperties", "items", "unevaluatedItems", "propertyNames",
 )  # fmt: skip
 _SUBSCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
-_SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_SUBSCHEMA_MAPS = ("properties", "patternProperties")
+_DEFINITIONS = ("$defs", "definitions")
 
 _TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
 _LARGEST = 2**63
@@ -174,8 +175,10 @@ def _nodes(schema: object) -> Iterator[tuple[str, dict[str, Any]]]:
         seen.add(id(node))
         _check_forms(where, node)
         yield where, node
+        # In the compiler's order, which comes to definitions by references alone; the last that is put in is next.
         waiting += [
-            (f"{where}/{path}", child, depth + 1, length + 1) for path, child in _children(node)
+            (f"{where}/{path}", child, depth + 1, length + 1)
+            for path, child in reversed(list(_children(node)))
         ]
         if "$ref" in node:
             waiting.append((node["$ref"], _resolved(schema, where, node["$ref"]), 0, length + 1))
@@ -228,7 +231,7 @@ def _children(node: dict[str, Any]) -> Iterator[tuple[str, object]]:
             yield key, node[key]
     for key in _SUBSCHEMA_LISTS:
         yield from ((f"{key}/{index}", child) for index, child in enumerate(node.get(key, ())))
-    for key in _SUBSCHEMA_MAPS:
+    for key in (*_SUBSCHEMA_MAPS, *_DEFINITIONS):
         yield from ((f"{key}/{name}", child) for name, child in node.get(key, {}).items())
 
 

@@ -8,7 +8,6 @@ fails, the others go on with another thread.
 from __future__ import annotations
 
 import math
-import os
 import queue
 import threading
 import time
@@ -37,15 +36,12 @@ _STACK_BYTES = 16 * 2**20
 _stack_lock = threading.Lock()
 
 
-def start_thread(name: str, body: Callable[[], None], niceness: int = 0) -> threading.Thread:
-    """A daemon thread with room for XGrammar's recursion."""
+def start_thread(name: str, body: Callable[[], None]) -> threading.Thread:
+    """A daemon thread with room for XGrammar's recursion.
 
-    def run() -> None:
-        if niceness:
-            _renice(threading.get_native_id(), niceness)
-        body()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
+    Of no lower priority: the interpreter's lock would be held by a thread that gets no processor.
+    """
+    thread = threading.Thread(target=body, name=name, daemon=True)
     with _stack_lock:
         before = threading.stack_size(_STACK_BYTES)
         try:
@@ -53,13 +49,6 @@ def start_thread(name: str, body: Callable[[], None], niceness: int = 0) -> thre
         finally:
             threading.stack_size(before)
     return thread
-
-
-def _renice(native_id: int, niceness: int) -> None:
-    try:
-        os.setpriority(os.PRIO_PROCESS, native_id, niceness)  # of that thread alone, on Linux
-    except OSError:  # a system where it is not allowed, or the thread has ended
-        return
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -175,6 +164,8 @@ class _Masks:
     Attributes:
         index: the row that is computed now.
         ends: processor time of the thread when it must be done with that row; infinity between rows.
+        moving: held while the thread goes from row to row.
+        is_abandoned: nobody waits for the rows behind this one.
         done: held until every row is computed.
     """
 
@@ -182,6 +173,8 @@ class _Masks:
     rows: Sequence[tuple[GrammarMatcher, tuple[int, ...]]]
     index: int
     ends: float = math.inf
+    moving: threading.Lock = field(default_factory=threading.Lock)
+    is_abandoned: bool = False
     done: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -215,7 +208,8 @@ class MaskFiller:
             slow = masks.index
             bits_MW = bits_MW.clone()
             bits_MW[slow:] = 0
-            self._give_up(thread)
+            # It ends with that row.
+            self._thread, self._tasks = None, queue.SimpleQueue()
             for matcher, _ in rows[slow:]:
                 # Others of the same grammar are about to take as long, one after the other.
                 if matcher.compiled is rows[slow][0].compiled:
@@ -239,17 +233,13 @@ class MaskFiller:
         assert thread.ident is not None
         while not masks.done.acquire(timeout=_POLL_SECONDS):
             index, ends = masks.index, masks.ends
-            is_late = _processor_seconds(thread.ident) > ends
-            if is_late and (index, ends) == (masks.index, masks.ends):
-                return False
+            if _processor_seconds(thread.ident) <= ends:
+                continue
+            with masks.moving:
+                if (index, ends) == (masks.index, masks.ends):
+                    masks.is_abandoned = True
+                    return False
         return True
-
-    def _give_up(self, thread: threading.Thread) -> None:
-        """Whatever it computes, nobody waits for it; it ends after that."""
-        self.close()
-        self._tasks = queue.SimpleQueue()
-        if thread.native_id is not None:
-            _renice(thread.native_id, 19)
 
 
 def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
@@ -262,7 +252,10 @@ def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
             if matcher.error is not None:
                 continue
             allowed = matcher.begin()
-            masks.index, masks.ends = index, processor + allowed
+            with masks.moving:
+                if masks.is_abandoned:
+                    return
+                masks.index, masks.ends = index, processor + allowed
             try:
                 matcher.fill(masks.bits_MW, index, avoid)
             except Exception as error:  # noqa: BLE001  # whatever it is, that row's grammar is at fault
@@ -276,7 +269,10 @@ def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
             matcher.charge(seconds)
             if seconds > allowed:
                 matcher.error = TOO_SLOW
-        masks.ends = math.inf
+        with masks.moving:
+            if masks.is_abandoned:
+                return
+            masks.ends = math.inf
         masks.done.release()
 
 

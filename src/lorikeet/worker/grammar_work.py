@@ -36,7 +36,7 @@ MAX_MATCHER_BYTES = 16 * 2**20
 # Of one sequence: what it takes to begin, and for one token. Those of ordinary grammars are a hundredth of that.
 _MATCHER_SECONDS = 0.05
 _MASK_SECONDS = 0.05
-_TOKEN_BYTES = 2**20
+_TOKEN_BYTES = 2**18
 # The same of a state that may be anywhere in the grammar at once, as none is.
 _ANYWHERE_SECONDS = 0.25
 _ANYWHERE_BYTES = 64 * 2**20
@@ -81,7 +81,11 @@ def setup(
             compiled = _compile(backend, prepared)
             _Proof(compiled, vocab_size, source).run()
             _check_rules(backend, prepared, compiled)
+        except MemoryError:
+            raise
         except Exception as error:  # whatever it is, the grammar is at fault
+            if "bad_alloc" in str(error):
+                raise MemoryError from error
             raise refuse(kind, reason(error)) from error
         return {"text": prepared.text, "vocabulary": list(prepared.vocabulary)}
 
@@ -161,8 +165,8 @@ class _Proof:
             grown = _heap_bytes() - before
             if grown > MAX_MATCHER_BYTES // 4 and grown > step * _TOKEN_BYTES:
                 raise ValueError(
-                    f"following it takes {grown / step / 2**20:,.1f} MB of memory for a token; allowed: "
-                    f"{_TOKEN_BYTES / 2**20:,.0f} MB"
+                    f"following it takes {grown / step / 2**10:,.0f} KB of memory for each token; allowed: "
+                    f"{_TOKEN_BYTES / 2**10:,.0f} KB (many optional properties in one object do that)"
                 )
             if matcher.is_terminated():
                 return
