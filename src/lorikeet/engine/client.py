@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -38,6 +39,7 @@ from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.template_sandbox import TemplateSandbox
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
+from lorikeet.engine.turns import TURN_S
 from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
 from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
@@ -277,7 +279,10 @@ class EngineClient:
         try:
             while True:
                 for message in await self._transport.recv():
-                    self._handle(message)
+                    if isinstance(message, Outputs):
+                        await self._take(message)
+                    else:
+                        self._handle(message)
                 # While messages wait, recv() returns without a pause, and nobody would write the streams.
                 await asyncio.sleep(0)
         except msgspec.DecodeError as error:
@@ -298,11 +303,19 @@ class EngineClient:
             EngineDeadError(f"the engine process has ended (exit code {self._process.exitcode})")
         )
 
+    async def _take(self, message: Outputs) -> None:
+        """One step's outputs. They go on in each turn: streams that wait for theirs have nothing else to write."""
+        began = time.perf_counter()
+        for output in message.outputs:
+            if time.perf_counter() - began > TURN_S:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+                if self._fault is not None:
+                    return  # everybody has been told
+            self._output(output)
+
     def _handle(self, message: ToClient) -> None:
         match message:
-            case Outputs(outputs):
-                for output in outputs:
-                    self._output(output)
             case Accepted(rid):
                 self._accept(rid)
             case Reply():

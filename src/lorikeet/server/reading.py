@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from lorikeet.engine.turns import give_way
 from lorikeet.errors import RequestError
 
 _Read = TypeVar("_Read")
@@ -40,6 +41,7 @@ async def run_sized(size: int, work: Callable[[], _Read]) -> _Read:
     If the caller is cancelled before a thread has begun, nothing happens.
     """
     if size <= LARGE:
+        await give_way()
         return work()
     lane = _LARGE_LANE if size <= HUGE else _HUGE_LANE
     return await asyncio.get_running_loop().run_in_executor(lane, work)
