@@ -105,7 +105,7 @@ def call(arguments: str) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("depth", [60, 480, 1000, 100_000])
+@pytest.mark.parametrize("depth", [60, 480, 1000, 90_000])
 async def test_deep_arguments(tmp_path: Path, depth: int) -> None:
     async with open_tools(tmp_path, HERMES, "ok") as api:
         arguments = '{"a":' + "[" * depth + "]" * depth + "}"
@@ -137,3 +137,18 @@ async def test_many_parts_and_messages(tmp_path: Path) -> None:
         reply = await ask(api, messages=messages, tools=None)
         assert reply.status_code in (200, 400)
         assert prompt(api) if reply.status_code == 200 else "tokens" in message(reply)
+
+
+async def test_arguments_of_many_values(tmp_path: Path) -> None:
+    """They are JSON inside of a string of the body, and parsed as well; together they have the body's limits."""
+    async with open_tools(tmp_path, HERMES, "ok") as api:
+        many = '{"a": [' + "[]," * 40_000 + "0]}"
+        for messages in (call(many) * 3, call(many)[:1] + call(many)[1:] * 3):
+            reply = await ask(api, messages=messages)
+            assert reply.status_code == 400
+            assert (
+                "the arguments of tool_calls have more than 100,000 lists and objects"
+                in message(reply)
+            )
+        reply = await ask(api, messages=call('{"a": "' + "[," * 200_000 + '"}'))
+        assert "at least" in message(reply)

@@ -47,8 +47,11 @@ async def run_sized(size: int, work: Callable[[], _Read]) -> _Read:
     return await asyncio.get_running_loop().run_in_executor(lane, work)
 
 
-def check_values(data: bytes) -> None:
+def check_values(data: bytes, name: str = "the body has", param: str | None = None) -> None:
     """Refuse JSON of more than ``MAX_VALUES`` values or ``MAX_CONTAINERS`` lists and objects, before it is parsed.
+
+    Args:
+        name: what it is, for the message: "the body has".
 
     Raises:
         RequestError: says which.
@@ -64,7 +67,7 @@ def check_values(data: bytes) -> None:
         (MAX_CONTAINERS, num_containers, "lists and objects"),
     ):
         if num > most:
-            raise RequestError(f"the body has more than {most:,} {what}; allowed: {most:,}")
+            raise RequestError(f"{name} more than {most:,} {what}; allowed: {most:,}", param)
 
 
 def _count(data: bytes, marks: tuple[bytes, ...]) -> int:
