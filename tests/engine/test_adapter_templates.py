@@ -42,6 +42,12 @@ def test_files(tmp_path: Path) -> None:
         ("chat_template.jinja", "{% nothing %}", "unknown tag"),
         ("chat_template.jinja", "{{ x | nothing }}", "nothing"),
         ("chat_template.jinja", "{% break %}", "cannot be used"),
+        ("chat_template.jinja", "{{ 3**(10**7*2) }}", "cannot be used: it takes"),
+        ("chat_template.jinja", "{{ 'a' * 100000000 }}", "it takes more than 256 MB of memory"),
+        ("chat_template.jinja", "x" * 300_000, "have 300,007 characters; allowed: 262,144"),
+        (CONFIG, '{"chat_template": "\\ud800"}', "half of a surrogate pair"),
+        (CONFIG, '{"chat_template": [{"name": "\\ud800", "template": ""}]}', "half of a surrogate"),
+        (CONFIG, "[" * 1_000_000, "not valid JSON"),
         (CONFIG, {"chat_template": "{{"}, "cannot be used"),
         (
             CONFIG,

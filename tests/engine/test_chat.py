@@ -141,3 +141,11 @@ def test_long_keys_are_not_copied_for_each_value() -> None:
     with pytest.raises(RequestError) as caught:
         render("{{ messages }}", [{"role": "user", "content": {"k" * 1_000_000: [[b""]]}}])
     assert len(str(caught.value)) < 300
+
+
+def test_a_templates_own_words_are_cut() -> None:
+    for template in ("{{ raise_exception('x' * 1000000) }}", "{% " + "x" * 1_000_000 + " %}"):
+        with pytest.raises(RequestError) as caught:
+            render(template)
+        assert "xxx" in str(caught.value)
+        assert len(str(caught.value)) < 1200

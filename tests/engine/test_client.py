@@ -671,7 +671,7 @@ async def test_an_answer_that_cannot_be_read_is_a_fault_for_whom_it_was(
 async def test_thousands_of_ends_leave_others_their_turn(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "MAX_OUTPUTS", 10)
+    monkeypatch.setattr(client_module, "TURN_S", 0.0)
     async with odd_client(tokenizer) as (client, transport):
         requests = [request(str(number)) for number in range(100)]
         call = asyncio.create_task(client.submit(requests))

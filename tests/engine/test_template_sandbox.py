@@ -172,7 +172,8 @@ async def test_a_slow_template_delays_no_other(sandbox: TemplateSandbox) -> None
         await asyncio.gather(*jobs, return_exceptions=True)
         # Their workers are free again: as many other slow ones begin, and one more waits for none of them.
         others = [asyncio.create_task(render(slow, SPIN + "x")) for _ in range(2)]
-        assert await render(slow, SPIN.replace("99999", "9")) == ""
+        async with asyncio.timeout(60):
+            assert await render(slow, SPIN.replace("99999", "9")) == ""
         for job in others:
             job.cancel()
         await asyncio.gather(*others, return_exceptions=True)

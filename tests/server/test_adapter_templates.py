@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorikeet.server.reading import LARGE
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
 from tests.server.tool_api import ask, calls_of, open_tools, prompt
@@ -104,3 +106,56 @@ async def test_a_template_is_bound_to_its_sandbox(make_api: MakeApi) -> None:
     status, words = await content(api, "json")
     assert status == 400
     assert "chat template cannot render" in words
+
+
+SPIN = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [(SPIN, "it takes "), ("{{ 'a' * 2000000000 }}", "it takes more than 256 MB of memory")],
+)
+async def test_a_template_that_takes_too_much(make_api: MakeApi, template: str, words: str) -> None:
+    api = await make_api(templates={"/a/json": {"default": template}, "/a/sql": {"default": LOUD}})
+    slow = asyncio.create_task(content(api, "json"))
+    # Nobody else waits for it: neither another adapter's template, nor the base's, nor a probe.
+    assert await content(api, "sql") == "HI"
+    assert await content(api, "base") == "HiH"
+    assert (await api.http.get("/health")).status_code == 200
+    if template == SPIN:
+        assert not slow.done()
+    status, message_ = await slow
+    assert status == 400
+    assert message_.startswith(f"the chat template of the adapter 'json' cannot be used: {words}")
+    assert await content(api, "sql") == "HI"
+
+
+async def test_a_chat_whose_client_leaves_is_not_rendered_any_more(make_api: MakeApi) -> None:
+    api = await make_api(templates={"/a/json": {"default": SPIN}})
+    calls = [asyncio.create_task(content(api, "json")) for _ in range(3)]
+    await asyncio.sleep(0.1)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    turn = api.client.templates._turns.get(SPIN)
+    assert turn is None or not turn.locked()
+
+
+async def test_long_chats_of_the_base_are_rendered_aside(
+    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever started the server chose the base's template, so that it is rendered at once, but not of what is long."""
+    api = await make_api(context_length=10 * LARGE)
+    asked: list[str] = []
+    render = api.client.templates.render
+
+    async def watch(source: str, *args: Any, **kwargs: Any) -> str:
+        asked.append(source)
+        return await render(source, *args, **kwargs)
+
+    monkeypatch.setattr(api.client.templates, "render", watch)
+    assert (await ask(api, "Hi", model="base", tools=None, max_tokens=1)).status_code == 200
+    assert not asked
+    reply = await ask(api, "Hi" * LARGE, model="base", tools=None, max_tokens=1)
+    assert reply.json()["usage"]["prompt_tokens"] == 2 * LARGE
+    assert len(asked) == 1

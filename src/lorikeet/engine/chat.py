@@ -35,6 +35,9 @@ _TEMPLATE_FAULTS = (
 # Levels of lists and objects in a message or a tool.
 MAX_DEPTH = 128
 
+# Characters of a template's own words in a message.
+_MAX_WORDS = 1000
+
 # Characters, about, of the place of a value in a message.
 _MAX_PATH = 60
 
@@ -184,7 +187,7 @@ def render_template(source: str, context: Mapping[str, Any]) -> str:
         return _compile(source).render(context)
     except _TEMPLATE_FAULTS as error:
         raise RequestError(
-            f"the chat template cannot render these messages: {error}", "messages"
+            f"the chat template cannot render these messages: {error!s:.{_MAX_WORDS}}", "messages"
         ) from error
 
 
@@ -290,9 +293,10 @@ def check_template(source: str) -> None:
     try:
         _compile(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"line {error.lineno}: {error.message}") from error
+        words = f"{error.message:.{_MAX_WORDS}}"
+        raise ValueError(f"line {error.lineno}: {words}") from error
     except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(f"{error!s:.{_MAX_WORDS}}" or type(error).__name__) from error
 
 
 # Adapters may bring templates of their own; the memory of the workers that render them is limited.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -45,6 +46,7 @@ from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.engine.template_sandbox import TemplateSandbox
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
+from lorikeet.engine.turns import TURN_S
 from lorikeet.errors import (
     EngineDeadError,
     EngineFault,
@@ -67,8 +69,6 @@ LEAST_SILENCE_S = 3.0
 # Questions that the engine answers between two steps, and how long they wait.
 QUERIES = ("adapters", "info", "flush_cache")
 QUERY_TIMEOUT_S = 20.0
-# Outputs taken in before other coroutines of the HTTP process get their turn.
-MAX_OUTPUTS = 64
 # The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
 LAST_WORDS_S = 0.2
 
@@ -359,17 +359,19 @@ class EngineClient:
             self._process.kill()
 
     async def _outputs(self, outputs: Sequence[RequestOutput]) -> None:
-        """Take in what a step brought, and let others have their turn where it ends thousands at once."""
-        for number, output in enumerate(outputs, 1):
+        """Take in what a step brought, and give others their turn where it takes long."""
+        began = time.perf_counter()
+        for output in outputs:
+            if time.perf_counter() - began > TURN_S:
+                await asyncio.sleep(0)
+                began = time.perf_counter()
+                if self._fault is not None:
+                    return  # meanwhile everybody was told
             entry = self._open.get(output.id)
-            if self._fault is not None:
-                return  # meanwhile everybody was told
             if entry is None:
                 logger.error("an output of the unknown completion %d", output.id)
                 continue
             self._output(entry, output)
-            if number % MAX_OUTPUTS == 0:
-                await asyncio.sleep(0)
 
     def _handle(self, message: ToClient | Unreadable) -> None:
         match message:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import orjson
@@ -10,6 +10,7 @@ import orjson
 from lorikeet.engine.chat_facts import TemplateFacts
 from lorikeet.errors import RequestError
 from lorikeet.server.openai_objects import check_keys, read_field, read_function, refusal
+from lorikeet.server.reading import check_values
 
 Message = dict[str, Any]
 
@@ -29,6 +30,10 @@ def plain_messages(messages: list[dict[str, Any]], facts: TemplateFacts) -> list
         RequestError: a field or a part that is not supported, or that the template would leave out.
     """
     call_ids: set[str] = set()
+    if not facts.joins_arguments:
+        # They are parsed, too. What follows one that is no JSON, and may be miscounted, is never reached.
+        arguments = "".join(_arguments(messages)).encode()
+        check_values(arguments, "messages: the arguments of tool_calls have", "messages")
     plain = [
         _plain_message(item, f"messages[{i}]", call_ids, facts) for i, item in enumerate(messages)
     ]
@@ -92,6 +97,18 @@ def _read_call(value: object, where: str, facts: TemplateFacts) -> Message:
     if not facts.joins_arguments:
         arguments = _read_arguments(arguments, f"{where}.arguments")
     return {**outer, "function": {**function, "arguments": arguments}}
+
+
+def _arguments(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Arguments of calls, as far as they are what they should be."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in cast(list[Any], calls) if isinstance(calls, list) else []:
+            match call:
+                case {"function": {"arguments": str(text)}}:
+                    yield text
+                case _:
+                    pass
 
 
 def _read_arguments(text: str, where: str) -> object:

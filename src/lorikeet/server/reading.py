@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from lorikeet.engine.turns import give_way
 from lorikeet.errors import RequestError
 
 _Read = TypeVar("_Read")
@@ -40,13 +41,17 @@ async def run_sized(size: int, work: Callable[[], _Read]) -> _Read:
     If the caller is cancelled before a thread has begun, nothing happens.
     """
     if size <= LARGE:
+        await give_way()
         return work()
     lane = _LARGE_LANE if size <= HUGE else _HUGE_LANE
     return await asyncio.get_running_loop().run_in_executor(lane, work)
 
 
-def check_values(data: bytes) -> None:
+def check_values(data: bytes, name: str = "the body has", param: str | None = None) -> None:
     """Refuse JSON of more than ``MAX_VALUES`` values or ``MAX_CONTAINERS`` lists and objects, before it is parsed.
+
+    Args:
+        name: what it is, for the message: "the body has".
 
     Raises:
         RequestError: says which.
@@ -62,7 +67,7 @@ def check_values(data: bytes) -> None:
         (MAX_CONTAINERS, num_containers, "lists and objects"),
     ):
         if num > most:
-            raise RequestError(f"the body has more than {most:,} {what}; allowed: {most:,}")
+            raise RequestError(f"{name} more than {most:,} {what}; allowed: {most:,}", param)
 
 
 def _count(data: bytes, marks: tuple[bytes, ...]) -> int:

@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from lorikeet.engine.turns import give_way
 from lorikeet.server.replies import until_disconnect
 
 DONE = b"data: [DONE]\n\n"
@@ -51,6 +52,8 @@ class EventStream(Response):
         await send(
             {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         )
+        await give_way()
         async for data in self._frames:
             await send({"type": "http.response.body", "body": data, "more_body": True})
+            await give_way()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
