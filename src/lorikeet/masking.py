@@ -1,4 +1,4 @@
-"""Texts without secrets: a password or a key in a URL must not reach a log, a reply or an error message."""
+"""URLs without their secrets: a password or a key in a URL must not reach a log, a reply or an error message."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ def mask(text: str) -> str:
     """``text`` with the user information and the query of every URL in it replaced by ``***``. Rather too much than too
     little: a query ends only at a blank, a quote or an angle bracket."""
     return _URL.sub(_masked, text)
-
-
-# The part of an absolute path before its last name. Nothing before it could be the path's own beginning, so that each
-# character is looked at once.
-_DIRECTORIES = re.compile(r"""(?<![\w./~-])(?:/[^\s/'"]+)+/(?=[^\s/'"])""")
-
-
-def without_directories(text: str) -> str:
-    """``text`` with only the last name of each absolute path in it: where files lie is not for everybody."""
-    return _DIRECTORIES.sub("", text)
 
 
 def mask_all(value: Any) -> Any:

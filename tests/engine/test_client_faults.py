@@ -17,7 +17,7 @@ from lorikeet.engine import client as client_module
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.errors import EngineDeadError, EngineFault, RequestError, UnavailableError
+from lorikeet.errors import EngineDeadError, EngineFault, UnavailableError
 from tests.engine.test_client import finish, request, session, until
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeProcess
@@ -207,16 +207,3 @@ async def test_a_question_has_a_deadline(
         for name in client_module.QUERIES:
             with pytest.raises(UnavailableError, match=r"not answered within 0\.05 seconds"):
                 await made.client.command(name)
-
-
-async def test_an_error_does_not_tell_where_files_lie(tokenizer: Tokenizer) -> None:
-    async with odd_client(tokenizer) as (client, transport):
-        call = asyncio.create_task(client.submit([request("a")]))
-        await asyncio.sleep(0)
-        reason = FinishReason(
-            kind="abort", message="/srv/zoo/x/adapter_model.safetensors is gone", status_code=400
-        )
-        transport.queue.put_nowait(Outputs([RequestOutput(rid="a", token_ids=[], finish=reason)]))
-        with pytest.raises(RequestError) as caught:
-            await call
-        assert str(caught.value) == "adapter_model.safetensors is gone"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry
 
 from lorikeet.core.messages import (
@@ -48,7 +47,6 @@ from lorikeet.errors import (
     UnavailableError,
     UserError,
 )
-from lorikeet.masking import without_directories
 from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
 logger = logging.getLogger(__name__)
@@ -430,11 +428,6 @@ class EngineClient:
 
     def _output(self, entry: OpenRequest, output: RequestOutput) -> None:
         completion = entry.completion
-        finish = output.finish
-        if finish is not None and finish.status_code is not None and finish.message is not None:
-            # An error may name an adapter's files, and whoever asks for the adapter is not who has put them there.
-            message = without_directories(finish.message)
-            output.finish = msgspec.structs.replace(finish, message=message)
         if completion.finish is None:
             entry.timer.tokens(len(output.token_ids))
             if completion.add(output):
