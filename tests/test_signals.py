@@ -23,7 +23,7 @@ def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupt_later():
+    with pytest.raises(KeyboardInterrupt), interrupt_later():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")

@@ -75,7 +75,7 @@ class ServerConfig:
     )
     allowed_hosts: tuple[str, ...] = _option(
         (),
-        "names of this server, as in a Host header, besides --host and this machine's own; needed where --host is a loopback "
+        "names of this server, as in a Host header, besides --host, localhost and addresses; needed where --host is a loopback "
         "address and a proxy passes another name on",
     )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = _option(

@@ -237,7 +237,7 @@ def test_an_interrupted_call_leaves_the_engine_usable(
     llm = make_llm("qv")
     greedy = {"temperature": 0, "max_new_tokens": 8}
     wanted = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
-    scheduler = llm._core._scheduler  # pyright: ignore[reportPrivateUsage]
+    scheduler = llm._core._scheduler
     method, calls = getattr(scheduler, place), []
 
     def interrupted(*args: Any) -> Any:
@@ -252,4 +252,4 @@ def test_an_interrupted_call_leaves_the_engine_usable(
     assert len(calls) == 3, "at the end of this step"
     again = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
     assert again["output_ids"] == wanted["output_ids"]
-    llm._core.check_integrity()  # pyright: ignore[reportPrivateUsage]
+    llm._core.check_integrity()

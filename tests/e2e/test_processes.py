@@ -34,7 +34,7 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.scratch = scratch
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by stop()
         words = ["--model-path", "demo", "--lora-paths", "demo", "--port", str(self.port), *options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lorikeet.launch_server", *words],

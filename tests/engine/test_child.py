@@ -312,7 +312,7 @@ def test_a_command_that_fails_is_answered(error: Exception) -> None:
     core = make_core()
     future: Future[object] = Future()
     future.set_exception(error)
-    core._commands["later"] = lambda: future  # pyright: ignore[reportPrivateUsage]
+    core._commands["later"] = lambda: future
     failing(core, "command", error)
     script = Script(Command(1, "info"), Command(2, "later"), Command(3, "info"), Shutdown())
     assert EngineLoop(core, script, os.getppid()).run() == 0
@@ -339,7 +339,7 @@ def test_what_cannot_be_read_is_answered_too() -> None:
 def test_results_of_strangers_values_can_be_sent() -> None:
     core = make_core()
     odd = {"\ud800": [2**80, {1, 2}, object()]}
-    core._commands["odd"] = lambda: odd  # pyright: ignore[reportPrivateUsage]
+    core._commands["odd"] = lambda: odd
     script = Script(Command(1, "odd"), Shutdown())  # its send() encodes
     assert EngineLoop(core, script, os.getppid()).run() == 0
 
@@ -348,10 +348,10 @@ def test_a_loop_that_waits_long_for_a_thread_looks_less_often() -> None:
     core = make_core()
     script = Script(None)
     loop = EngineLoop(core, script, os.getppid())
-    assert loop._patience_ms() == child.IDLE_MS  # pyright: ignore[reportPrivateUsage]
-    core._compiling["a"] = Future()  # pyright: ignore[reportPrivateUsage]
-    assert loop._patience_ms() == child.THREADS_MS  # pyright: ignore[reportPrivateUsage]
-    loop._quiet_since -= 0.2  # pyright: ignore[reportPrivateUsage]
-    assert 20 <= loop._patience_ms() < child.MAX_THREADS_MS  # pyright: ignore[reportPrivateUsage]
-    loop._quiet_since -= 3600  # pyright: ignore[reportPrivateUsage]
-    assert loop._patience_ms() == child.MAX_THREADS_MS  # pyright: ignore[reportPrivateUsage]
+    assert loop._patience_ms() == child.IDLE_MS
+    core._compiling["a"] = Future()
+    assert loop._patience_ms() == child.THREADS_MS
+    loop._quiet_since -= 0.2
+    assert 20 <= loop._patience_ms() < child.MAX_THREADS_MS
+    loop._quiet_since -= 3600
+    assert loop._patience_ms() == child.MAX_THREADS_MS

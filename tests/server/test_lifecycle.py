@@ -241,12 +241,14 @@ def test_every_signal_to_stop_lets_running_requests_finish(
     server = program(step_s=0.02)
     server.wait_ready()
     call = Call(server, 50)
-    server.process.send_signal(number)
+    for pid in (*server.children, server.process.pid):  # as a terminal does
+        os.kill(pid, number)
     wait_until(lambda: server.says(f"{number.name}: finishing"))
     call.join()
     assert call.is_whole
     assert call.events[-1]["text"] == "a" * 50
     assert server.wait() == 0
+    assert not server.says("resource_tracker"), server.lines
 
 
 def test_a_second_signal_ends_it_at_once(program: MakeProgram) -> None:

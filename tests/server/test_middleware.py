@@ -231,7 +231,14 @@ async def test_a_name_that_was_made_to_point_here_is_no_way_in(
         assert await refusal(api, call, host=host, content_type=JSON) == 403
         origin = f"http://{host}"
         assert await refusal(api, call, host=host, origin=origin, content_type=JSON) == 403
-    for host in ("localhost:30000", "127.0.0.1:1", "127.8.9.1", "[::1]:30000", "a.localhost"):
+    for host in (
+        "localhost:30000",
+        "127.0.0.1:1",
+        "127.8.9.1",
+        "[::1]:30000",
+        "a.localhost",
+        "0.0.0.0:30000",
+    ):
         assert await refusal(api, call, host=host, content_type=JSON) is None
 
 

@@ -84,7 +84,9 @@ def make_app(
         admin_paths=ADMIN_PATHS,
         open_paths=OPEN_PATHS,
     )
-    document.install(app, needs_key=lambda path: rules.key_of(path) is not None)
+    document.install(
+        app, needs_key=lambda path: rules.key_of(path) is not None, changing_paths=ADMIN_PATHS
+    )
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(ApiKeys, rules=rules)

@@ -6,7 +6,7 @@ An endpoint that is not in :data:`REPLIES` promises nothing about its reply.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from fastapi import FastAPI
@@ -100,9 +100,11 @@ _TEXTS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics")
 _REFUSALS = {
     "400": "The request cannot be done as it is; the message says what is allowed",
     "401": "The key is missing or wrong",
+    "403": "A web page of another origin, or a Host that is not this server",
     "404": "No such model or adapter",
     "408": "The body came too slowly",
     "413": "The body is too large",
+    "415": "The body does not say that it is application/json",
     "500": "An error of the server",
     "503": "The engine is gone or does not answer, its queue is full, or the server shuts down",
 }
@@ -119,11 +121,14 @@ _OWN_FORMS = {path: _LOADED for path, reply in REPLIES.items() if reply is _LOAD
 )
 
 
-def install(app: FastAPI, *, needs_key: Callable[[str], bool]) -> None:
+def install(
+    app: FastAPI, *, needs_key: Callable[[str], bool], changing_paths: Collection[str]
+) -> None:
     """Let the application describe itself; call it when every route is there.
 
     Args:
         needs_key: whether a path may answer 401.
+        changing_paths: whose bodies have to say that they are JSON.
     """
 
     def describe() -> Schema:
@@ -137,6 +142,8 @@ def install(app: FastAPI, *, needs_key: Callable[[str], bool]) -> None:
                         refusals = _refusals(path, methods[method])
                         if needs_key(path):
                             refusals.add("401")
+                        if method == "post":
+                            refusals |= {"403", "415"} if path in changing_paths else {"403"}
                         methods[method]["responses"] = _responses(path, refusals)
             app.openapi_schema = document
         return app.openapi_schema

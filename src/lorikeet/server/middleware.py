@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -112,7 +112,7 @@ class OriginRules:
     ) -> OriginRules:
         """The rules of a server that listens at ``host``."""
         known = {host.lower(), *(name.lower() for name in hosts)}
-        known |= {urlsplit(origin).hostname or "" for origin in origins}
+        known |= {urlsplit(origin).hostname or "" for origin in origins} - {""}
         is_open = not _is_this_machine(host)
         return cls(
             origins=frozenset(origin.rstrip("/").lower() for origin in origins),
@@ -150,16 +150,24 @@ class OriginRules:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return name in self.hosts or _is_this_machine(name)
+        return name in self.hosts or _is_local_name(name) or _address(name) is not None
 
 
-def _is_this_machine(name: str) -> bool:
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
+def _is_this_machine(host: str) -> bool:
+    address = _address(host)
+    return _is_local_name(host) if address is None else address.is_loopback
+
+
+def _is_local_name(name: str) -> bool:
+    return name == "localhost" or name.endswith(".localhost")
+
+
+def _address(name: str) -> IPv4Address | IPv6Address | None:
+    """The address that a name is; one that is no name cannot be made to point elsewhere."""
     try:
-        return ip_address(name).is_loopback
+        return ip_address(name)
     except ValueError:
-        return False
+        return None
 
 
 def _has_body(headers: Headers) -> bool:
@@ -190,7 +198,7 @@ _OTHER_ORIGIN = error_response(
     403,
 )
 _OTHER_HOST = error_response(
-    "the Host header names another server; allowed: localhost, loopback addresses, --host and names of --allowed-hosts",
+    "the Host header names another server; allowed: localhost, addresses, --host and names of --allowed-hosts",
     403,
 )
 _NO_JSON = error_response(
