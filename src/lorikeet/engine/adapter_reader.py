@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +19,7 @@ from typing import Protocol
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.source import pin_source, public_path
-from lorikeet.lora.tensors import tensors_to_dir
+from lorikeet.lora.tensors import accept_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class Origin:
         path: as the user named it; what replies and lists show.
         trusted: named by the operator (``--lora-paths``, the resolver's directory) or written by this process, so
             that ``--lora-root`` does not apply.
-        spool: directory that this process has written for it, and removes.
+        spool: directory that a client's tensors were written to, and that is removed with it.
         pinned: ``path`` with the commit of a hub id, so that a branch that moves on changes nothing; None if the same.
     """
 
@@ -96,8 +95,6 @@ class AdapterReader:
         self._resolver = resolver
         self._loads = ThreadPoolExecutor(NUM_LOADS, thread_name_prefix="adapter-load")
         self._reloads = ThreadPoolExecutor(NUM_RELOADS, thread_name_prefix="adapter-reload")
-        self._spool_root: Path | None = None
-        self._num_spools = 0
 
     @property
     def can_find(self) -> bool:
@@ -107,16 +104,16 @@ class AdapterReader:
         return self._loads.submit(self._read, name, origin)
 
     def load_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes
+        self, name: str, config: Mapping[str, object], weights: Path
     ) -> Future[ReadAdapter]:
-        """Write what was sent to a private directory and read it from there, now and after each eviction.
+        """Read what was sent from the file where it lies, now and after each eviction.
 
-        Raises:
-            AdapterError: there is no place to write to.
+        Its directory goes with the load, if that fails or is cancelled, or when its origin is forgotten.
         """
-        self._num_spools += 1
-        spool = self._spool_dir() / str(self._num_spools)
-        return self._loads.submit(self._read_tensors, name, config, tensors, spool)
+        origin = Origin(TENSORS_PATH, trusted=True, spool=weights.parent)
+        read = self._loads.submit(self._read_tensors, name, config, weights, origin)
+        read.add_done_callback(lambda read: self.forget(origin) if read.cancelled() else None)
+        return read
 
     def find(self, name: str) -> Future[ReadAdapter]:
         """Ask the resolver for a name and read what it finds; AdapterNotFoundError if it finds nothing."""
@@ -133,24 +130,15 @@ class AdapterReader:
 
     def forget(self, origin: Origin) -> None:
         """An origin is not read again: what was written for it goes."""
-        if origin.spool is not None:
+        if origin.spool is None:
+            return
+        with suppress(RuntimeError):  # closed: then all of them go
             self._reloads.submit(shutil.rmtree, origin.spool, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop after what is being read; remove everything that was written."""
+        """Stop after what is being read."""
         for threads in (self._loads, self._reloads):
             threads.shutdown(wait=False, cancel_futures=True)
-        if self._spool_root is not None:
-            shutil.rmtree(self._spool_root, ignore_errors=True)
-
-    def _spool_dir(self) -> Path:
-        if self._spool_root is None:
-            try:
-                self._spool_root = Path(tempfile.mkdtemp(prefix="lorikeet-adapters-"))
-            except OSError as error:
-                raise AdapterError(f"cannot make a directory for tensors: {error}") from error
-            weakref.finalize(self, shutil.rmtree, self._spool_root, ignore_errors=True)
-        return self._spool_root
 
     def _read(self, name: str, origin: Origin) -> ReadAdapter:
         adapter = self._read_files(name, origin, is_first=True)
@@ -163,13 +151,13 @@ class AdapterReader:
         return self._load_files(name, path, trusted=origin.trusted, is_first=is_first)
 
     def _read_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes, spool: Path
+        self, name: str, config: Mapping[str, object], weights: Path, origin: Origin
     ) -> ReadAdapter:
         try:
-            tensors_to_dir(config, tensors, spool)
-            return self._read(name, Origin(TENSORS_PATH, trusted=True, spool=spool))
+            accept_tensors(config, weights)
+            return self._read(name, origin)
         except BaseException:
-            shutil.rmtree(spool, ignore_errors=True)
+            shutil.rmtree(weights.parent, ignore_errors=True)
             raise
 
     def _find_and_read(self, name: str) -> ReadAdapter:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -137,6 +138,11 @@ class EngineClient:
         if self._info is None:
             raise AssertionError("the engine is not ready yet")
         return self._info
+
+    @property
+    def uploads(self) -> Path:
+        """A directory that both processes can read, for adapters that clients send. It goes with the server."""
+        return self._transport.address.uploads
 
     @property
     def intake(self) -> Intake:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
@@ -370,9 +371,9 @@ class EngineCore:
         return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
 
     def _load_adapter_from_tensors(
-        self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
+        self, name: str, config: dict[str, object], weights: str, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
-        return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
+        return self._adapters.load_tensors(name, config, Path(weights), pinned=pinned)
 
     def _find_adapter(self, name: str) -> Future[None] | None:
         """Let the resolver look for a name that is not loaded."""

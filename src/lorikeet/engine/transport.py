@@ -56,6 +56,11 @@ class EngineAddress:
     def to_client(self) -> str:
         return f"ipc://{self.directory}/client.sock"
 
+    @property
+    def uploads(self) -> Path:
+        """Where adapters lie that clients have sent."""
+        return Path(self.directory) / "adapters"
+
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -73,9 +78,14 @@ class ProcessHandle(Protocol):
 
 
 class ClientTransport:
-    """The HTTP process's end, for one asyncio loop."""
+    """The HTTP process's end, for one asyncio loop.
+
+    Attributes:
+        address: where the two processes meet.
+    """
 
     def __init__(self, address: EngineAddress) -> None:
+        self.address = address
         self._context = zmq.asyncio.Context()
         self._pull = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
