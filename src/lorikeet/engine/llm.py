@@ -261,9 +261,7 @@ class LLM:
             reply.cancel()
             raise
         finally:
-            # Nobody keeps a copy of the lists here.
-            self._core.take_adapter_changes()
-            self._core.take_templates()
+            self._core.take_adapter_changes()  # nobody keeps a copy of the lists here
         return reply.result()
 
     def _abandon(self) -> None:
