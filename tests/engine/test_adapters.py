@@ -451,6 +451,17 @@ def test_a_copy_that_fails_is_told_and_tried_again(rig: AdapterRig) -> None:
     rig.finish()
 
 
+def test_a_pin_whose_copy_failed_is_copied_again_unasked(rig: AdapterRig) -> None:
+    rig.failing_copies.add(1)
+    assert rig.load("p", "pinned", pinned=True) == 1
+    for _ in range(4):
+        rig.step()
+    assert rig.view("p")["tier"] == "host"
+    rig.failing_copies.clear()
+    rig.until(lambda: rig.view("p")["tier"] == "device")
+    rig.finish()
+
+
 class Spools:
     """Stands for ``accept_tensors``: what is sent lies on the rig's disk, in a directory that is really there."""
 
