@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +21,10 @@ import pytest
 
 from lorikeet import LLM
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
+from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from tests.e2e.conftest import World
+from tests.support.live_server import wait_until
 from tests.support.peft_adapters import CONFIG, WEIGHTS, peft_generate
 
 CONTENTS = ("qv", "all", "one", "mlp", "rslora", "patterns", "head")
@@ -59,6 +62,8 @@ class Soak:
             version = llm.load_lora_adapter(content, str(world.adapters[content]))
             self.versions[version] = content
             llm.unload_lora_adapter(content)
+        self.uploads = Uploads()
+        self.upload_root: Path | None = None
         self.open: dict[int, tuple[str | None, int]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.aborted: set[int] = set()
@@ -102,11 +107,14 @@ class Soak:
 
     def load_tensors(self) -> None:
         path = self.world.adapters[self.chance.choice(CONTENTS)]
+        weights = self.uploads.new()
+        shutil.copyfile(path / WEIGHTS, weights)
         args = {
             "name": self.chance.choice(NAMES),
             "config": json.loads((path / CONFIG).read_text()),
-            "tensors": (path / WEIGHTS).read_bytes(),
+            "weights": str(weights),
         }
+        self.upload_root = weights.parent.parent
         self.command("load_adapter_from_tensors", args, "loads")
 
     def unload(self) -> None:
@@ -178,6 +186,8 @@ class Soak:
             self.command("unload_adapter", {"name": view["name"]}, "unloads")
         self.rest()
         assert self.core.command("adapters", {}) == []
+        root = self.upload_root
+        wait_until(lambda: root is None or not list(root.iterdir()))
 
 
 def resident_mb() -> float:

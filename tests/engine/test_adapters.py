@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from lorikeet.engine import adapter_moves
-from lorikeet.engine.adapter_reader import TENSORS_PATH
+from lorikeet.engine.adapter_reader import NUM_LOADS, TENSORS_PATH
 from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
 from lorikeet.lora.tiers import Tier
 from tests.support.adapter_rig import AdapterRig, expected_tokens
@@ -456,26 +457,40 @@ def test_a_copy_that_fails_is_told_and_tried_again(rig: AdapterRig) -> None:
     rig.finish()
 
 
+def test_a_pin_whose_copy_failed_is_copied_again_unasked(rig: AdapterRig) -> None:
+    rig.failing_copies.add(1)
+    assert rig.load("p", "pinned", pinned=True) == 1
+    for _ in range(4):
+        rig.step()
+    assert rig.view("p")["tier"] == "host"
+    rig.failing_copies.clear()
+    rig.until(lambda: rig.view("p")["tier"] == "device")
+    rig.finish()
+
+
 class Spools:
-    """Stands for ``tensors_to_dir``: what is sent lies on the rig's disk, in a directory that is really there."""
+    """Stands for ``accept_tensors``: what is sent lies on the rig's disk, in a directory that is really there."""
 
     def __init__(self, rig: AdapterRig, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rig = rig
         self.made: list[Path] = []
+        self.sent: list[Path] = []
         self.gate = threading.Event()
         self.gate.set()
-        monkeypatch.setattr("lorikeet.engine.adapter_reader.tensors_to_dir", self.write)
+        self.uploads = Uploads()
+        monkeypatch.setattr("lorikeet.engine.adapter_reader.accept_tensors", self.accept)
 
-    def write(self, config: object, tensors: bytes, directory: Path) -> None:
-        directory.mkdir()
-        (directory / "weights").write_bytes(tensors)
-        self.rig.write(str(directory), tensors.decode())
-        self.made.append(directory)
+    def accept(self, config: object, weights: Path) -> None:
+        self.rig.write(str(weights.parent), weights.read_text())
+        self.made.append(weights.parent)
         assert self.gate.wait(20)
 
     def start(self, name: str, content: bytes, **args: object) -> Future[LoadOutcome]:
+        weights = self.uploads.new()
+        weights.write_bytes(content)
+        self.sent.append(weights.parent)
         return self.rig.command(
-            "load_adapter_from_tensors", name=name, config={}, tensors=content, **args
+            "load_adapter_from_tensors", name=name, config={}, weights=str(weights), **args
         )
 
 
@@ -496,7 +511,7 @@ def test_tensors_are_kept_for_a_reload_and_removed_with_the_name(
     rig.until(lambda: not spools.made[0].exists())
     assert rig.wait(spools.start("t", b"content")).version == outcome.version
     rig.finish()
-    rig.core.close()
+    spools.uploads.close()
     assert not spools.made[1].parent.exists()
     assert str(spools.made[0]) not in rig.disk.untrusted
 
@@ -525,17 +540,41 @@ def test_tensors_that_nobody_needs_are_removed(
     rig.command("unload_adapter", name="t")
     rig.load("a", "content")
     rig.until(lambda: not spools.made[2].exists())
+    with pytest.raises(AdapterError, match="already loaded"):
+        spools.start("a", b"content")
+    rig.until(lambda: not spools.sent[3].exists())
+    rig.finish()
+
+
+def test_tensors_whose_load_is_cancelled_before_its_turn_are_removed(
+    rig: AdapterRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spools = Spools(rig, monkeypatch)
+    gate = rig.block("/slow")
+    others = [rig.command("load_adapter", name=f"s{i}", path="/slow") for i in range(NUM_LOADS)]
+    waiting = spools.start("t", b"content")
+    rig.step()
+    assert waiting.cancel()
+    rig.step()
+    rig.until(lambda: not spools.sent[0].exists())
+    assert spools.made == []
+    gate.set()
+    for other in others:
+        rig.until(other.done)
+        assert isinstance(other.exception(), AdapterError)
     rig.finish()
 
 
 def test_tensors_that_are_refused_leave_no_files(rig: AdapterRig) -> None:
-    load = rig.command("load_adapter_from_tensors", name="t", config={}, tensors=b"nonsense")
+    uploads = Uploads()
+    weights = uploads.new()
+    weights.write_bytes(b"nonsense")
+    load = rig.command("load_adapter_from_tensors", name="t", config={}, weights=str(weights))
     rig.until(load.done)
     with pytest.raises(AdapterError):
         load.result()
-    root = rig.reader._spool_root
-    assert root is not None
-    assert list(root.iterdir()) == []
+    assert not weights.parent.exists()
+    uploads.close()
 
 
 def test_the_resolver_is_asked_on_first_use(make_rig: MakeRig) -> None:
@@ -748,13 +787,15 @@ def test_news_cost_what_changes(make_rig: MakeRig) -> None:
             rig.load(f"n{index:04}", "the same for all")
         rig.finish()
         found: list[int] = []
-        for act in (
+        acts: list[Callable[[], object]] = [
             lambda rig=rig: rig.store.lease("n0001", "rid"),
             lambda rig=rig: rig.store.release(1, "rid"),
             lambda rig=rig: rig.store.start_unload("n0001"),
             lambda rig=rig: (rig.store.stats(), rig.core.labels()),
-        ):
-            found.append(count_operations(lambda act=act, rig=rig: (act(), rig.tell()))[0])
+        ]
+        found.extend(
+            count_operations(lambda act=act, rig=rig: (act(), rig.tell()))[0] for act in acts
+        )
         with pytest.raises(AdapterNotFoundError):
             rig.store.lease("unknown", "rid")
         gate = rig.block("/new")
@@ -778,7 +819,7 @@ def test_commands_without_lora() -> None:
     for name, args in (
         ("load_adapter", {"name": "a", "path": "/a"}),
         ("unload_adapter", {"name": "a"}),
-        ("load_adapter_from_tensors", {"name": "a", "config": {}, "tensors": b""}),
+        ("load_adapter_from_tensors", {"name": "a", "config": {}, "weights": "/a"}),
     ):
         with pytest.raises(RequestError, match="--enable-lora"):
             core.command(name, args)

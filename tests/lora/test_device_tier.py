@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.residency import Admission, Residency
 from lorikeet.lora.tiers import Resident, Tier
+from tests.support.count_operations import count_operations
 from tests.support.slow_placement import SlowPages, leaving, victims
 
 ELEMS, SLAB, MOST = (7, 24, 40), 120, (5, 9, 2)
@@ -153,3 +154,26 @@ def test_the_comparison_sees_evictions() -> None:
         for copying in shadow.of(Tier.COPYING):
             shadow.end_copy(copying, ok=True)
     assert shadow.num_compared > 10
+
+
+def test_a_placement_costs_the_same_among_hundreds() -> None:
+    """Of those that are on the device: one leaves, one comes."""
+    counts: list[int] = []
+    for num_slots in (30, 600):
+        allocator = RankPageAllocator((10, 20), 40, num_slots, [num_slots // 2] * 2)
+        residency = Residency(
+            allocator=allocator, num_slots=1 + num_slots, policy="lru", max_pinned=0
+        )
+        for version in range(1, num_slots + 2):
+            residency.add(version, [0, 0, 1])
+        for version in range(1, num_slots + 1):
+            assert residency.admit(version) is Admission.WAIT
+            residency.copies_done([version], [])
+        residency.take_decisions()
+        before = residency.num_device_evictions
+        version = num_slots + 1
+        count, answer = count_operations(lambda r=residency, v=version: r.admit(v))
+        assert answer is Admission.WAIT
+        assert residency.num_device_evictions == before + 1
+        counts.append(count)
+    assert counts[1] <= counts[0] + 10, counts

@@ -5,6 +5,7 @@ import pytest
 from lorikeet.errors import AdapterError
 from lorikeet.lora.residency import Admission
 from lorikeet.lora.tiers import Tier
+from tests.support.count_operations import count_operations
 from tests.support.residency_rig import NO_ROOM, WAIT, bring, make, use
 
 
@@ -163,3 +164,47 @@ def test_a_pin_on_disk_is_read_and_copied() -> None:
     residency.read_done(1, [0])
     assert 1 in [copy.version for copy in residency.take_decisions()[1]]
     assert not residency.has_unplaced_pins
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+def test_a_choice_costs_the_same_among_thousands(policy: str) -> None:
+    """Of those in memory and of those on disk: a load that evicts, a use, and a read that evicts."""
+    counts: list[list[int]] = []
+    for num_adapters in (100, 5_000):
+        residency = make(policy=policy, max_host=num_adapters // 2)
+        for version in range(1, num_adapters):
+            residency.add(version, [0])
+        residency.take_host_drops()
+        residency.want(range(num_adapters - 70, num_adapters - 10))
+        load = count_operations(lambda r=residency, v=num_adapters: r.add(v, [0]))[0]
+        once = count_operations(lambda r=residency, v=num_adapters - 1: use(r, v))[0]
+        read = count_operations(lambda r=residency: r.admit(1))[0]
+        assert residency.tier(1) is Tier.READING
+        assert len(residency.take_host_drops()) == 2
+        counts.append([load, once, read])
+    few, many = counts
+    assert all(more <= less + 10 for less, more in zip(few, many, strict=True)), counts
+
+
+def test_reads_at_a_time() -> None:
+    residency = make(max_host=10, max_reads=2)
+    for version in range(1, 16):
+        residency.add(version, [0])
+    residency.take_host_drops()
+    assert [residency.admit(version) for version in (1, 2, 3)] == [WAIT] * 3
+    assert (residency.take_reads(), residency.tier(3), residency.num_free_reads) == (
+        [1, 2],
+        Tier.DISK,
+        0,
+    )
+    residency.want([3, 4])
+    residency.take_decisions()
+    assert residency.take_reads() == []
+    residency.take_ended_reads()
+    residency.read_failed(1, "gone")
+    assert (residency.take_ended_reads(), residency.num_free_reads) == ([1], 1)
+    residency.take_decisions()
+    assert residency.take_reads() == [3], "in the order of the queue"
+    residency.remove(2)
+    assert (residency.take_ended_reads(), residency.num_free_reads) == ([2], 1)
+    residency.check_integrity()

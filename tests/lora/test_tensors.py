@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from lorikeet.errors import AdapterError
 from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.tensor_header import MAX_HEADER_BYTES, parse_header
-from lorikeet.lora.tensors import TORCH_TYPES, open_tensors, tensors_to_dir
+from lorikeet.lora.tensors import TORCH_TYPES, accept_tensors, open_tensors
 from tests.support.peft_adapters import WEIGHTS, make_adapter
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -265,6 +265,16 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
 # From the wire.
 
 
+def send(config, data, directory):
+    """Accept what lies in a directory of its own, as whoever has received it has written it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(
+        directory / "weights", "wb", opener=lambda path, flags: os.open(path, flags, 0o600)
+    ) as file:
+        file.write(data)
+    accept_tensors(config, directory / "weights")
+
+
 @pytest.fixture(scope="module")
 def plain(llama, tmp_path_factory):
     return make_adapter(llama, tmp_path_factory.mktemp("plain"), r=4, targets=("q_proj",))
@@ -273,7 +283,7 @@ def plain(llama, tmp_path_factory):
 def test_an_adapter_from_the_wire_is_the_one_that_was_sent(plain, tmp_path, sites, layout):
     config = json.loads((plain / "adapter_config.json").read_text())
     out = tmp_path / "new" / "out"
-    tensors_to_dir(config, (plain / WEIGHTS).read_bytes(), out)
+    send(config, (plain / WEIGHTS).read_bytes(), out)
     sent, got = (load_adapter("a", d, sites, layout, torch.float32) for d in (plain, out))
     assert sent.digest == got.digest
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", WEIGHTS]
@@ -285,7 +295,7 @@ def test_a_configuration_as_peft_holds_it(tmp_path):
     from peft import LoraConfig
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]).to_dict()
-    tensors_to_dir(config, safetensors.torch.save(some_tensors()), tmp_path)
+    send(config, safetensors.torch.save(some_tensors()), tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert stored["target_modules"] == ["q_proj", "v_proj"]
     assert stored["peft_type"] == "LORA"
@@ -309,43 +319,31 @@ def test_a_configuration_as_peft_holds_it(tmp_path):
 def test_what_the_wire_may_not_bring(tmp_path, config, tensors, says):
     data = safetensors.torch.save(some_tensors()) if tensors is None else tensors
     with pytest.raises(AdapterError) as caught:
-        tensors_to_dir(config, data, tmp_path / "out")
+        send(config, data, tmp_path / "out")
     assert says in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["weights"]
 
 
 def test_more_than_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr("lorikeet.lora.tensors.MAX_TENSORS_BYTES", 100)
     with pytest.raises(AdapterError, match="at most 100"):
-        tensors_to_dir(CONFIG, safetensors.torch.save(some_tensors()), tmp_path)
+        send(CONFIG, safetensors.torch.save(some_tensors()), tmp_path)
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch, fails_at):
-    calls = []
-    replace = os.replace
+@pytest.mark.parametrize("fails", ["replace", "rename"])
+def test_a_full_disk_is_a_refusal(tmp_path, monkeypatch, fails):
+    def full(*paths, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def full(*paths):
-        calls.append(paths)
-        if len(calls) == fails_at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(*paths)
-
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, fails, full)
     with pytest.raises(AdapterError, match="No space left on device"):
-        tensors_to_dir(CONFIG, safetensors.torch.save(some_tensors()), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_in_place_of_the_directory(tmp_path):
-    (tmp_path / "out").write_text("")
-    with pytest.raises(AdapterError, match="cannot write"):
-        tensors_to_dir(CONFIG, safetensors.torch.save(some_tensors()), tmp_path / "out")
+        send(CONFIG, safetensors.torch.save(some_tensors()), tmp_path)
+    assert not (tmp_path / WEIGHTS).exists()
 
 
 def test_an_adapter_is_replaced_whole(plain, tmp_path):
     out = shutil.copytree(plain, tmp_path / "out")
-    tensors_to_dir(CONFIG, safetensors.torch.save(some_tensors()), out)
+    send(CONFIG, safetensors.torch.save(some_tensors()), out)
     assert safetensors.torch.load_file(out / WEIGHTS).keys() == some_tensors().keys()
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,10 +21,9 @@ from lorikeet.engine.adapter_threads import ReaderThreads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.source import pin_source, public_path
-from lorikeet.lora.tensors import tensors_to_dir
+from lorikeet.lora.tensors import accept_tensors
 from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.masking import shortened
-from lorikeet.scratch import ScratchDir
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class Origin:
     Attributes:
         path: as the user named it; what replies and lists show.
         trust: who has named it, which decides where it may lead.
-        spool: directory that this process has written for it, and removes.
+        spool: directory that a client's tensors were written to, and that is removed with it.
         pinned: ``path`` with the commit of a hub id, so that a branch that moves on changes nothing; None if the same.
     """
 
@@ -117,8 +116,6 @@ class AdapterReader:
         self._downloads = ReaderThreads("adapter-download", NUM_DOWNLOADS, NUM_DOWNLOADS_PER_HOST)
         # Downloads that may have to be ended, by the future of what they are for.
         self._transfers: dict[Future[Any], Transfer] = {}
-        self._spool_root: Path | None = None
-        self._num_spools = 0
 
     @property
     def can_find(self) -> bool:
@@ -130,20 +127,20 @@ class AdapterReader:
         )
 
     def load_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes
+        self, name: str, config: Mapping[str, object], weights: Path
     ) -> Future[ReadAdapter]:
-        """Write what was sent to a private directory and read it from there, now and after each eviction.
+        """Read what was sent from the file where it lies, now and after each eviction.
 
-        Raises:
-            AdapterError: there is no place to write to.
+        Its directory goes with the load, if that fails or is cancelled, or when its origin is forgotten.
         """
-        self._num_spools += 1
-        spool = self._spool_dir() / str(self._num_spools)
-        return self._submit(
+        origin = Origin(TENSORS_PATH, trust="operator", spool=weights.parent)
+        read = self._submit(
             self._loads,
             Reach.LOCAL,
-            lambda transfer: self._read_tensors(name, config, tensors, spool, transfer),
+            lambda transfer: self._read_tensors(name, config, weights, origin, transfer),
         )
+        read.add_done_callback(lambda read: self.forget(origin) if read.cancelled() else None)
+        return read
 
     def find(self, name: str) -> Future[ReadAdapter]:
         """Ask the resolver for a name and read what it finds; AdapterNotFoundError if it finds nothing."""
@@ -176,18 +173,18 @@ class AdapterReader:
 
     def forget(self, origin: Origin) -> None:
         """An origin is not read again: what was written for it goes."""
-        if origin.spool is not None:
-            spool = origin.spool
+        if origin.spool is None:
+            return
+        spool = origin.spool
+        with suppress(RuntimeError):  # closed: then all of them go
             self._reloads.submit(lambda: shutil.rmtree(spool, ignore_errors=True))
 
     def close(self) -> None:
-        """End what is being downloaded, stop after what is being read; remove everything that was written."""
+        """End what is being downloaded, and stop after what is being read."""
         for threads in (self._loads, self._reloads, self._downloads):
             threads.close()
         for transfer in list(self._transfers.values()):
             transfer.cancel()
-        if self._spool_root is not None:
-            shutil.rmtree(self._spool_root, ignore_errors=True)
 
     def _submit(
         self, threads: ReaderThreads, reach: Reach, job: Callable[[Transfer], T]
@@ -218,16 +215,6 @@ class AdapterReader:
         threads.submit(lambda: run(Transfer(reach)))
         return reply
 
-    def _spool_dir(self) -> Path:
-        if self._spool_root is None:
-            try:
-                scratch = ScratchDir()
-            except OSError as error:
-                raise AdapterError(f"cannot make a directory for tensors: {error}") from error
-            self._spool_root = Path(scratch.path)
-            weakref.finalize(self, scratch.remove)
-        return self._spool_root
-
     def _read(self, name: str, origin: Origin, transfer: Transfer) -> ReadAdapter:
         adapter = self._read_files(name, origin, transfer, is_first=True)
         if origin.spool is None:
@@ -246,16 +233,15 @@ class AdapterReader:
         self,
         name: str,
         config: Mapping[str, object],
-        tensors: bytes,
-        spool: Path,
+        weights: Path,
+        origin: Origin,
         transfer: Transfer,
     ) -> ReadAdapter:
         try:
-            tensors_to_dir(config, tensors, spool)
-            origin = Origin(TENSORS_PATH, trust="operator", spool=spool)
+            accept_tensors(config, weights)
             return self._read(name, origin, transfer)
         except BaseException:
-            shutil.rmtree(spool, ignore_errors=True)
+            shutil.rmtree(weights.parent, ignore_errors=True)
             raise
 
     def _find_and_read(self, name: str, transfer: Transfer) -> ReadAdapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Protocol
 
 from lorikeet.config import LoRAPath
@@ -34,7 +35,7 @@ class AdapterStore(Protocol):
     def start_unload(self, name: str, *, timeout: float | None = None) -> Future[LoadOutcome]: ...
 
     def load_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes, *, pinned: bool = False
+        self, name: str, config: Mapping[str, object], weights: Path, *, pinned: bool = False
     ) -> Future[LoadOutcome]: ...
 
     def poll(self) -> None:
@@ -103,7 +104,7 @@ class NoAdapters:
         raise _disabled("unloaded", name)
 
     def load_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes, *, pinned: bool = False
+        self, name: str, config: Mapping[str, object], weights: Path, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
         raise _disabled("loaded", name)
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from lorikeet.config import LoRAPath
@@ -119,15 +120,21 @@ class LoadedAdapters:
         return self._begin(source, read, replace=replace).reply
 
     def load_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes, *, pinned: bool = False
+        self, name: str, config: Mapping[str, object], weights: Path, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
-        """Begin to load an adapter that is given as its configuration and the bytes of its safetensors file.
+        """Begin to load an adapter that is given as its configuration and a safetensors file, alone in its directory.
+
+        The directory is removed when the adapter is refused or unloaded.
 
         Raises:
             AdapterError: as ``start_load``.
         """
-        self._check_name(name, replace=False)
-        read = self._reader.load_tensors(name, config, tensors)
+        try:
+            self._check_name(name, replace=False)
+        except AdapterError:
+            self._reader.forget(Origin(TENSORS_PATH, spool=weights.parent))
+            raise
+        read = self._reader.load_tensors(name, config, weights)
         source = LoRAPath(name, TENSORS_PATH, pinned=pinned)
         return self._begin(source, read, replace=False).reply
 

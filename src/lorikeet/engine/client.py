@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -171,6 +172,11 @@ class EngineClient:
         if self._info is None:
             raise AssertionError("the engine is not ready yet")
         return self._info
+
+    @property
+    def uploads(self) -> Path:
+        """A directory that both processes can read, for adapters that clients send. It goes with the server."""
+        return self._transport.address.uploads
 
     @property
     def intake(self) -> Intake:

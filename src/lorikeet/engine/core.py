@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lorikeet.config import LoRAPath
@@ -411,10 +412,10 @@ class EngineCore:
         return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
 
     def _load_adapter_from_tensors(
-        self, name: str, config: dict[str, object], tensors: bytes, *, pinned: bool = False
+        self, name: str, config: dict[str, object], weights: str, *, pinned: bool = False
     ) -> Future[LoadOutcome]:
         self._check_name(name)
-        return self._adapters.load_tensors(name, config, tensors, pinned=pinned)
+        return self._adapters.load_tensors(name, config, Path(weights), pinned=pinned)
 
     def _check_name(self, name: str) -> None:
         """Refuse a name that requests could not use, or that means something else to them."""

@@ -23,7 +23,9 @@ from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.reply import native_reply, vector_floats
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.lora.files import write_atomically
 from lorikeet.signals import interrupt_later
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class LLM:
         paths = cast("tuple[LoRAPath, ...]", tuple(lora_paths))
         self.config = resolve(ServerConfig(model_path=str(model_path), lora_paths=paths, **options))
         self._core = build_engine(self.config, report=lambda phase: None, progress=progress)
+        self._uploads = Uploads()
         self.tokenizer = Tokenizer.load(tokenizer_dir(self.config))
         self._intake = Intake(
             self.tokenizer,
@@ -191,7 +194,14 @@ class LLM:
             AdapterError: as ``load_lora_adapter``.
         """
         data = tensors if isinstance(tensors, bytes) else _safetensors(tensors)
-        args = {"name": name, "config": dict(config_dict), "tensors": data, "pinned": pinned}
+        weights = self._uploads.new()
+        write_atomically(weights, [data])
+        args = {
+            "name": name,
+            "config": dict(config_dict),
+            "weights": str(weights),
+            "pinned": pinned,
+        }
         return self._command("load_adapter_from_tensors", args).version
 
     def unload_lora_adapter(self, name: str) -> None:
@@ -213,6 +223,7 @@ class LLM:
     def shutdown(self) -> None:
         """End the engine's threads and remove its temporary files."""
         self._core.close()
+        self._uploads.close()
 
     def __enter__(self) -> Self:
         return self
@@ -258,6 +269,8 @@ class LLM:
         except BaseException:
             reply.cancel()
             raise
+        finally:
+            self._core.take_adapter_changes()  # nobody keeps a copy of the lists here
         return reply.result()
 
     def _abandon(self) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import zmq
@@ -66,6 +67,11 @@ class EngineAddress:
     def to_client(self) -> str:
         return f"ipc://{self.directory}/client.sock"
 
+    @property
+    def uploads(self) -> Path:
+        """Where adapters lie that clients have sent."""
+        return Path(self.directory) / "adapters"
+
     def remove(self) -> None:
         self.scratch.remove()
 
@@ -87,9 +93,14 @@ class ProcessHandle(Protocol):
 
 
 class ClientTransport:
-    """The HTTP process's end, for one asyncio loop."""
+    """The HTTP process's end, for one asyncio loop.
+
+    Attributes:
+        address: where the two processes meet.
+    """
 
     def __init__(self, address: EngineAddress) -> None:
+        self.address = address
         self._context = zmq.asyncio.Context()
         self._pull = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0

@@ -107,36 +107,28 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         yield TensorFile(file, path)
 
 
-def tensors_to_dir(config: Mapping[str, object], tensors: bytes, directory: Path) -> None:
-    """Write an adapter that came over the wire as the two files that :func:`lorikeet.lora.loader.load_adapter` reads.
+def accept_tensors(config: Mapping[str, object], weights: Path) -> None:
+    """Make an adapter that came over the wire the two files that :func:`lorikeet.lora.loader.load_adapter` reads.
 
     Args:
         config: what ``adapter_config.json`` holds; sets are taken for lists, as PEFT's own ``to_dict`` gives them.
-        tensors: the bytes of a safetensors file. Never a pickle.
-        directory: made if it is missing, for its owner alone.
+        weights: a safetensors file, which gets its proper name. Never a pickle.
 
     Raises:
-        AdapterError: one of the two is wrong, or cannot be written (a full disk); nothing is left of it then.
+        AdapterError: one of the two is wrong, or cannot be written (a full disk). The caller removes the directory.
     """
     text = _config_text(config)
-    if len(tensors) > MAX_TENSORS_BYTES:
-        raise AdapterError(
-            f"tensors has {len(tensors)} bytes; allowed: at most {MAX_TENSORS_BYTES}"
-        )
-    view = memoryview(tensors)
-    found = parse_header(lambda at, length: bytes(view[at : at + length]), len(view), "tensors")
-    if not found:
-        raise AdapterError("tensors holds no tensor")
+    with opened(weights) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_TENSORS_BYTES:
+            raise AdapterError(f"tensors has {size} bytes; allowed: at most {MAX_TENSORS_BYTES}")
+        if not TensorFile(file, Path("tensors")).tensors:
+            raise AdapterError("tensors holds no tensor")
+    write_atomically(weights.with_name(CONFIG_FILE), [text])
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        weights.rename(weights.with_name(WEIGHTS_FILE))
     except OSError as error:
-        raise AdapterError(f"cannot write {directory}: {error.strerror or error}") from error
-    write_atomically(directory / WEIGHTS_FILE, [view])
-    try:
-        write_atomically(directory / CONFIG_FILE, [text])
-    except AdapterError:
-        (directory / WEIGHTS_FILE).unlink(missing_ok=True)
-        raise
+        raise AdapterError(f"cannot write {weights}: {error.strerror or error}") from error
 
 
 def _config_text(config: Mapping[str, object]) -> bytes:

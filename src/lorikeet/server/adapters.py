@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -12,6 +12,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
+from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
 from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.server.limits import BodyError
@@ -27,6 +28,7 @@ from lorikeet.server.protocol import (
     read_large,
 )
 from lorikeet.server.replies import JSONReply, list_body, until_disconnect
+from lorikeet.server.tensors_body import receive
 
 ADMIN_PATHS = (
     "/load_lora_adapter",
@@ -42,13 +44,6 @@ LARGE_PATHS = ("/load_lora_adapter_from_tensors",)
 Description = dict[str, Any]
 _AnyBody = TypeVar("_AnyBody", bound=Body)
 
-# Characters decoded at once: a multiple of 4, which is a whole number of bytes.
-BASE64_PIECE = 1 << 19
-# The safetensors format: this many bytes of little-endian length, then a JSON header of at most MAX_HEADER bytes.
-LENGTH_BYTES = 8
-MAX_HEADER = 100_000_000
-# A pickle of protocol 2 or newer, and a zip archive, which is what torch.save writes around one.
-PICKLES = (b"\x80", b"PK\x03\x04")
 # What the engine says of a name that is taken.
 ALREADY_LOADED = "already loaded"
 
@@ -62,6 +57,7 @@ class AdapterRoutes:
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
+        self._uploads = Uploads(client.uploads)
         self._base = config.served_model_name or config.model_path
 
     def router(self) -> APIRouter:
@@ -111,16 +107,22 @@ class AdapterRoutes:
         """Load an adapter whose weights are in the body."""
 
         async def work() -> Description:
-            data = await request.body()
             self._check_enabled()
-            body, tensors = await read_large(data, _read_tensors)
-            self._check_load(body.lora_name)
+            weights = self._uploads.new()
+            try:
+                rest = await receive(request.stream(), weights)
+                body = await read_large(rest, partial(parse_body, LoadTensorsBody))
+                self._check_load(body.lora_name)
+            except BaseException:
+                self._uploads.discard(weights)
+                raise
+            # From here on the file is the engine's, whether it loads the adapter or not.
             return await self._load(
                 request,
                 "load_adapter_from_tensors",
                 name=body.lora_name,
                 config=body.config_dict,
-                tensors=tensors,
+                weights=str(weights),
                 pinned=body.pinned,
             )
 
@@ -199,50 +201,6 @@ class AdapterRoutes:
         check_adapter_name(name, self._base)
         if path is not None:
             check_name(path, "lora_path", most=MAX_PATH)
-
-
-def _read_tensors(data: bytes) -> tuple[LoadTensorsBody, bytes]:
-    body = parse_body(LoadTensorsBody, data)
-    try:
-        tensors = _decode_base64(body.tensors)
-    except ValueError as error:
-        raise RequestError(f"tensors: is not valid base64: {error}", "tensors") from None
-    _check_safetensors(tensors)
-    return body, tensors
-
-
-def _decode_base64(text: str) -> bytes:
-    """The bytes, decoded piece by piece: one call for hundreds of megabytes would keep other threads waiting.
-
-    Raises:
-        ValueError: it is not base64.
-    """
-    parts: list[bytes] = []
-    for start in range(0, len(text), BASE64_PIECE):
-        piece = text[start : start + BASE64_PIECE]
-        if "=" in piece and start + BASE64_PIECE < len(text):
-            raise ValueError("padding before its end")
-        parts.append(base64.b64decode(piece, validate=True))
-    return b"".join(parts)
-
-
-def _check_safetensors(data: bytes) -> None:
-    """Refuse what has no safetensors header; the tensors themselves are checked where they are loaded.
-
-    Raises:
-        RequestError: it is something else, named if it is a pickle.
-    """
-    header: object = None
-    length = int.from_bytes(data[:LENGTH_BYTES], "little")
-    if 0 < length <= min(MAX_HEADER, len(data) - LENGTH_BYTES):
-        try:
-            header = orjson.loads(data[LENGTH_BYTES : LENGTH_BYTES + length])
-        except orjson.JSONDecodeError:
-            header = None
-    if isinstance(header, dict):
-        return
-    kind = "a pickle, which is never read" if data.startswith(PICKLES) else "not a safetensors file"
-    raise RequestError(f"tensors: is {kind}; it must be a safetensors file in base64", "tensors")
 
 
 def _vllm_refusal(error: UserError) -> Response:

@@ -47,11 +47,13 @@ _USAGE = _object("prompt_tokens:integer completion_tokens:integer total_tokens:i
 _CHOICE = "index:integer logprobs:object? finish_reason"
 _MESSAGE = _object("role content:string?")
 _CARD = _object("id object created:integer owned_by root parent:string? max_model_len:integer")
-_ADAPTER = _object(
+_TARGETS = {"type": ["array", "null"], "items": {"type": "string"}}
+_VIEW = (
     "name path version:integer? state tier:string? pinned:boolean rank:integer? bytes:integer?"
-    " in_flight:integer last_use:number? report:object? reason:string?",
-    targets={"type": ["array", "null"], "items": {"type": "string"}},
+    " in_flight:integer last_use:number? reason:string?"
 )
+_LISTED_ADAPTER = _object(_VIEW, targets=_TARGETS)
+_ADAPTER = _object(_VIEW + " report:object?", targets=_TARGETS)
 _MODEL = _object(
     "model_path tokenizer_path served_model_name is_generation:boolean context_length:integer"
     " vocab_size:integer lora_enabled:boolean"
@@ -76,7 +78,7 @@ REPLIES: dict[str, Schema] = {
     "/load_lora_adapter_from_tensors": _LOADED,
     "/v1/load_lora_adapter": _schema("string"),
     "/v1/unload_lora_adapter": _schema("string"),
-    "/v1/adapters": _object("object", data=_list(_ADAPTER)),
+    "/v1/adapters": _object("object", data=_list(_LISTED_ADAPTER)),
     "/v1/adapters/{name}": _ADAPTER,
     "/v1/completions": _openai(_object(f"text {_CHOICE}")),
     "/v1/chat/completions": _openai(_object(_CHOICE, message=_MESSAGE)),
