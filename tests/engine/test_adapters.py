@@ -816,11 +816,12 @@ def test_commands_without_lora() -> None:
     from tests.engine.test_core import make_core
 
     core = make_core()
-    for name, args in (
+    commands: tuple[tuple[str, dict[str, object]], ...] = (
         ("load_adapter", {"name": "a", "path": "/a"}),
         ("unload_adapter", {"name": "a"}),
         ("load_adapter_from_tensors", {"name": "a", "config": {}, "weights": "/a"}),
-    ):
+    )
+    for name, args in commands:
         with pytest.raises(RequestError, match="--enable-lora"):
             core.command(name, args)
     assert core.command("adapters", {}) == []

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import AsyncIterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import orjson
 
@@ -117,7 +117,7 @@ class TensorsBody:
         depth = self._depth
         self._depth += sum(map(between.count, (b"{", b"["))) - sum(map(between.count, (b"}", b"]")))
         self._keep(between)
-        if depth == self._depth == 1 and between.strip(_SPACE) == b":" and self._is_ours():
+        if depth == self._depth == 1 and bytes(between).strip(_SPACE) == b":" and self._is_ours():
             self._begin_tensors()
         else:
             self._keep(b'"')
@@ -189,8 +189,8 @@ class _Base64:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._escaped = b""  # may be the beginning of an escape
-        self._odd = b""  # fewer characters than make whole bytes
+        self._escaped: bytes = b""  # may be the beginning of an escape
+        self._odd: bytes = b""  # fewer characters than make whole bytes
         self._is_padded = False
         self._head = b""
         self.num_bytes = 0
@@ -239,7 +239,7 @@ class _Base64:
             if begin >= 0:
                 self._escaped, text = text[begin:], text[:begin]
         try:
-            return orjson.loads(b'"' + text + b'"').encode()
+            return cast(str, orjson.loads(b'"' + text + b'"')).encode()
         except (orjson.JSONDecodeError, UnicodeEncodeError):
             raise _not_base64("it is no JSON string") from None
 
