@@ -535,7 +535,8 @@ def test_tensors_that_are_refused_leave_no_files(rig: AdapterRig) -> None:
         load.result()
     root = rig.reader._spool_root
     assert root is not None
-    assert list(root.iterdir()) == []
+    # What is hidden is the directory's own mark.
+    assert [path for path in root.iterdir() if not path.name.startswith(".")] == []
 
 
 def test_the_resolver_is_asked_on_first_use(make_rig: MakeRig) -> None:

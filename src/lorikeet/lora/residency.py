@@ -360,7 +360,7 @@ class Residency:
             ValueError: the version is not there, or has not failed.
         """
         entry = self._find(version)
-        entry.enter(Tier.DISK)
+        self._ledger.move(entry, Tier.DISK)
         entry.reason = None
         if entry.pinned:
             self._unplaced_pins.add(version)
