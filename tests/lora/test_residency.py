@@ -414,5 +414,5 @@ def test_a_version_that_could_not_be_read_may_be_read_again() -> None:
     assert residency.take_reads() == [1]
     assert residency.read_done(1, [0])
     residency.check_integrity()
-    with pytest.raises(ValueError, match="not legal"):
+    with pytest.raises(ValueError, match="has not failed"):
         residency.retry(1)
