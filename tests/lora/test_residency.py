@@ -395,3 +395,24 @@ def test_counts_by_tier_and_what_has_moved() -> None:
     assert residency.count(Tier.DEVICE) == 0, "it runs on, but is not listed"
     residency.release(3)
     residency.check_integrity()
+
+
+def test_a_version_that_could_not_be_read_may_be_read_again() -> None:
+    residency = make(max_host=2, max_pinned=1)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    assert residency.tier(1) is Tier.DISK
+    assert residency.admit(1) is WAIT
+    residency.take_reads()
+    residency.read_failed(1, "the disk is busy")
+    assert residency.failure(1) == "the disk is busy"
+    residency.check_integrity()
+    residency.retry(1)
+    assert (residency.failure(1), residency.tier(1)) == (None, Tier.DISK)
+    residency.check_integrity()
+    assert residency.admit(1) is WAIT
+    assert residency.take_reads() == [1]
+    assert residency.read_done(1, [0])
+    residency.check_integrity()
+    with pytest.raises(ValueError, match="has not failed"):
+        residency.retry(1)

@@ -360,7 +360,9 @@ class Residency:
             ValueError: the version is not there, or has not failed.
         """
         entry = self._find(version)
-        entry.enter(Tier.DISK)
+        if entry.tier is not Tier.FAILED:
+            raise ValueError(f"version {version} has not failed: {entry.tier.value}")
+        self._ledger.move(entry, Tier.DISK)
         entry.reason = None
         if entry.pinned:
             self._unplaced_pins.add(version)
