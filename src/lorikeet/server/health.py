@@ -164,5 +164,7 @@ def _seconds(request: Request, name: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise RequestError(f"{name}: must be a number of seconds, at least 0; got {text!r}", name)
+        raise RequestError(
+            f"{name}: must be a number of seconds, at least 0; got {text[:40]!r}", name
+        )
     return value
