@@ -94,6 +94,11 @@ class Case:
     slow: bool = False
 
 
+_GRAMMAR = Call(
+    "/generate", b'{"text":"Hi","sampling_params":{"regex":"[ab]+","max_new_tokens":1}}'
+)
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came back; status 0: the connection broke, -1: nothing came in time."""
@@ -316,8 +321,7 @@ class HostileServer:
 
     def _is_worked_on(self) -> list[str]:
         """Whether what a client has left behind is in the way of another grammar."""
-        body = {"text": "Hi", "sampling_params": {"regex": "[ab]+", "max_new_tokens": 1}}
-        reply = send(self.port, Call("/generate", json.dumps(body).encode()), FROZEN_SECONDS)
+        reply = send(self.port, _GRAMMAR, FROZEN_SECONDS)
         if reply.status == 200:
             return []
         self._is_spoilt = True
@@ -361,6 +365,8 @@ class HostileServer:
         with self._log_file.open("w") as log:
             self._process = self._popen(command, log)
         wait_for_server(f"http://127.0.0.1:{self.port}", timeout=120, process=self._process)
+        # The first grammar of a server makes its compiler.
+        assert send(self.port, _GRAMMAR, 120).status == 200
         self._others = (Neighbour(self.port), Stream(self.port))
         for other in self._others:
             other.start()
