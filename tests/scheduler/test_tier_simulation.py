@@ -61,7 +61,7 @@ def test_anything_goes(start: int) -> None:
 @pytest.mark.parametrize("popularity", ["uniform", "zipf"])
 @pytest.mark.parametrize("max_loras", [2, 4, 8])
 @pytest.mark.parametrize("host_factor", [1, 2])
-@pytest.mark.parametrize(("max_step_tokens", "max_reads"), [(200, 1), (32, 2)])
+@pytest.mark.parametrize(("max_step_tokens", "max_reads"), [(200, 1), (32, 4)])
 def test_more_adapters_than_device_and_host_hold(
     popularity: str, max_loras: int, host_factor: int, max_step_tokens: int, max_reads: int
 ) -> None:

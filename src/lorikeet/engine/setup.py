@@ -151,6 +151,7 @@ def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> Sched
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
+        vocab_size=spec.vocab_size,
         even_length=_even_length(spec),
     )
 

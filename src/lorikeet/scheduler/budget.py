@@ -22,6 +22,7 @@ class SchedulerLimits:
         max_passes: requests that may be admitted before one that came earlier and waits for room for its adapter
             (or, with ``lpm``, has a shorter cached prefix).
         max_queued: sequences that may wait; None for any number. Kept to by whoever adds sequences.
+        vocab_size: how many tokens there are to choose from.
         even_length: tokens of context up to which a prompt's tokens cost about the same, because attention costs less
             than the rest of the network; None if they always do.
     """
@@ -35,6 +36,7 @@ class SchedulerLimits:
     policy: str = "fcfs"
     max_passes: int = 64
     max_queued: int | None = None
+    vocab_size: int | None = None
     even_length: int | None = None
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ twice what first come first served would take. Both hold for prompts that have r
 from __future__ import annotations
 
 from lorikeet.core.plan import (
+    NOT_FINITE,
     DecodeRow,
     PooledVector,
     PrefillChunk,
@@ -319,13 +320,13 @@ class Scheduler:
         while budget.tokens > 0:
             running = self._running.first_prefilling(most)
             waiting = round_.next(most) if round_ is not None and budget.can_admit else None
-            if round_ is not None and waiting is not None:
-                if running is None or waiting.order < running.order:
-                    self._admit(plan, waiting, budget, round_)
-                    continue
-            if running is None:
+            is_next = running is None or (waiting is not None and waiting.order < running.order)
+            if is_next and waiting is not None and round_ is not None:
+                self._admit(plan, waiting, budget, round_)
+            elif running is not None:
+                self._plan_chunk(plan, running, [], budget)
+            else:
                 return
-            self._plan_chunk(plan, running, [], budget)
 
     def _plan_chunk(
         self, plan: StepPlan, seq: Sequence, new_pages: list[int], budget: StepBudget
@@ -417,13 +418,25 @@ class Scheduler:
         seq.num_pending -= 1
         reason = FinishReason(kind="length", length=0)
         if vector.error is not None:
-            reason = failure(vector.error)
+            reason = self._row_failure(seq, vector.error)
         self._state.end(seq, reason, [], None, vector.values or None)
+
+    def _row_failure(self, seq: Sequence, error: str) -> FinishReason:
+        """The end of a sequence that failed alone."""
+        if error not in NOT_FINITE:
+            return failure(error)
+        # Its K/V may be no better; nobody shall find it.
+        self._kv.drop_version(seq.version)
+        if seq.request.adapter is None:
+            return failure(error)
+        return failure(
+            f"{error} with the adapter {seq.request.adapter!r}: its weights or its lora_alpha are too large for this model"
+        )
 
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.num_pending -= 1
         if token.error is not None:
-            self._state.end(seq, failure(token.error), [], None)
+            self._state.end(seq, self._row_failure(seq, token.error), [], None)
             return
         if seq.max_tokens == seq.num_prompt:
             # max_new_tokens is 0. Only the prompt was to be computed; the token that its last position samples was not asked for.

@@ -13,7 +13,7 @@ from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import RequestBatch
 from lorikeet.engine.reply import native_reply
 from lorikeet.engine.stream import CompletionStream, finish_error
-from lorikeet.errors import EngineFault, RequestError
+from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
@@ -67,13 +67,17 @@ class NativeRoutes:
         return body, self._client.intake.make_requests(fields)
 
     async def _whole(self, stream: CompletionStream, batch: RequestBatch) -> object:
-        """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
+        """The reply once everything has finished.
+
+        One of a list that fails is an entry whose finish reason says so, and the others go on. A call for one completion
+        fails with it, and so does any call that an engine which is not available cuts off.
+        """
         finished: dict[int, Completion] = {}
         async for index, completion in stream:
             if completion.finish is None:
                 continue
             error = finish_error(completion.finish)
-            if error is not None:
+            if error is not None and (not batch.is_list or isinstance(error, UnavailableError)):
                 raise error
             finished[index] = completion
         replies = [
