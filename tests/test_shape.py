@@ -93,7 +93,9 @@ def test_packages():
     for path in FILES:
         package = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else "."
         sizes[package] = sizes.get(package, 0) + num_code_lines(path)
-    assert not {name: size for name, size in sizes.items() if size > MAX_CODE_LINES.get(name, 0)}
+    assert not {
+        name: size for name, size in sizes.items() if size > MAX_CODE_LINES.get(name, 0)
+    }
 
 
 def test_files():
