@@ -40,6 +40,14 @@ def test_text(monkeypatch):
     assert envs.API_KEY.get() == "key"
 
 
+@pytest.mark.parametrize("variable", [envs.API_KEY, envs.ADMIN_API_KEY], ids=lambda v: v.name)
+@pytest.mark.parametrize("text", ["", "  ", "\n"])
+def test_an_empty_key_is_no_open_server(monkeypatch, variable, text):
+    monkeypatch.setenv(variable.name, text)
+    with pytest.raises(ConfigError, match=f"{variable.name} is empty; allowed: a key"):
+        variable.get()
+
+
 def test_a_bad_value_is_named(monkeypatch):
     monkeypatch.setenv("DEMO_ONCE", "maybe")
     with pytest.raises(ConfigError, match="DEMO_ONCE is 'maybe'; allowed: 1, true"):

@@ -89,3 +89,22 @@ def test_other_handlers_stay():
     logging.getLogger().addHandler(other)
     setup_logging()
     assert other in logging.getLogger().handlers
+
+
+def test_what_a_message_quotes_cannot_make_a_line_of_its_own(capsys):
+    setup_logging("info", "engine")
+    forged = "x\n2026-01-01 00:00:00.000 INFO    server  forged\x1b[31m"
+    logger = logging.getLogger("lorikeet.x")
+    logger.info("Adapter %s loaded", forged)
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logger.exception("loading %s failed", forged)
+    text = capsys.readouterr().err
+    found = [line for line in text.splitlines() if LINE.match(line)]
+    assert len(found) == 2
+    assert found[0].endswith(
+        r"Adapter x\n2026-01-01 00:00:00.000 INFO    server  forged\x1b[31m loaded"
+    )
+    assert "\x1b" not in text
+    assert "Traceback" in text

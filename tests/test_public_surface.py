@@ -47,8 +47,12 @@ FLAGS = [
     "--port",
     "--api-key",
     "--admin-api-key",
+    "--allowed-origins",
+    "--cors-allow-origins",
+    "--allowed-hosts",
     "--log-level",
     "--tool-call-parser",
+    "--sampling-defaults",
     "--dtype",
     "--device",
     "--context-length",
@@ -63,6 +67,9 @@ FLAGS = [
     "--max-lora-chunk-size",
     "--lora-deterministic",
     "--lora-root",
+    "--lora-sources",
+    "--lora-allow-private-hosts",
+    "--lora-download-timeout",
     "--lora-resolver-dir",
     "--lora-disk-cache-dir",
     "--lora-disk-cache-gb",
@@ -88,12 +95,16 @@ FLAGS = [
     "--random-seed",
     "--enable-metrics",
     "--shutdown-timeout",
+    "--watchdog-timeout",
 ]
 
 DEFAULTS = {
     "host": "127.0.0.1",
     "port": 30000,
+    "allowed_origins": (),
+    "allowed_hosts": (),
     "log_level": "info",
+    "sampling_defaults": "model",
     "dtype": "auto",
     "device": "auto",
     "lora_paths": (),
@@ -102,6 +113,9 @@ DEFAULTS = {
     "lora_backend": "auto",
     "lora_deterministic": False,
     "lora_root": (),
+    "lora_sources": ("local", "hub", "http", "https", "s3", "gs"),
+    "lora_allow_private_hosts": False,
+    "lora_download_timeout": 600.0,
     "tp_size": 1,
     "schedule_policy": "fcfs",
     "disable_radix_cache": False,
@@ -111,6 +125,7 @@ DEFAULTS = {
     "load_format": "auto",
     "enable_metrics": False,
     "shutdown_timeout": 30.0,
+    "watchdog_timeout": 300.0,
 }
 
 SAMPLING = {

@@ -30,7 +30,7 @@ MAX_CODE_LINES = {
     "kv": 550,
     "layers": 500,
     "lora": 3_900,
-    "models": 900,
+    "models": 930,
     "ops": 2_500,
     "parallel": 50,
     "scheduler": 1_100,
@@ -93,9 +93,7 @@ def test_packages():
     for path in FILES:
         package = path.relative_to(PACKAGE).parts[0] if path.parent != PACKAGE else "."
         sizes[package] = sizes.get(package, 0) + num_code_lines(path)
-    assert not {
-        name: size for name, size in sizes.items() if size > MAX_CODE_LINES.get(name, 0)
-    }
+    assert not {name: size for name, size in sizes.items() if size > MAX_CODE_LINES.get(name, 0)}
 
 
 def test_files():

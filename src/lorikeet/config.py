@@ -21,7 +21,7 @@ from lorikeet.config_device import (
     resolve_lora_backend,
 )
 from lorikeet.config_targets import check_targets, expand_targets
-from lorikeet.config_values import LoRAPath, Option, parse_lora_paths, read_value
+from lorikeet.config_values import LORA_SOURCES, LoRAPath, Option, parse_lora_paths, read_value
 from lorikeet.errors import ConfigError
 from lorikeet.masking import mask
 
@@ -66,11 +66,27 @@ class ServerConfig:
         auto="LORIKEET_ADMIN_API_KEY, or --api-key",
         secret=True,
     )
+    allowed_origins: tuple[str, ...] = _option(
+        (),
+        "web pages of other origins that may call the server (CORS), as https://host:port, or * for all; none: no page but "
+        "the server's own",
+        aliases=("cors-allow-origins",),
+    )
+    allowed_hosts: tuple[str, ...] = _option(
+        (),
+        "names of this server, as in a Host header, besides --host and this machine's own; needed where --host is a loopback "
+        "address and a proxy passes another name on",
+    )
     log_level: Literal["debug", "info", "warning", "error", "critical"] = _option(
         "info", "least level that is logged"
     )
     tool_call_parser: str | None = _option(
         None, "form of the model's tool calls", auto="from the chat template", choices=_TOOL_PARSERS
+    )
+    sampling_defaults: Literal["model", "openai"] = _option(
+        "model",
+        "what OpenAI requests get that do not say: temperature, top_p, top_k, min_p and repetition_penalty of the model's "
+        "generation_config.json, or OpenAI's own",
     )
     dtype: Literal["auto", "float32", "float", "float16", "half", "bfloat16"] = _option(
         "auto",
@@ -120,6 +136,20 @@ class ServerConfig:
     lora_root: tuple[str, ...] = _option(
         (),
         "directories that hold every local adapter which a request may load; none: any directory",
+    )
+    lora_sources: tuple[str, ...] = _option(
+        LORA_SOURCES,
+        "kinds of source that requests may load adapters from",
+        choices=LORA_SOURCES,
+    )
+    lora_allow_private_hosts: bool = _option(
+        default=False,
+        meaning="requests may load adapters from web servers whose address is not public: this machine, a local network",
+    )
+    lora_download_timeout: float = _option(
+        600.0,
+        "seconds that a download of an adapter may take; the next one goes on from there",
+        above=0,
     )
     lora_resolver_dir: str | None = _option(
         None, "directory where a name that is not loaded is looked up on its first use"
@@ -205,6 +235,12 @@ class ServerConfig:
     enable_metrics: bool = _option(default=False, meaning="serve Prometheus metrics at /metrics")
     shutdown_timeout: float = _option(
         30.0, "seconds that running requests may take after SIGTERM", least=0, most=86400
+    )
+    watchdog_timeout: float = _option(
+        300.0,
+        "seconds that the engine may be silent while requests are open, before they fail and the server ends",
+        least=1,
+        most=86400,
     )
 
 
@@ -349,8 +385,9 @@ def _check_lora(config: ServerConfig) -> None:
     if config.enable_lora is False and config.lora_paths:
         raise ConfigError("--no-enable-lora contradicts --lora-paths; leave one of them out")
     needed = ("max_lora_rank", "lora_target_modules")
-    sources = ("lora_root", "lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
-    names = ("max_loaded_loras", *needed, *sources)
+    sources = ("lora_root", "lora_sources", "lora_allow_private_hosts", "lora_download_timeout")
+    places = ("lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
+    names = ("max_loaded_loras", *needed, *sources, *places)
     given = [name for name in names if getattr(config, name) != OPTIONS[name].default]
     if not _lora_is_on(config):
         if given:

@@ -16,6 +16,9 @@ from typing import Any, Literal, cast, get_args, get_origin
 from lorikeet.errors import ConfigError
 from lorikeet.masking import mask
 
+#: Where an adapter may come from.
+LORA_SOURCES = ("local", "hub", "http", "https", "s3", "gs")
+
 
 @dataclass(frozen=True, slots=True)
 class LoRAPath:
@@ -86,7 +89,9 @@ class Option:
             return self.auto or "none"
         if isinstance(self.default, bool):
             return "on" if self.default else "off"
-        return "none" if self.default == () else str(self.default)
+        if isinstance(self.default, tuple):
+            return " ".join(map(str, cast("tuple[object, ...]", self.default))) or "none"
+        return str(self.default)
 
 
 def read_value(option: Option, value: object) -> object:
@@ -141,6 +146,8 @@ def _allowed(option: Option) -> str:
 
 
 def _read_text(option: Option, value: object) -> object:
+    if option.secret and isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{option.flag} is empty; allowed: a key, or no such option")
     if not isinstance(value, str) or not value.strip():
         raise _refuse(option, value)
     return value

@@ -23,12 +23,14 @@ class EnvVar(Generic[_T]):
     Attributes:
         parse: text -> value; raises ValueError with the allowed values.
         default: what :meth:`get` gives when the variable is unset or empty.
+        may_be_empty: False if an empty one is a mistake: a key that was lost on its way must not open the server.
     """
 
     name: str
     meaning: str
     parse: Callable[[str], _T]
     default: _T
+    may_be_empty: bool = True
 
     def get(self) -> _T:
         """The variable's value now.
@@ -36,8 +38,11 @@ class EnvVar(Generic[_T]):
         Raises:
             ConfigError: names the variable, its value and the allowed ones.
         """
-        text = os.environ.get(self.name, "").strip()
+        given = os.environ.get(self.name)
+        text = (given or "").strip()
         if not text:
+            if given is not None and not self.may_be_empty:
+                raise ConfigError(f"{self.name} is empty; allowed: a key, or no such variable")
             return self.default
         try:
             return self.parse(text)
@@ -63,12 +68,14 @@ API_KEY: EnvVar[str | None] = EnvVar(
     "`--api-key` when the option is not given. A key on the command line is visible to every user of the machine.",
     _text,
     None,
+    may_be_empty=False,
 )
 ADMIN_API_KEY: EnvVar[str | None] = EnvVar(
     "LORIKEET_ADMIN_API_KEY",
     "`--admin-api-key` when the option is not given.",
     _text,
     None,
+    may_be_empty=False,
 )
 DEMO_ONCE: EnvVar[bool] = EnvVar(
     "DEMO_ONCE",
@@ -114,7 +121,8 @@ def markdown() -> str:
             "",
             "An option on the command line wins over its variable. A boolean is one of "
             + ", ".join(f"`{word}`" for word in _BOOLEANS)
-            + ".",
+            + ". An empty",
+            "variable is as one that is not set; an empty key is an error, since it would leave the server open.",
             "",
             "| variable | default | meaning |",
             "|---|---|---|",

@@ -7,10 +7,13 @@ Modules log through ``logging.getLogger(__name__)``; the entry point of a proces
 
 from __future__ import annotations
 
+import copy
 import logging
 import multiprocessing
 import sys
-from typing import TextIO
+from typing import Any, TextIO
+
+from lorikeet.masking import printable
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(process_label)-6s  %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
@@ -29,6 +32,27 @@ class ProcessFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.process_label = self.label
         return True
+
+
+class _LineFormatter(logging.Formatter):
+    """One line per record, whatever a message quotes: a line break in an adapter's name must not begin a line that looks
+    like ours. Lines of a traceback are indented for the same reason."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        # What another handler has made of the exception is not ours.
+        own = copy.copy(record)
+        own.exc_text = None
+        return super().format(own)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base's name
+        # Python's warnings end with a line break.
+        record.message = printable(record.message.rstrip("\n"))
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(
+            f"    {printable(line)}" for line in super().formatException(ei).splitlines()
+        )
 
 
 class _LineHandler(logging.StreamHandler[TextIO]):
@@ -51,7 +75,7 @@ def setup_logging(level: str = "info", label: str | None = None) -> None:
         label: shown in each line; None takes it from the name of the process.
     """
     handler = _LineHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(FORMAT, DATE_FORMAT))
+    handler.setFormatter(_LineFormatter(FORMAT, DATE_FORMAT))
     handler.addFilter(ProcessFilter(label or default_label()))
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _LineHandler)]:

@@ -159,7 +159,11 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 
 def _known_keys(path: Path, content: dict[object, object]) -> dict[str, object]:
-    names = {alias: name for name, option in OPTIONS.items() for alias in (name, *option.aliases)}
+    names = {
+        alias.replace("-", "_"): name
+        for name, option in OPTIONS.items()
+        for alias in (name, *option.aliases)
+    }
     values: dict[str, object] = {}
     for key, value in content.items():
         name = names.get(str(key).replace("-", "_"))
@@ -169,6 +173,8 @@ def _known_keys(path: Path, content: dict[object, object]) -> dict[str, object]:
             )
         if name in values:
             raise ConfigError(f"--config {path} gives {name} twice")
+        if value is None and OPTIONS[name].secret:
+            raise ConfigError(f"--config {path}: {name} is empty; allowed: a key, or no such line")
         values[name] = value
     return values
 

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from lorikeet.utils import free_port
 from tests.e2e.conftest import World
 from tests.support.peft_adapters import edit_config, make_adapter
 from tests.support.tiny_models import make_tiny_model
 
 
 def start(*args: object) -> subprocess.CompletedProcess[str]:
-    """Run the server's command to its end."""
-    command = [sys.executable, "-m", "lorikeet.launch_server", *map(str, args)]
+    """Run the server's command to its end, on a port that is free unless another is given."""
+    words = [str(arg) for arg in args]
+    if "--port" not in words:
+        words += ["--port", str(free_port())]
+    command = [sys.executable, "-m", "lorikeet.launch_server", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -269,3 +272,29 @@ def test_min_new_tokens_with_every_token_forbidden(tmp_path: Path) -> None:
             input_ids=[5], sampling_params=params | {"stop_token_ids": [*range(1, size)]}
         )
         assert most["output_ids"][0] == 0
+
+
+@pytest.mark.parametrize("place", ["plan", "commit"])
+def test_an_interrupted_call_leaves_the_engine_usable(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Ctrl-C comes when a step is planned and not submitted, or computed and not committed."""
+    llm = make_llm("qv")
+    greedy = {"temperature": 0, "max_new_tokens": 8}
+    wanted = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    scheduler = llm._core._scheduler  # pyright: ignore[reportPrivateUsage]
+    method, calls = getattr(scheduler, place), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(place)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return method(*args)
+
+    monkeypatch.setattr(scheduler, place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    assert len(calls) == 3, "at the end of this step"
+    again = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
+    assert again["output_ids"] == wanted["output_ids"]
+    llm._core.check_integrity()  # pyright: ignore[reportPrivateUsage]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import pytest
 
-from lorikeet.engine.adapter_reader import AdapterReader, Origin
+from lorikeet.engine.adapter_reader import NUM_DOWNLOADS_PER_HOST, AdapterReader, Origin
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter import HostAdapter
-from tests.support.adapter_rig import Disk
+from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer, TransferEndedError
+from tests.support.adapter_rig import PATIENCE_S, Disk
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -21,9 +25,11 @@ class Hub(Disk):
         super().__init__()
         self.asked: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
         self.asked.append(path)
-        adapter = super().load(name, path, trusted=trusted, is_first=is_first)
+        adapter = super().load(name, path, trust=trust, is_first=is_first, transfer=transfer)
         return replace(adapter, path=f"/cache/snapshots/{COMMIT}")
 
 
@@ -49,3 +55,118 @@ def test_changed_bytes_are_refused() -> None:
     with pytest.raises(AdapterError, match="have changed"):
         reader.reload("sql", [read.origin], read.adapter.digest).result(timeout=20)
     reader.close()
+
+
+class Sources(Disk):
+    """Local paths as on a disk, URLs as behind a network: what is in ``cached`` needs none.
+
+    Attributes:
+        silent: a URL that contains one of these has no answer until its transfer is ended.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cached: set[str] = set()
+        self.silent: set[str] = set()
+        self.num_asked = 0
+        self.began = threading.Semaphore(0)
+        self.num_ended = 0
+
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
+        if path.startswith("http"):
+            if transfer.reach < Reach.CACHE or (
+                transfer.reach < Reach.NETWORK and path not in self.cached
+            ):
+                raise NeedsNetworkError("it has to be downloaded", urlsplit(path).netloc)
+            if transfer.reach is Reach.NETWORK:
+                self.num_asked += 1
+                self.began.release()
+                if any(part in path for part in self.silent):
+                    try:
+                        transfer.sleep(PATIENCE_S)
+                    except TransferEndedError:
+                        self.num_ended += 1
+                        raise
+        return super().load(name, path, trust=trust, is_first=is_first, transfer=transfer)
+
+
+@pytest.fixture
+def sources() -> Sources:
+    return Sources()
+
+
+@pytest.fixture
+def reader(sources: Sources) -> Iterator[AdapterReader]:
+    reader = AdapterReader(sources.load, download_seconds=PATIENCE_S)
+    yield reader
+    reader.close()
+
+
+def test_a_reload_asks_no_source_whose_bytes_are_in_the_cache(
+    sources: Sources, reader: AdapterReader
+) -> None:
+    url = "http://host/sql"
+    sources.contents[url] = "x"
+    read = reader.load("sql", Origin(url)).result(PATIENCE_S)
+    assert sources.num_asked == 1
+    sources.cached.add(url)
+    sources.silent.add("host")
+    assert reader.reload("sql", [read.origin], read.adapter.digest).result(PATIENCE_S)
+    assert sources.num_asked == 1
+
+
+def test_a_reload_goes_to_the_source_when_the_cache_has_lost_it(
+    sources: Sources, reader: AdapterReader
+) -> None:
+    url = "http://host/sql"
+    sources.contents[url] = "x"
+    read = reader.load("sql", Origin(url)).result(PATIENCE_S)
+    assert reader.reload("sql", [read.origin], read.adapter.digest).result(PATIENCE_S)
+    assert sources.num_asked == 2
+
+
+def test_a_silent_host_holds_up_nobody_else(sources: Sources, reader: AdapterReader) -> None:
+    sources.silent.add("silent")
+    sources.contents |= {"/local": "l", "http://other/a": "o"}
+    stuck = [reader.load(f"s{n}", Origin(f"http://silent/{n}")) for n in range(40)]
+    stuck_reloads = [
+        reader.reload(f"s{n}", [Origin(f"http://silent/{n}")], "digest") for n in range(40)
+    ]
+    for _ in range(NUM_DOWNLOADS_PER_HOST):
+        assert sources.began.acquire(timeout=PATIENCE_S)
+    local = reader.load("l", Origin("/local")).result(PATIENCE_S)
+    assert reader.reload("l", [local.origin], local.adapter.digest).result(PATIENCE_S)
+    assert reader.load("o", Origin("http://other/a")).result(PATIENCE_S)
+    assert not any(read.done() for read in (*stuck, *stuck_reloads))
+
+
+def test_what_nobody_wants_any_more_is_ended(sources: Sources, reader: AdapterReader) -> None:
+    sources.silent.add("silent")
+    sources.contents["http://silent/fine"] = "f"
+    for number in range(3 * NUM_DOWNLOADS_PER_HOST):
+        read = reader.load(f"s{number}", Origin(f"http://silent/{number}"))
+        assert sources.began.acquire(timeout=PATIENCE_S)
+        reader.discard(read)
+        assert read.cancelled()
+    sources.silent.clear()
+    assert reader.load("f", Origin("http://silent/fine")).result(PATIENCE_S)
+    assert sources.num_ended >= 2 * NUM_DOWNLOADS_PER_HOST
+
+
+def test_a_download_has_its_time(sources: Sources) -> None:
+    sources.silent.add("silent")
+    reader = AdapterReader(sources.load, download_seconds=0.05)
+    with pytest.raises(AdapterError, match="--lora-download-timeout"):
+        reader.load("s", Origin("http://silent/a")).result(PATIENCE_S)
+    reader.close()
+
+
+def test_closing_ends_downloads(sources: Sources, reader: AdapterReader) -> None:
+    sources.silent.add("silent")
+    read = reader.load("s", Origin("http://silent/a"))
+    assert sources.began.acquire(timeout=PATIENCE_S)
+    reader.close()
+    with pytest.raises(AdapterError, match="cancelled"):
+        read.result(PATIENCE_S)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lorikeet.engine import adapter_moves
 from lorikeet.engine.adapter_reader import TENSORS_PATH
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
 from lorikeet.lora.tiers import Tier
 from tests.support.adapter_rig import AdapterRig, expected_tokens
+from tests.support.count_operations import count_operations
 
 PROMPT = list(range(10))
 MakeRig = Callable[..., AdapterRig]
@@ -40,12 +44,13 @@ def rig(make_rig: MakeRig) -> AdapterRig:
 
 def test_load_ask_unload(rig: AdapterRig) -> None:
     outcome = rig.wait(rig.start_load("a", "first"))
-    assert (outcome.name, outcome.path, outcome.loaded_adapters) == ("a", "/a", {"a": "/a"})
+    assert (outcome.name, outcome.path, rig.store.paths()) == ("a", "/a", {"a": "/a"})
     assert rig.ask("a") == expected_tokens(outcome.version, PROMPT, 4)
     view = rig.view("a")
     assert (view["state"], view["tier"], view["in_flight"]) == ("loaded", "device", 0)
     assert view["last_use"] is not None
-    assert rig.wait(rig.command("unload_adapter", name="a")).loaded_adapters == {}
+    assert rig.wait(rig.command("unload_adapter", name="a")).name == "a"
+    assert rig.store.paths() == rig.copy.paths() == {}
     assert "never been loaded" in rig.refusal(rig.submit("a"))
     rig.finish()
     assert len(rig.host) == 0
@@ -62,7 +67,8 @@ def test_a_load_never_holds_up_others_nor_is_it_usable_before_its_end(rig: Adapt
     assert "never been loaded" in rig.refusal(rig.submit("b"))
     assert not load.done()
     gate.set()
-    assert rig.wait(load).loaded_adapters == {"a": "/a", "b": "/b"}
+    rig.wait(load)
+    assert rig.store.paths() == rig.copy.paths() == {"a": "/a", "b": "/b"}
     rig.finish()
 
 
@@ -324,7 +330,7 @@ def test_host_memory_full_of_pins_refuses_the_next(make_rig: MakeRig) -> None:
 
 @pytest.mark.parametrize("content", [None, "something else"])
 def test_files_that_change_or_vanish_fail_their_requests_alone(
-    make_rig: MakeRig, content: str | None
+    make_rig: MakeRig, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = make_rig(max_host=2)
     versions = {name: rig.load(name, name) for name in "abc"}
@@ -335,13 +341,16 @@ def test_files_that_change_or_vanish_fail_their_requests_alone(
     waiting = [rig.submit("a"), rig.submit("a")]
     other = rig.submit("c")
     for rid in waiting:
-        assert "/a" in rig.refusal(rid)
-    assert "/a" in rig.refusal(rig.submit("a"))  # and at once, from now on
+        # Where the files lie is for the log.
+        assert "/a" not in rig.refusal(rid)
+        assert ("does not exist" if content is None else "have changed") in rig.refusal(rid)
+    assert "/a" in caplog.text
+    assert "cannot be served" in rig.refusal(rig.submit("a"))  # and at once, from now on
     rig.finish()
     assert rig.tokens(other) == expected_tokens(versions["c"], PROMPT, 4)
     view = rig.view("a")
     assert (view["state"], view["tier"]) == ("failed", "failed")
-    assert "/a" in view["reason"]
+    assert "/a" not in view["reason"]
     version = rig.load("a", "a newer one")
     assert rig.ask("a") == expected_tokens(version, PROMPT, 4)
     assert rig.view("a")["state"] == "loaded"
@@ -476,7 +485,7 @@ def test_tensors_are_kept_for_a_reload_and_removed_with_the_name(
     rig = make_rig(max_host=2)
     spools = Spools(rig, monkeypatch)
     outcome = rig.wait(spools.start("t", b"content"))
-    assert outcome.loaded_adapters == {"t": TENSORS_PATH}
+    assert rig.copy.paths() == {"t": TENSORS_PATH}
     for name in "ab":
         rig.load(name, name)
     assert rig.view("t")["tier"] == "disk"
@@ -693,6 +702,75 @@ def test_what_is_logged(rig: AdapterRig, caplog: pytest.LogCaptureFixture) -> No
     assert unload.startswith("Adapter a unloaded: version 1, 0.00 MB, ")
 
 
+def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
+    """Tiers, requests, a successor, an unload that waits, a version that cannot be read again."""
+    rig = make_rig(max_host=2)
+    rig.load("a", "first")
+    running = rig.submit("a", count=180)
+    rig.until(lambda: len(rig.outputs[running]) > 1)
+    view, entry = rig.copy.find("a")
+    assert (entry["tier"], entry["in_flight"], view.version) == ("device", 1, 1)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "second", replace=True)
+    rig.step()
+    states = [view.state for view in rig.copy.views()]
+    assert states == ["loaded", "loading"]
+    gate.set()
+    wait([rig.store._loads["a"].read], 20)  # without a step of the request
+    rig.wait(load)
+    assert [view.state for view in rig.copy.views()] == ["loaded", "unloading"]
+    assert rig.copy.find("a")[0].version == 2
+    rig.check_copy()
+    rig.until(lambda: rig.is_over(running))
+    for name in "bc":
+        rig.load(name, name)
+    rig.finish()
+    assert rig.copy.find("a")[1]["tier"] == "disk"
+    rig.disk.contents["/a"] = "changed"
+    rig.refusal(rig.submit("a"))
+    rig.step()
+    entry = rig.copy.find("a")[1]
+    assert entry["state"] == "failed"
+    assert "have changed" in str(entry["reason"])
+    assert rig.copy.path("a") == "/a", "it keeps its name"
+    rig.finish()
+    rig.unload("a")
+    with pytest.raises(AdapterNotFoundError, match=r"'a' has never been loaded.*: b, c$"):
+        rig.copy.find("a")
+
+
+def test_news_cost_what_changes(make_rig: MakeRig) -> None:
+    """Not what exists: with a hundred times as many names a load, a request and an unload take as many operations."""
+    counts: list[list[int]] = []
+    for num_adapters in (3, 300):
+        rig = make_rig()
+        for index in range(num_adapters):
+            rig.load(f"n{index:04}", "the same for all")
+        rig.finish()
+        found: list[int] = []
+        for act in (
+            lambda rig=rig: rig.store.lease("n0001", "rid"),
+            lambda rig=rig: rig.store.release(1, "rid"),
+            lambda rig=rig: rig.store.start_unload("n0001"),
+            lambda rig=rig: (rig.store.stats(), rig.core.labels()),
+        ):
+            found.append(count_operations(lambda act=act, rig=rig: (act(), rig.tell()))[0])
+        with pytest.raises(AdapterNotFoundError):
+            rig.store.lease("unknown", "rid")
+        gate = rig.block("/new")
+        rig.start_load("new", "the same for all")
+        read = rig.store._loads["new"].read
+        gate.set()
+        wait([read], 20)
+        found.append(count_operations(rig.store.poll)[0])
+        assert rig.store.paths()["new"] == "/new"
+        counts.append(found)
+    few, many = counts
+    assert [more <= 1.1 * less + 20 for less, more in zip(few, many, strict=True)] == [True] * 5, (
+        counts
+    )
+
+
 def test_commands_without_lora() -> None:
     from tests.engine.test_core import make_core
 
@@ -716,3 +794,131 @@ def test_closing_does_not_wait_for_a_download(make_rig: MakeRig) -> None:
     closing.join(5)
     assert not closing.is_alive()
     gate.set()
+
+
+# ---- requests that wait for a load ----
+
+
+def test_a_load_whose_client_leaves_goes_on_for_the_requests_that_wait(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "a")
+    waiting = [rig.submit("a"), rig.submit("a")]
+    looked_up = rig.command("find_adapter", name="a")
+    rig.step()
+    assert load.cancel()  # the client of the load has gone, as a command's cancel does it
+    for _ in range(3):
+        rig.step()
+    assert rig.names() == {"a": "loading"}
+    gate.set()
+    rig.until(lambda: all(rig.is_over(rid) for rid in waiting))
+    assert rig.tokens(waiting[0]) == rig.tokens(waiting[1])
+    assert looked_up.result() is None
+    assert rig.names() == {"a": "loaded"}
+    rig.finish()
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_dropped(make_rig: MakeRig) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/a")
+    load = rig.start_load("a", "a")
+    waiting = rig.submit("a")
+    looked_up = rig.command("find_adapter", name="a")
+    assert load.cancel()
+    assert looked_up.cancel()
+    rig.core.abort(waiting, "the client left")
+    rig.step()
+    assert rig.names() == {}
+    gate.set()
+    rig.finish()
+    assert rig.names() == {}
+
+
+def test_requests_hear_why_a_load_failed_without_the_places_of_files(
+    make_rig: MakeRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig = make_rig(resolver=True)
+    gate = rig.block("/secret/place")
+    load = rig.command("load_adapter", name="a", path="/secret/place")
+    waiting = rig.submit("a")
+    rig.step()
+    gate.set()
+    assert rig.refusal(waiting) == "adapter path place does not exist"
+    with pytest.raises(AdapterError, match="/secret/place"):
+        load.result()
+    assert "/secret/place" in caplog.text
+    rig.finish()
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a." * 100_000, "x\ny", "../x", "\x1b[31m"])
+def test_a_name_that_no_directory_has_is_not_looked_up(make_rig: MakeRig, name: str) -> None:
+    rig = make_rig(resolver=True)
+    message = rig.refusal(rig.submit(name))
+    assert "has never been loaded" in message
+    assert message.isprintable()
+    assert len(message) < 400
+    assert rig.names() == {}
+
+
+# ---- another try ----
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the store sees pass, besides the real ones."""
+    added, real = [0.0], time.monotonic
+    monkeypatch.setattr(
+        "lorikeet.engine.adapter_moves.time",
+        SimpleNamespace(monotonic=lambda: real() + added[0]),
+    )
+    return added
+
+
+def test_an_adapter_that_could_not_be_read_is_read_again_after_a_while(
+    make_rig: MakeRig, clock: list[float]
+) -> None:
+    rig = make_rig(max_host=2)
+    versions = {name: rig.load(name, name) for name in "abc"}
+    del rig.disk.contents["/a"]
+    rig.refusal(rig.submit("a"))
+    rig.write("/a", "a")
+    num_reads = rig.disk.num_reads
+    assert "does not exist" in rig.refusal(rig.submit("a"))  # the reason, meanwhile
+    assert rig.disk.num_reads == num_reads
+    clock[0] += adapter_moves.FIRST_RETRY_S
+    assert rig.ask("a") == expected_tokens(versions["a"], PROMPT, 4)
+    rig.finish()
+
+
+def test_each_try_waits_longer_than_the_one_before(make_rig: MakeRig, clock: list[float]) -> None:
+    rig = make_rig(max_host=2)
+    for name in "abc":
+        rig.load(name, name)
+    del rig.disk.contents["/a"]
+    waits: list[float] = []
+    for _ in range(9):
+        num_reads = rig.disk.num_reads
+        waits.append(0.0)
+        while rig.disk.num_reads == num_reads:
+            rig.refusal(rig.submit("a"))
+            clock[0] += adapter_moves.FIRST_RETRY_S
+            waits[-1] += adapter_moves.FIRST_RETRY_S
+    first, last = adapter_moves.FIRST_RETRY_S, adapter_moves.LAST_RETRY_S
+    assert waits[1:6] == [first, 2 * first, 4 * first, 8 * first, 16 * first]
+    assert waits[-1] == last
+    rig.finish()
+
+
+def test_a_pin_whose_copy_failed_is_placed_again(make_rig: MakeRig, clock: list[float]) -> None:
+    rig = make_rig()
+    version = 1
+    rig.failing_copies.add(version)
+    assert rig.load("a", "a", pinned=True) == version
+    rig.finish()
+    assert rig.view("a")["tier"] == "host"
+    rig.failing_copies.clear()
+    rig.finish()
+    assert rig.view("a")["tier"] == "host"
+    clock[0] += adapter_moves.PINS_S
+    rig.until(lambda: rig.view("a")["tier"] == "device")
+    rig.finish()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lorikeet.engine.chat import ChatTemplates
+from lorikeet.engine.chat import MAX_DEPTH, ChatTemplates
 from lorikeet.errors import RequestError
 
 MESSAGES: list[dict[str, Any]] = [
@@ -113,3 +113,31 @@ def test_the_callers_messages_are_not_changed() -> None:
     messages = [{"role": "assistant", "content": "x", "reasoning": "r"}]
     render("{{ messages[0].update({'content': 1}) if false else '' }}", messages)
     assert messages == [{"role": "assistant", "content": "x", "reasoning": "r"}]
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = {"a": [value]} if isinstance(value, list) else [value]
+    return value
+
+
+def test_messages_have_so_many_levels() -> None:
+    message = {"role": "user", "content": nested(MAX_DEPTH // 2)}
+    assert render("{{ messages[0].role }}", [message]) == "user"
+    for depth in (MAX_DEPTH, 100_000):
+        message = {"role": "user", "content": nested(depth)}
+        with pytest.raises(
+            RequestError, match=f"nested too deeply; allowed: {MAX_DEPTH}"
+        ) as caught:
+            render("{{ messages }}", [message])
+        assert caught.value.param == "messages"
+        assert len(str(caught.value)) < 300
+
+
+def test_long_keys_are_not_copied_for_each_value() -> None:
+    value = {"k" * 1_000_000: [[[None]]] * 20_000}
+    assert render("{{ messages | length }}", [{"role": "user", "content": value}]) == "1"
+    with pytest.raises(RequestError) as caught:
+        render("{{ messages }}", [{"role": "user", "content": {"k" * 1_000_000: [[b""]]}}])
+    assert len(str(caught.value)) < 300

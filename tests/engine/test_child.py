@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pytest
@@ -21,12 +21,14 @@ from lorikeet.core.messages import (
     Submit,
     ToClient,
     ToEngine,
+    Unreadable,
     decode_to_client,
     encode,
 )
 from lorikeet.core.plan import StepResult
 from lorikeet.engine import child
 from lorikeet.engine.child import EngineLoop
+from lorikeet.engine.core import EngineCore
 from tests.engine.test_core import PAGE_SIZE, PAGES, make_core, request
 from tests.support.adapter_rig import AdapterRig
 from tests.support.fake_worker import FakeWorker
@@ -35,11 +37,13 @@ from tests.support.fake_worker import FakeWorker
 class Script:
     """An endpoint that hands out messages by turn and keeps what is sent."""
 
-    def __init__(self, *turns: ToEngine | Callable[[], None] | None) -> None:
+    def __init__(self, *turns: ToEngine | Unreadable | Callable[[], None] | None) -> None:
         self._turns = list(turns)
         self.sent: list[ToClient] = []
+        self.patience: list[int] = []
 
-    def recv(self, timeout_ms: int) -> list[ToEngine]:
+    def recv(self, timeout_ms: int) -> list[ToEngine | Unreadable]:
+        self.patience.append(timeout_ms)
         turn = self._turns.pop(0) if self._turns else None
         if callable(turn):
             turn()
@@ -47,7 +51,12 @@ class Script:
         return [] if turn is None else [turn]
 
     def send(self, message: ToClient) -> None:
+        decode = decode_to_client(encode(message))  # it can be sent, whatever it holds
+        assert not isinstance(decode, Unreadable)
         self.sent.append(message)
+
+    def start_pulse(self) -> None:
+        pass
 
     def finishes(self) -> dict[str, str]:
         """Request -> message or kind of its terminal output; each must have exactly one."""
@@ -60,7 +69,9 @@ class Script:
         return found
 
 
-def serve(*turns: ToEngine | Callable[[], None] | None, parent: int | None = None) -> Script:
+def serve(
+    *turns: ToEngine | Unreadable | Callable[[], None] | None, parent: int | None = None
+) -> Script:
     script = Script(*turns)
     core = make_core()
     assert EngineLoop(core, script, os.getppid() if parent is None else parent).run() == 0
@@ -171,7 +182,7 @@ def test_it_ends_when_its_parent_is_gone() -> None:
 
 
 def serve_adapters(
-    rig: AdapterRig, *turns: ToEngine | Callable[[], None] | None
+    rig: AdapterRig, *turns: ToEngine | Unreadable | Callable[[], None] | None
 ) -> dict[int, Reply]:
     """Replies to the commands of a script, by their numbers; only one for each."""
     script = Script(*turns, Shutdown())
@@ -209,7 +220,7 @@ def test_a_load_is_answered_when_it_is_done() -> None:
     loaded = decode_to_client(encode(replies[1]))
     assert isinstance(loaded, Reply)
     assert isinstance(loaded.result, dict)
-    assert loaded.result["loaded_adapters"] == {"a": "/a"}
+    assert loaded.result["path"] == "/a"
     assert replies[3].error is None
     assert replies[4].status_code == 404
     assert (replies[5].status_code, replies[5].error) == (400, "adapter path /b does not exist")
@@ -231,3 +242,114 @@ def test_a_command_can_be_cancelled() -> None:
     assert replies[2].result == {"cancelled": True}
     assert replies[3].result == {"cancelled": False}
     assert rig.store.describe() == []
+
+
+# Of the kinds that strangers' values have caused, and those that any code may.
+ERRORS = [
+    TypeError("unhashable type"),
+    OverflowError("int too large"),
+    UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"),
+    MemoryError(),
+    RecursionError("too deep"),
+    KeyError("name"),
+]
+
+
+def failing(core: EngineCore, name: str, error: Exception, *, times: int = 1) -> None:
+    """The core's method fails as often."""
+    method, left = getattr(core, name), [times]
+
+    def fail(*args: object) -> object:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return method(*args)
+
+    setattr(core, name, fail)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("place", ["check_queue", "submit"])
+def test_an_error_in_one_request_is_its_own(place: str, error: Exception) -> None:
+    core = make_core()
+    failing(core, place, error)
+    script = Script(Submit([request("a")]), Submit([request("b")]), Shutdown(drain_seconds=30))
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+    ends = script.finishes()
+    assert type(error).__name__ in ends["a"]
+    assert ends["b"] == "length"
+    core.check_integrity()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_error_behind_a_lease_ends_the_request_and_gives_the_lease_back(
+    error: Exception,
+) -> None:
+    core = make_core()
+    failing(core, "_prepare", error)
+    script = Script(Submit([request("a"), request("b")]), Shutdown(drain_seconds=30))
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+    assert type(error).__name__ in script.finishes()["a"]
+    assert script.finishes()["b"] == "length"
+    core.check_integrity()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_an_abort_that_fails_ends_nobody_else(error: Exception) -> None:
+    core = make_core()
+    failing(core, "abort", error)
+    script = Script(
+        Submit([request("a"), request("b")]), Abort("a"), Abort("b"), Shutdown(drain_seconds=30)
+    )
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+    assert script.finishes() == {"a": "length", "b": "aborted by the client"}
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_command_that_fails_is_answered(error: Exception) -> None:
+    core = make_core()
+    future: Future[object] = Future()
+    future.set_exception(error)
+    core._commands["later"] = lambda: future  # pyright: ignore[reportPrivateUsage]
+    failing(core, "command", error)
+    script = Script(Command(1, "info"), Command(2, "later"), Command(3, "info"), Shutdown())
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+    replies = {m.id: m for m in script.sent if isinstance(m, Reply)}
+    for number in (1, 2):
+        assert replies[number].status_code == 500
+        assert type(error).__name__ in (replies[number].error or "")
+    assert replies[3].error is None
+
+
+def test_what_cannot_be_read_is_answered_too() -> None:
+    script = serve(
+        Unreadable("odd", rids=["x"], command=None),
+        Unreadable("odd", rids=[], command=4),
+        Unreadable("odd", rids=[], command=None),
+        Submit([request("a")]),
+        Unreadable("odd", rids=["a"], command=None),  # it runs already: its one end is this one
+        Shutdown(drain_seconds=30),
+    )
+    assert script.finishes() == dict.fromkeys("xa", "a message to the engine cannot be read: odd")
+    assert [m.id for m in script.sent if isinstance(m, Reply)] == [4]
+
+
+def test_results_of_strangers_values_can_be_sent() -> None:
+    core = make_core()
+    odd = {"\ud800": [2**80, {1, 2}, object()]}
+    core._commands["odd"] = lambda: odd  # pyright: ignore[reportPrivateUsage]
+    script = Script(Command(1, "odd"), Shutdown())  # its send() encodes
+    assert EngineLoop(core, script, os.getppid()).run() == 0
+
+
+def test_a_loop_that_waits_long_for_a_thread_looks_less_often() -> None:
+    core = make_core()
+    script = Script(None)
+    loop = EngineLoop(core, script, os.getppid())
+    assert loop._patience_ms() == child.IDLE_MS  # pyright: ignore[reportPrivateUsage]
+    core._compiling["a"] = Future()  # pyright: ignore[reportPrivateUsage]
+    assert loop._patience_ms() == child.THREADS_MS  # pyright: ignore[reportPrivateUsage]
+    loop._quiet_since -= 0.2  # pyright: ignore[reportPrivateUsage]
+    assert 20 <= loop._patience_ms() < child.MAX_THREADS_MS  # pyright: ignore[reportPrivateUsage]
+    loop._quiet_since -= 3600  # pyright: ignore[reportPrivateUsage]
+    assert loop._patience_ms() == child.MAX_THREADS_MS  # pyright: ignore[reportPrivateUsage]

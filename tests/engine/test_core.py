@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -13,12 +15,13 @@ from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.executor import Executor
 from lorikeet.engine.lora_setup import no_residency
-from lorikeet.errors import RequestError, UnavailableError
+from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker
 
 PAGES, PAGE_SIZE = 32, 4
+GRAMMAR_THREADS = ThreadPoolExecutor(4)
 
 
 def make_core(
@@ -45,7 +48,7 @@ def make_core(
         worker=worker
         or FakeWorker(page_size=PAGE_SIZE, num_pages=PAGES, num_slots=1, vocab_size=100),
         adapters=NoAdapters(),
-        compile_grammar=compile_grammar,
+        compile_grammar=lambda sampling: GRAMMAR_THREADS.submit(compile_grammar, sampling),
         seeds=lambda: next(seeds),
         info={"version": "test"},
     )
@@ -124,6 +127,49 @@ def test_a_bad_grammar_refuses_its_request_alone() -> None:
     assert last["good"].kind == "length"
 
 
+@pytest.mark.parametrize("error", [TypeError("no such thing"), MemoryError(), EngineFault("gone")])
+def test_whatever_compiling_raises_is_its_request_s_error(error: Exception) -> None:
+    def fail(sampling: SamplingParams) -> None:
+        raise error
+
+    core = make_core(compile_grammar=fail)
+    core.submit(request("bad", regex="a"))
+    core.submit(request("good"))
+    last = {o.rid: o.finish for o in run(core)}
+    assert last["bad"] is not None
+    assert (last["bad"].kind, last["bad"].status_code) == ("abort", 500)
+    assert last["good"] is not None
+    assert last["good"].kind == "length"
+
+
+def test_an_abort_cancels_the_compilation() -> None:
+    future: Future[None] = Future()
+    core = make_core()
+    core._compile_grammar = lambda sampling: future
+    core.submit(request("slow", regex="a"))
+    core.abort("slow", "enough")
+    assert future.cancelled()
+
+
+def test_a_request_holds_its_grammar_until_it_ends() -> None:
+    class Grammar:
+        pass
+
+    held = Grammar()
+    name = weakref.ref(held)
+    future: Future[object] = Future()
+    future.set_result(held)
+    futures = [future]
+    core = make_core()
+    core._compile_grammar = lambda sampling: futures.pop()
+    core.submit(request("a", regex="a"))
+    del held, future
+    core.step()
+    assert name() is not None
+    run(core)
+    assert name() is None
+
+
 def test_a_request_is_aborted_while_its_grammar_compiles() -> None:
     gate = threading.Event()
     core = make_core(compile_grammar=lambda sampling: gate.wait(20) and None)
@@ -192,7 +238,7 @@ def test_a_failing_step_leaves_every_open_request_to_be_told() -> None:
     core = make_core(worker=BrokenWorker())
     for rid in "ab":
         core.submit(request(rid))
-    with pytest.raises(RuntimeError, match="lost"):
+    with pytest.raises(EngineFault, match=r"RuntimeError.*lost"):
         core.step()
     outputs = core.fail_all("the engine failed: the device is lost")
     assert {o.rid for o in outputs} == {"a", "b"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,9 +143,44 @@ def test_text_and_bytes_of_single_tokens(pairs: dict[str, Pair]) -> None:
     assert words.token_text(1) == "a"
 
 
+@pytest.mark.parametrize("name", ["plain", "metaspace"])
+def test_other_threads_run_while_a_text_is_encoded(name: str, pairs: dict[str, Pair]) -> None:
+    ticks, is_over = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not is_over.is_set():
+            time.sleep(0.001)
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks
+        ids = pairs[name].ours.encode("What is the capital of France? " * 20_000)
+        # If it held the interpreter's lock, the other thread would run at its beginning and its end.
+        assert ticks - before >= 5
+    finally:
+        is_over.set()
+        thread.join()
+    assert len(ids) > 100_000
+
+
+def test_texts_of_tokens_are_remembered(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.load(pairs["plain"].directory)
+    expected = [(tokenizer.token_text(i), tokenizer.token_bytes(i)) for i in range(300)]
+    monkeypatch.setattr(tokenizer, "_backend", None)
+    assert [(tokenizer.token_text(i), tokenizer.token_bytes(i)) for i in range(300)] == expected
+
+
 def test_half_a_surrogate_pair_is_refused(pairs: dict[str, Pair]) -> None:
     with pytest.raises(RequestError, match="not valid Unicode"):
         pairs["plain"].ours.encode("a\ud800")
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        pairs["plain"].ours.least_tokens("a\ud800")
+    assert pairs["words"].ours.least_tokens("a" * 1000) == 0
 
 
 def test_padding_and_truncation_in_the_file_do_not_touch_prompts(tmp_path: Path) -> None:

@@ -10,12 +10,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 import zmq
 
-from lorikeet.core.messages import Abort, Accepted, Command, Outputs, Shutdown, Submit
+from lorikeet.core.messages import (
+    Abort,
+    Accepted,
+    Command,
+    Outputs,
+    Pulse,
+    Shutdown,
+    Submit,
+    Unreadable,
+)
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
+from lorikeet.engine import transport
 from lorikeet.engine.transport import ClientTransport, EngineAddress, EngineEndpoint
 
 
@@ -99,7 +108,7 @@ def test_recv_waits_no_longer_than_it_is_told(address: EngineAddress) -> None:
     engine.close()
 
 
-def test_other_bytes_are_refused_by_both_ends(address: EngineAddress) -> None:
+def test_other_bytes_are_handed_on_as_such_by_both_ends(address: EngineAddress) -> None:
     async def main() -> None:
         client, engine = ClientTransport(address), EngineEndpoint(address)
         context = zmq.Context()
@@ -108,11 +117,26 @@ def test_other_bytes_are_refused_by_both_ends(address: EngineAddress) -> None:
             socket.connect(where)
             socket.send(b"\x01")
             socket.close(linger=2000)
-        with pytest.raises(msgspec.DecodeError):
-            engine.recv(5000)
-        with pytest.raises(msgspec.DecodeError):
-            await asyncio.wait_for(client.recv(), 5)
+        for received in (engine.recv(5000), await asyncio.wait_for(client.recv(), 5)):
+            assert len(received) == 1
+            assert isinstance(received[0], Unreadable)
         context.term()
+        engine.close()
+        client.close()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_busy_still_says_that_it_lives(
+    address: EngineAddress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "PULSE_S", 0.01)
+
+    async def main() -> None:
+        client, engine = ClientTransport(address), EngineEndpoint(address)
+        engine.start_pulse()
+        for _ in range(3):  # and nobody calls anything of the engine
+            assert Pulse() in await asyncio.wait_for(client.recv(), 5)
         engine.close()
         client.close()
 

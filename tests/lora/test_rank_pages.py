@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorikeet.lora.rank_pages import RankPageAllocator
+from tests.support.slow_placement import SlowPages
 
 
 def test_pages_lie_in_slabs_of_their_class() -> None:
@@ -50,10 +54,14 @@ def test_fits_with_pages_that_would_be_freed() -> None:
     first, second = pages.alloc([0, 0]), pages.alloc([0, 0])
     assert first is not None
     assert second is not None
-    assert not pages.fits([1])
-    assert not pages.fits([1], [first[0], second[0]])
-    assert pages.fits([1], first)
-    assert pages.fits([0, 0], [first[0], second[0]])
+    trial = pages.trial()
+    assert not trial.fits({1: 1})
+    trial.free(pages.spread([first[0], second[0]]))
+    assert (trial.fits({1: 1}), trial.fits({0: 2})) == (False, True)
+    trial.free(pages.spread([first[1]]))
+    assert trial.fits({1: 1})
+    trial.keep(pages.spread([first[1]]))
+    assert (trial.fits({1: 1}), trial.fits({0: 2})) == (False, True)
     assert not pages.fits([1]), "asking changes nothing"
 
 
@@ -65,6 +73,50 @@ def test_freeing_what_is_not_in_use(offset: int) -> None:
     pages.free(taken[:1])
     with pytest.raises(ValueError, match=r"the page|no page"):
         pages.free([offset])
+
+
+def test_freeing_is_all_or_nothing() -> None:
+    pages = RankPageAllocator((30,), 100, 3, [3])
+    taken = pages.alloc([0, 0, 0, 0])
+    assert taken is not None
+    for wrong in ([*taken, taken[0]], [taken[3], 5], [taken[1], 900]):
+        with pytest.raises(ValueError, match=r"the page|no page"):
+            pages.free(wrong)
+        pages.check_integrity(taken)
+
+
+@given(st.data())
+def test_counters_agree_with_looking_at_everything(data: st.DataObject) -> None:
+    """Adapters come and go; before each comes, any of those that are there are thought away in any order."""
+    slab = data.draw(st.integers(4, 30))
+    elems = data.draw(st.lists(st.integers(1, slab), min_size=1, max_size=4, unique=True))
+    reserved = [data.draw(st.integers(0, 3)) for _ in elems]
+    num_slabs = sum(reserved) + data.draw(st.integers(0, 4))
+    sizes = (elems, slab, num_slabs, reserved)
+    pages, slow = RankPageAllocator(*sizes), SlowPages(*sizes)
+    a_class = st.integers(0, len(elems) - 1)
+    held: list[list[int]] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        classes = data.draw(st.lists(a_class, max_size=12))
+        trial, gone = pages.trial(), set[int]()
+        for index in data.draw(st.lists(st.integers(0, max(0, len(held) - 1)), max_size=8)):
+            if index < len(held):
+                spread = pages.spread(held[index])
+                (trial.keep if index in gone else trial.free)(spread)
+                gone ^= {index}
+            freed = [page for index in gone for page in held[index]]
+            assert trial.fits(Counter(classes)) == slow.fits(classes, freed)
+        assert pages.fits(classes) == slow.fits(classes)
+        offsets = pages.alloc(classes)
+        assert (offsets is not None) == slow.fits(classes)
+        if offsets is not None:
+            slow.alloc(classes, offsets)
+            held.append(offsets)
+        while held and data.draw(st.booleans()):
+            offsets = held.pop(data.draw(st.integers(0, len(held) - 1)))
+            pages.free(offsets)
+            slow.free(offsets)
+        pages.check_integrity(slow.used)
 
 
 def test_bad_sizes_are_refused() -> None:
@@ -99,7 +151,9 @@ def test_random_use_keeps_the_promise(seed: int) -> None:
         elif len(kept) < most:
             # An admission: everything that is not in use may be evicted.
             everything = [offset for offsets in held for offset in offsets]
-            assert pages.fits(classes, everything)
+            trial = pages.trial()
+            trial.free(pages.spread(everything))
+            assert trial.fits(Counter(classes))
             pages.free(everything)
             held = []
             offsets = pages.alloc(classes)

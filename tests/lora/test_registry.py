@@ -49,12 +49,12 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         registry.lease("x")
     load(registry, "b", "1")
     load(registry, "a", "2")
-    with pytest.raises(AdapterNotFoundError, match="adapters: a, b") as caught:
+    with pytest.raises(AdapterNotFoundError, match=r"adapters: b, a$") as caught:
         registry.lease("x")
     assert caught.value.param == "lora_path"
     for index in range(30):
         load(registry, f"c{index:02}", f"c{index}")
-    with pytest.raises(AdapterNotFoundError, match="c17 and 12 more"):
+    with pytest.raises(AdapterNotFoundError, match="c05 and 24 more"):
         registry.lease("x")
 
 
@@ -202,3 +202,15 @@ def test_names_and_hidden_versions() -> None:
     assert registry.pop_unleased() == [version]
     assert not registry.is_hidden(version)
     assert registry.names_of(version) == []
+
+
+def test_what_is_said_of_an_unknown_name_is_short_and_on_one_line():
+    registry = AdapterRegistry()
+    for number in range(50):
+        load(registry, f"{number:02}\n" + "x" * 5000, str(number))
+    with pytest.raises(AdapterNotFoundError) as caught:
+        registry.find("\x1b[31m" + "y" * 100_000)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 2200
+    assert "and 30 more" in message

@@ -312,3 +312,86 @@ def test_every_tier_is_reachable_and_left() -> None:
     assert set(LEGAL_MOVES) == set(Tier)
     assert all(LEGAL_MOVES.values())
     assert frozenset().union(*LEGAL_MOVES.values()) == set(Tier)
+
+
+@pytest.mark.parametrize("how", ["failed copy", "no memory"])
+def test_a_pin_that_did_not_arrive_is_placed_again_later(how: str) -> None:
+    now = 100.0
+    residency = make(num_slots=3, clock=lambda: now)
+    residency.add(1, [0], pinned=True)
+    for delay in (1.0, 2.0, 4.0):
+        assert [copy.version for copy in residency.take_decisions()[1]] == [1]
+        assert not residency.has_unplaced_pins
+        residency.copies_done([], {1: "lost"} if how == "failed copy" else [1])
+        assert residency.has_unplaced_pins
+        now += delay - 0.1
+        residency.take_decisions()
+        assert residency.tier(1) is Tier.HOST, "not at once"
+        now += 0.2
+        residency.check_integrity()
+    residency.take_decisions()
+    residency.copies_done([1], {})
+    assert residency.tier(1) is Tier.DEVICE
+    assert not residency.has_unplaced_pins
+    residency.remove(1)
+    residency.take_decisions()
+    residency.check_integrity()
+
+
+def test_a_request_for_a_pin_that_did_not_arrive_does_not_wait_for_the_retry() -> None:
+    residency = make(clock=lambda: 0.0)
+    residency.add(1, [0], pinned=True)
+    residency.take_decisions()
+    residency.copies_done([], [1])
+    assert residency.admit(1) is WAIT
+    assert residency.tier(1) is Tier.COPYING
+
+
+def test_a_pin_that_fails_for_days_is_still_tried() -> None:
+    now = 0.0
+    residency = make(clock=lambda: now)
+    residency.add(1, [0], pinned=True)
+    for _ in range(2000):
+        assert residency.take_decisions()[1], "a minute later at most"
+        residency.copies_done([], [1])
+        now += 61.0
+
+
+def test_an_unpinned_version_is_not_placed_again_by_itself() -> None:
+    now = 0.0
+    residency = make(clock=lambda: now)
+    residency.add(1, [0], pinned=True)
+    residency.take_decisions()
+    residency.set_pinned(1, pinned=False)
+    residency.copies_done([], [1])
+    now = 1000.0
+    assert residency.take_decisions()[1] == []
+    assert not residency.has_unplaced_pins
+
+
+def test_a_pin_whose_read_failed_is_placed_when_it_is_there() -> None:
+    residency = make(max_host=2, max_pinned=1)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    residency.set_pinned(1, pinned=True)
+    residency.take_decisions()
+    residency.read_failed(1, "the disk is busy")
+    assert not residency.has_unplaced_pins
+    residency.add(1, [0])
+    assert [copy.version for copy in residency.take_decisions()[1]] == [1]
+
+
+def test_counts_by_tier_and_what_has_moved() -> None:
+    residency = make(max_host=2)
+    for version in (1, 2, 3):
+        residency.add(version, [0])
+    assert sorted(residency.take_moved()) == [1, 2, 3]
+    assert residency.take_moved() == []
+    bring(residency, 3)
+    assert residency.take_moved() == [3]
+    counts = {tier: residency.count(tier) for tier in Tier if residency.count(tier)}
+    assert counts == {Tier.DISK: 1, Tier.HOST: 1, Tier.DEVICE: 1}
+    residency.remove(3)
+    assert residency.count(Tier.DEVICE) == 0, "it runs on, but is not listed"
+    residency.release(3)
+    residency.check_integrity()

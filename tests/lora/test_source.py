@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.errors import AdapterError
-from lorikeet.lora import source
+from lorikeet.lora import hub, source
+from lorikeet.lora.files import confined, read_small
 from lorikeet.lora.source import SourceOptions, open_source, resolve_source
 
 # What the client's own HTTP library raises when a transfer breaks off.
@@ -222,7 +224,8 @@ def test_paths_that_the_system_refuses(path, tmp_path, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for options in (SourceOptions(), inside):
-        assert refused(path, options).startswith("adapter path")
+        # Of what is not below a root nothing is said, so it may be a hub id.
+        assert refused(path, options).startswith(("adapter path", "loop/a is no local directory"))
 
 
 @pytest.mark.parametrize("path", ["file:///etc", "FILE:/etc", "ftp://h/a", "simplecache::s3://b/a"])
@@ -254,3 +257,118 @@ def test_options_of_a_configuration(root):
         roots=(root,), cache_dir=Path("cache"), cache_bytes=1_500_000_000
     )
     assert SourceOptions.from_config(resolve(ServerConfig(model_path="base"))) == SourceOptions()
+
+
+def test_a_link_that_is_turned_elsewhere_after_it_was_looked_at(root, inside):
+    """The file that is opened is looked at, not the path that was."""
+    secret = root.parent / "outside" / "adapter_config.json"
+    path = root / "a" / "adapter_config.json"
+    with open_source(str(root / "a"), inside) as directory:
+        assert read_small(directory / "adapter_config.json", 100) == b"{}"
+        path.unlink()
+        path.symlink_to(secret)
+        with pytest.raises(AdapterError, match="leads out of --lora-root"):
+            read_small(directory / "adapter_config.json", 100)
+    assert read_small(secret, 100) == b"{}"  # others of this thread are not bound
+
+
+def test_a_directory_that_is_turned_elsewhere_after_it_was_looked_at(root, inside):
+    with open_source(str(root / "a"), inside) as directory:
+        (root / "a").rename(root / "b")
+        (root / "a").symlink_to(root.parent / "outside")
+        with pytest.raises(AdapterError, match="leads out of --lora-root"):
+            read_small(directory / "adapter_config.json", 100)
+
+
+def test_a_link_that_is_turned_back_before_it_is_looked_at(root, inside, monkeypatch):
+    path = root / "a" / "adapter_config.json"
+    kept = root / "kept.json"
+    path.rename(kept)
+    path.symlink_to(root.parent / "outside" / "adapter_config.json")
+    resolve = Path.resolve
+
+    def turn(self, *args):
+        if self == path:
+            path.unlink()
+            path.symlink_to(kept)
+        return resolve(self, *args)
+
+    monkeypatch.setattr(Path, "resolve", turn)
+    with confined((root,)), pytest.raises(AdapterError, match="leads out"):
+        read_small(path, 100)
+
+
+def test_short_names_outside_of_a_root_are_all_alike(root, inside, tmp_path, monkeypatch):
+    """Whether a directory lies beside the roots, or what it is, changes neither the answer nor who is asked."""
+    asked = []
+
+    def download(repo_id, **rest):
+        asked.append(repo_id)
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(hub, "_check_size", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+    _fill(tmp_path / "zoo" / "base", "adapter_config.json")
+    (tmp_path / "closed").mkdir(mode=0)
+    paths = ["zoo/base", "zoo/none", "none/none", "closed/x"]
+    answers = {refused(path, inside).replace(path, "PATH") for path in paths}
+    assert len(answers) == 1
+    assert asked == paths
+    only_local = replace(inside, kinds=("local",))
+    assert len({refused(path, only_local).replace(path, "PATH") for path in paths}) == 1
+
+
+def test_a_path_without_permission_is_as_any_other_outside(root, inside, monkeypatch):
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    missing = refused("/closed/a/b", inside)
+    monkeypatch.setattr(Path, "exists", closed)
+    assert refused("/closed/a/b", inside) == missing
+    assert "Permission" in refused("/closed/a/b", SourceOptions())
+
+
+def test_a_directory_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    _fill(tmp_path / "a", "adapter_config.json")
+
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert "cannot be read: Permission denied" in refused(tmp_path / "a", SourceOptions())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "ftp://user:secret@host/a",
+        "http:/user:secret@host/a",
+        "htps:user:secret@host/a?sig=secret",
+        "file://user:secret@host/a",
+        "user:secret@host/a/b",
+    ],
+)
+def test_a_misspelt_url_shows_no_password(path, inside):
+    for options in (SourceOptions(), inside):
+        assert "secret" not in refused(path, options)
+    assert "secret" not in source.public_path(path)
+
+
+def test_a_path_of_megabytes_is_quoted_in_part():
+    message = refused("a." * 500_000 + "\n", SourceOptions())
+    assert len(message) < 9000
+    assert message.isprintable()
+
+
+def test_what_a_resolver_finds_lies_in_its_directory_or_a_root(root, tmp_path):
+    found = SourceOptions(kinds=("hub",), roots=(root,)).within(tmp_path / "found")
+    adapter = _fill(tmp_path / "found" / "x", *source_files())
+    assert resolve_source(str(adapter), found) == adapter
+    assert resolve_source(str(root / "a"), found) == root / "a"
+    for name in ("adapter_model.safetensors", "chat_template.jinja", "tokenizer_config.json"):
+        (adapter / name).unlink(missing_ok=True)
+        (adapter / name).symlink_to(root.parent / "outside" / "adapter_config.json")
+        assert f"{name} is a link that leads out of" in refused(adapter, found)
+        (adapter / name).unlink()
+        _fill(adapter, "adapter_model.safetensors")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
 from lorikeet.errors import AdapterError
-from lorikeet.lora.hub import HubId, parse_id
-from lorikeet.lora.source import SourceOptions, pin_source, resolve_source
+from lorikeet.lora.hub import HUB, HubId, _stopper, parse_id
+from lorikeet.lora.source import SourceOptions, open_source, pin_source, resolve_source
+from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer, TransferEndedError
 from tests.support.fake_hub import Repo, commit_of, fake_hub
 
 WEIGHTS = "adapter_model.safetensors"
@@ -205,3 +209,52 @@ def test_the_endpoint_of_the_environment(hub, tmp_path):
 def test_hub_ids(text, expected):
     assert parse_id(text) == expected
     assert expected is None or str(expected) == text
+
+
+def within(reach, path, options):
+    with open_source(path, options, Transfer(reach)) as directory:
+        return directory
+
+
+def test_within_the_cache_the_hub_is_not_asked(hub, options):
+    with pytest.raises(NeedsNetworkError) as caught:
+        within(Reach.CACHE, "owner/name", options)
+    assert caught.value.host == HUB
+    directory = resolve_source("owner/name", options)
+    pinned = pin_source("owner/name", directory)
+    num_requests = len(hub.requests)
+    assert within(Reach.CACHE, pinned, options) == directory
+    with pytest.raises(NeedsNetworkError):
+        within(Reach.LOCAL, pinned, options)
+    assert len(hub.requests) == num_requests
+
+
+def test_a_repository_that_is_too_large_is_refused_before_it_is_transferred(hub, options):
+    small = replace(options, cache_bytes=50_000)
+    assert "more than --lora-disk-cache-gb allows (50000)" in refused("owner/name", small)
+    hub.repos["owner/text"] = Repo({"main": {**FILES, "chat_template.jinja": b"x" * (5 << 20)}})
+    assert "chat_template.jinja has 5242880 bytes" in refused("owner/text", options)
+    assert hub.asked("GET", WEIGHTS) == hub.asked("GET", "chat_template.jinja") == []
+
+
+@pytest.mark.parametrize("seconds", [0.2, None])
+def test_a_hub_that_is_silent_holds_nobody_for_ever(hub, options, seconds, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: gate.wait(20))
+    transfer = Transfer(seconds=seconds)
+    if seconds is None:
+        threading.Timer(0.2, transfer.cancel).start()
+    with pytest.raises(TransferEndedError), open_source("owner/name", options, transfer):
+        pass
+    gate.set()
+
+
+def test_a_download_that_nobody_wants_stops_by_itself(hub, options, small_blocks):
+    """The part that is left behind looks whether it is wanted with each block."""
+    transfer = Transfer()
+    stopper = _stopper(transfer)
+    with stopper(total=10, name="x", unit="B") as bar:
+        bar.update(5)
+        transfer.cancel()
+        with pytest.raises(TransferEndedError):
+            bar.update(5)

@@ -5,16 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import socket
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from lorikeet.config_values import LORA_SOURCES
 from lorikeet.errors import AdapterError
-from lorikeet.lora import remote
+from lorikeet.lora import addresses, remote
+from lorikeet.lora.disk_cache import DiskCache
 from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
+from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
 from tests.support.fake_hub import fake_hub
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +51,9 @@ def put(web, name, config=b'{"r": 4}', data=None):
 
 @pytest.fixture
 def options(tmp_path):
-    return SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=100_000)
+    return SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=100_000, allow_private_hosts=True
+    )
 
 
 def refused(path, options):
@@ -266,12 +274,16 @@ def test_a_full_disk(web, options, monkeypatch):
 
 def test_a_cache_directory_that_is_a_file(web, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    options = SourceOptions(cache_dir=tmp_path / "file", cache_bytes=10_000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "file", cache_bytes=10_000, allow_private_hosts=True
+    )
     assert "cannot be written" in refused(f"{web.url}/a", options)
 
 
 def test_the_least_recently_used_adapter_leaves(web, tmp_path):
-    options = SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=10_000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=10_000, allow_private_hosts=True
+    )
     for name in "abcd":
         put(web, name)
     a, b, c = (resolve_source(f"{web.url}/{name}", options) for name in "abc")
@@ -281,7 +293,9 @@ def test_the_least_recently_used_adapter_leaves(web, tmp_path):
 
 
 def test_an_adapter_that_is_being_read_stays(web, tmp_path):
-    options = SourceOptions(cache_dir=tmp_path / "cache", cache_bytes=7000)
+    options = SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=7000, allow_private_hosts=True
+    )
     put(web, "b")
     put(web, "c")
     with open_source(f"{web.url}/a", options) as a:
@@ -363,3 +377,221 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(
 def test_public_path():
     assert public_path("https://u:p@h/a?k=1") == "https://***@h/a?***"
     assert public_path("/local/path") == "/local/path"
+
+
+# ---- how far a download may go ----
+
+
+def within(reach, path, options):
+    with open_source(path, options, Transfer(reach)) as directory:
+        return directory
+
+
+def test_within_the_cache_the_source_is_not_asked(web, options):
+    url = f"{web.url}/a?key=secret"
+    with pytest.raises(NeedsNetworkError) as caught:
+        within(Reach.CACHE, url, options)
+    assert caught.value.host == "127.0.0.1"
+    assert "secret" not in str(caught.value)
+    directory = resolve_source(url, options)
+    web.requests.clear()
+    assert within(Reach.CACHE, url, options) == directory
+    with pytest.raises(NeedsNetworkError):
+        within(Reach.LOCAL, url, options)
+    (directory / WEIGHTS).write_bytes(b"short")
+    with pytest.raises(NeedsNetworkError):
+        within(Reach.CACHE, url, options)
+    assert web.requests == []
+
+
+def test_within_the_cache_a_download_of_the_same_is_not_waited_for(web, options):
+    url = f"{web.url}/a"
+    resolve_source(url, options)
+    cache = DiskCache(options.cache_dir, options.cache_bytes)
+    (key,) = (path.name for path in entries(options))
+    with cache.hold(key), pytest.raises(NeedsNetworkError):
+        within(Reach.CACHE, url, options)
+    transfer = Transfer(seconds=0.2)
+    with (
+        cache.hold(key),
+        pytest.raises(AdapterError, match="--lora-download-timeout"),
+        open_source(url, options, transfer),
+    ):
+        pass
+    with open_source(url, options), cache.read(key) as directory:
+        assert directory is not None
+
+
+def test_what_is_read_within_the_cache_stays(web, tmp_path):
+    options = SourceOptions(
+        cache_dir=tmp_path / "cache", cache_bytes=4000, allow_private_hosts=True
+    )
+    resolve_source(f"{web.url}/a", options)
+    put(web, "b")
+    with open_source(f"{web.url}/a", options, Transfer(Reach.CACHE)) as directory:
+        assert "do not fit" in refused(f"{web.url}/b", options)
+        assert (directory / WEIGHTS).exists()
+
+
+class Slow:
+    """A web server that answers one byte at a time, or not at all.
+
+    Attributes:
+        drips: the body of a file comes so; False: not even the head.
+        closed: set when a client has closed its connection.
+    """
+
+    def __init__(self, *, drips: bool) -> None:
+        self.drips = drips
+        self.asked, self.closed = threading.Event(), threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        size = 20_000
+        with client:
+            try:
+                while head := client.recv(65536):
+                    if not self.drips:
+                        self.asked.set()
+                        continue
+                    client.sendall(
+                        f"HTTP/1.1 200 OK\r\nETag: x\r\nContent-Length: {size}\r\n\r\n".encode()
+                    )
+                    if head.startswith(b"GET"):
+                        self.asked.set()
+                        while True:
+                            client.sendall(b"{")
+                            time.sleep(0.01)
+            except OSError:
+                pass
+        self.closed.set()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture(params=[True, False], ids=["drips", "silent"])
+def slow(request):
+    server = Slow(drips=request.param)
+    yield server
+    server.close()
+
+
+def test_a_download_that_drips_or_hangs_ends_with_its_time(slow, options):
+    with (
+        pytest.raises(AdapterError, match=r"took more than 0\.5 s"),
+        open_source(slow.url, options, Transfer(seconds=0.5)),
+    ):
+        pass
+    assert slow.asked.is_set()
+    assert slow.closed.wait(20)
+
+
+def test_a_download_that_nobody_wants_closes_its_connection(slow, options):
+    transfer = Transfer()
+    ended: list[str] = []
+
+    def load() -> None:
+        try:
+            with open_source(slow.url, options, transfer):
+                pass
+        except AdapterError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    assert slow.asked.wait(20)
+    transfer.cancel()
+    thread.join(20)
+    assert "cancelled" in ended[0]
+    assert slow.closed.wait(20)
+
+
+def test_no_more_is_read_than_was_announced(web, options, monkeypatch):
+    """A server that sends without end in place of a range."""
+    asked = []
+    original = remote._http_get
+
+    async def get(fs, url, headers):
+        response = await original(fs, url, {})
+        asked.append(url)
+        response.status = 206
+        return response
+
+    monkeypatch.setattr(remote, "_http_get", get)
+    put(web, "a", data=weights(50_000))
+    web.ranges = False
+    monkeypatch.setattr(remote, "_CHUNK_BYTES", 10_000)
+    directory = resolve_source(f"{web.url}/a", options)
+    assert (directory / WEIGHTS).stat().st_size == 50_000
+
+
+# ---- whom a request may ask ----
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a", "http://host/a", "owner/name", "/local/a"])
+def test_kinds_of_source(path, tmp_path):
+    kinds = {"s3": "s3", "ht": "http", "ow": "hub", "/l": "local"}
+    kind = kinds[path[:2]]
+    others = tuple(other for other in LORA_SOURCES if other != kind)
+    options = SourceOptions(kinds=others, cache_dir=tmp_path)
+    message = refused(path, options)
+    assert f"is of the kind '{kind}'; allowed by --lora-sources: {', '.join(others)}" in message
+
+
+def test_a_private_host_is_refused_before_it_is_asked(web, tmp_path):
+    options = SourceOptions(cache_dir=tmp_path / "cache")
+    port = web.url.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "0", "[::ffff:127.0.0.1]"):
+        message = refused(f"http://{host}:{port}/a", options)
+        assert "--lora-allow-private-hosts" in message or "not a canonical" in message, message
+    assert web.requests == []
+    assert entries(options) == []
+
+
+def test_a_redirect_to_a_private_host_is_refused(web, options, monkeypatch):
+    """The address that is connected to is looked at, for each hop."""
+    with fake_hub() as public:
+        public.redirect = f"{web.url}/a"
+        put(public, "a")
+        port = int(public.url.rpartition(":")[2])
+        monkeypatch.setattr(
+            addresses.PublicSockets,
+            "__init__",
+            lambda self: setattr(self, "_proxies", {("127.0.0.1", port)}),
+        )
+        message = refused(f"{public.url}/a", replace(options, allow_private_hosts=False))
+        assert "--lora-allow-private-hosts" in message
+        assert public.requests
+        assert web.requests == []
+        directory = resolve_source(f"{public.url}/a", options)
+        assert (directory / WEIGHTS).read_bytes() == weights()
+        assert web.requests
+
+
+def test_a_name_that_means_a_private_address_is_refused(web, options, monkeypatch):
+    def resolved(host, port, *args, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    port = web.url.rpartition(":")[2]
+    message = refused(
+        f"http://adapters.example.com:{port}/a", replace(options, allow_private_hosts=False)
+    )
+    assert "not public" in message
+    assert web.requests == []
+
+
+def test_a_pointer_of_git_lfs_is_named(web, options):
+    put(web, "a", data=b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert "Git LFS" in refused(f"{web.url}/a", options)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorikeet.core.sites import LoRASite
 from lorikeet.errors import AdapterError
-from lorikeet.lora.adapter_config import parse_adapter_config
+from lorikeet.lora.adapter_config import MAX_PATTERNS, parse_adapter_config
 from lorikeet.lora.targets import resolve_targets
 from lorikeet.models.spec import read_model_spec
 from tests.support.tiny_models import make_tiny_model
@@ -83,6 +83,20 @@ CASES: dict[str, dict[str, object]] = {
         "rank_pattern": {"o_proj": 7},
         "alpha_pattern": {"q_proj": 3},
     },
+}
+
+
+CASES["look-ahead, as for models that see"] = {
+    "target_modules": r"^(?!.*visual)(?!.*\.1\.).*(?:q_proj|v_proj)$"
+}
+CASES["patterns of ranks with choices"] = {
+    "target_modules": ["q_proj", "v_proj"],
+    "rank_pattern": {r"layers\.(1|2)\.self_attn\.(q|k)_proj": 3, "layers.11.self_attn.q_proj": 4},
+}
+CASES["a choice among names of layers"] = {
+    "target_modules": ["q_proj"],
+    "layers_to_transform": [2],
+    "layers_pattern": ["(h|layers)"],
 }
 
 
@@ -158,3 +172,31 @@ def test_long_lists_of_full_paths_as_all_linear_is_saved(sites, hf_config):
     fields = {"target_modules": sorted(_peft_modules(hf_config, {"target_modules": "all-linear"}))}
     assert len(fields["target_modules"]) == 7 * LAYERS
     assert _ours(sites, fields) == _peft_modules(hf_config, fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "(q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": "*"},
+        {"target_modules": ["q_proj"], "rank_pattern": {"(q": 2}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"(?i)q_proj": 4}},
+        {"target_modules": ["q_proj"], "alpha_pattern": {"[": 2}},
+        {"target_modules": "a{99999999999}"},
+    ],
+)
+def test_what_is_no_regular_expression_is_refused_by_field_and_pattern(fields, sites):
+    (field,) = [name for name in fields if not isinstance(fields[name], list)]
+    pattern = next(iter(fields[field])) if isinstance(fields[field], dict) else fields[field]
+    with pytest.raises(AdapterError, match="is not a regular expression") as caught:
+        _ours(sites, fields)
+    assert str(caught.value).startswith(f"{field}: the pattern '{pattern}'")
+
+
+def test_thousands_of_names_and_patterns_are_no_product(sites):
+    """Each name is looked up, not compared; each pattern is plain and compiles nothing."""
+    names = [f"layers.{n}.self_attn.q_proj" for n in range(20_000)]
+    assert len(_ours(sites, {"target_modules": names})) == LAYERS
+    ranks = {f"layers.{n}.self_attn.q_proj": n + 1 for n in range(MAX_PATTERNS)}
+    found = _ours(sites, {"target_modules": ["q_proj"], "rank_pattern": ranks})
+    assert found["model.layers.11.self_attn.q_proj"][0] == 12

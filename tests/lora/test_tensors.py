@@ -19,13 +19,8 @@ from safetensors import SafetensorError
 
 from lorikeet.errors import AdapterError
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.tensors import (
-    MAX_HEADER_BYTES,
-    TORCH_TYPES,
-    open_tensors,
-    parse_header,
-    tensors_to_dir,
-)
+from lorikeet.lora.tensor_header import MAX_HEADER_BYTES, parse_header
+from lorikeet.lora.tensors import TORCH_TYPES, open_tensors, tensors_to_dir
 from tests.support.peft_adapters import WEIGHTS, make_adapter
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -358,3 +353,29 @@ def test_the_library_is_stricter_nowhere():
     """The oracle of the fuzz test does refuse."""
     with pytest.raises(SafetensorError):
         safetensors.deserialize(with_header({"a": entry()}, bytes(3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([2**64 - 1] * 100_000, [0, 4]),
+        ([2**64 - 1] * 8, [0, 4]),
+        ([1] * 9, [0, 4]),
+        ([1], [0, 10**4000]),
+        ([1], [0, 4, 4]),
+        ([1], [0, 4] * 50_000),
+        ([[[]]], [0, 4]),
+        ([0] * 300_000, [0, 0]),
+    ],
+)
+def test_numbers_of_a_header_are_bounded_before_anything_is_computed_with_them(shape, offsets):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    with pytest.raises(AdapterError, match="is broken or truncated: tensor a ") as caught:
+        parse(with_header({"a": entry}, b"xxxx"))
+    assert len(str(caught.value)) < 700
+
+
+def test_a_pointer_of_git_lfs_is_called_by_its_name():
+    data = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(AdapterError, match=r"pointer of Git LFS.*git lfs pull"):
+        parse(data)

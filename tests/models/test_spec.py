@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from lorikeet.errors import ModelError
 from lorikeet.models.families import FAMILIES
-from lorikeet.models.spec import ModelSpec, parse_model_config, read_model_spec
+from lorikeet.models.spec import (
+    ModelSpec,
+    parse_model_config,
+    read_model_spec,
+    read_sampling_defaults,
+)
 from tests.support import tiny_models
 from tests.support.tiny_models import make_tiny_model
 
@@ -224,3 +229,43 @@ class TestFiles:
         (path / "generation_config.json").unlink()
         config = json.loads((path / "config.json").read_text())
         assert read_model_spec(path).eos_token_ids == (config["eos_token_id"],)
+
+
+def generation(directory: Path, fields: dict[str, object]) -> Path:
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    return directory
+
+
+def test_what_the_models_authors_recommend(tmp_path: Path) -> None:
+    assert read_sampling_defaults(tmp_path, 320) == {}
+    given: dict[str, object] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0}
+    others: dict[str, object] = {"do_sample": True, "eos_token_id": [1, 2], "typical_p": "x"}
+    path = generation(tmp_path, given | others | {"repetition_penalty": None})
+    assert read_sampling_defaults(path, 320) == given
+    # No bound, in the words of transformers.
+    assert read_sampling_defaults(generation(tmp_path, {"top_k": 0}), 320) == {"top_k": -1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": -1}, "temperature is -1; allowed: a finite number >= 0"),
+        ({"temperature": "hot"}, "temperature is 'hot'; allowed: a number or null"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": float("inf")}, "temperature is inf; allowed: a number or null"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": True}, "top_p is True"),
+        ({"top_k": 2.5}, "top_k is 2.5; allowed: an integer"),
+        ({"top_k": -5}, "top_k is -5"),
+        ({"min_p": 2}, "min_p is 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ],
+)
+def test_recommendations_that_no_request_could_have(
+    tmp_path: Path, fields: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ModelError) as refused:
+        read_sampling_defaults(generation(tmp_path, fields), 320)
+    assert words in str(refused.value)
+    assert "generation_config.json" in str(refused.value)

@@ -31,10 +31,25 @@ class Desk:
             self.queue,
             self.running,
             lambda seq: self.lengths.get(seq.id, 0),
-            lambda version: self.tiers.get(version, Tier.DEVICE),
+            self,
         )
+        self.num_free_reads = 2
+        self.ended: list[int] = []
         self.num_made = 0
+        self.num_tried = 0
         self.no_room: set[int] = set()
+
+    def tier(self, version: int) -> Tier:
+        return self.tiers.get(version, Tier.DEVICE)
+
+    def take_ended_reads(self) -> list[int]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def end_read(self, version: int, tier: Tier) -> None:
+        self.tiers[version] = tier
+        self.num_free_reads += 1
+        self.ended.append(version)
 
     def arrive(self, *versions: int) -> list[Sequence]:
         seqs: list[Sequence] = []
@@ -54,10 +69,18 @@ class Desk:
             num_adapters=len(self.running.num_of_version),
         )
         admitted: list[int] = []
+        self.admission.note_reads()
         candidates: Round = self.admission.open_round(budget)
         while (seq := candidates.next()) is not None:
             if seq.version in self.no_room:
                 candidates.refuse(seq)
+                continue
+            self.num_tried += 1
+            if self.tiers.get(seq.version) is Tier.DISK:
+                if self.num_free_reads:
+                    self.num_free_reads -= 1
+                    self.tiers[seq.version] = Tier.READING
+                candidates.park(seq)
                 continue
             if self.tiers.get(seq.version) is Tier.HOST:
                 self.tiers[seq.version] = Tier.COPYING
@@ -68,7 +91,7 @@ class Desk:
             self.running.add(seq)
             admitted.append(seq.version)
         candidates.close()
-        self.queue.check_integrity(self.running.num_of_version)
+        self.queue.check_integrity(self.running.num_of_version, self.admission.is_off)
         return admitted
 
     def stop(self, version: int) -> None:
@@ -165,10 +188,48 @@ def test_a_read_holds_nobody_up() -> None:
     assert 0 < len(desk.step()) <= 4, "4 is blocked, for it waits for a place"
     desk.stop(2)
     assert desk.step()[0] == 4
-    del desk.tiers[1]
+    desk.end_read(1, Tier.DEVICE)
     assert desk.step() == [], "now 1 waits for a place, too"
     desk.stop(3)
     assert desk.step()[0] == 1
+
+
+def test_a_burst_of_absent_adapters_is_looked_at_once() -> None:
+    """Two reads at a time, in the order of the queue; a step looks at what has changed and not at the whole burst."""
+    desk = Desk(max_loras=500, max_passes=4)
+    burst = range(1, 301)
+    desk.tiers = dict.fromkeys(burst, Tier.DISK)
+    desk.arrive(*burst, 301)
+    assert desk.step() == [301], "301 is there and waits for nobody"
+    assert desk.num_tried == 301
+    assert [v for v in burst if desk.tiers[v] is Tier.READING] == [1, 2]
+    desk.num_tried = 0
+    for version in burst:
+        assert desk.tiers[version] is Tier.READING, "in order"
+        desk.end_read(version, Tier.DEVICE)
+        assert desk.step() == [version]
+    assert desk.num_tried <= 2 * len(burst)
+
+
+def test_whoever_stands_in_line_for_a_read_may_leave() -> None:
+    desk = Desk(max_loras=9, max_passes=4)
+    desk.tiers = dict.fromkeys((1, 2, 3, 4), Tier.DISK)
+    seqs = desk.arrive(1, 2, 3, 3, 4)
+    desk.step()
+    for gone in (seqs[2], seqs[4]):  # one of two that wait for 3, and whoever waits for 4
+        desk.queue.remove(gone)
+    assert desk.step() == []
+    desk.tiers[3] = Tier.READING  # ahead, by the residency
+    desk.num_free_reads = 0
+    desk.end_read(3, Tier.DEVICE)
+    assert desk.step() == [3]
+    assert desk.arrive(4)
+    desk.end_read(1, Tier.DEVICE)
+    assert desk.step() == [1]
+    assert desk.tiers[4] is Tier.READING
+    desk.end_read(4, Tier.DEVICE)
+    desk.end_read(2, Tier.DEVICE)
+    assert desk.step() == [2, 4]
 
 
 def test_with_every_place_taken_only_those_who_could_run_are_blocked() -> None:

@@ -49,6 +49,7 @@ def random_scenario(seed: int) -> Scenario:
         read_failure_rate=rng.choice((0.0, 0.0, 0.1)),
         copy_steps=rng.choice((0, 3, 10)),
         unload_rate=rng.choice((0.0, 0.0, 0.1)),
+        max_reads=rng.choice((1, 2, 64)),
     )
 
 

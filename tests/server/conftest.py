@@ -95,7 +95,7 @@ async def open_api(
             app = make_app(config, client, registry, drain=drain, health_timeout=health_timeout)
             # An exception that escapes is answered with 500, as uvicorn does.
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
                 yield Api(http, client, thread, drain)
         finally:
             knobs.is_stuck = knobs.hold_accept = False

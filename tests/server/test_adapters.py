@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 
 from lorikeet.config import ServerConfig
-from lorikeet.core.messages import Stats
+from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView, Stats
 from lorikeet.server.adapters import BASE64_PIECE
 from lorikeet.server.app import ADMIN_PATHS
 from tests.server.conftest import Api, MakeApi
@@ -287,11 +287,14 @@ async def test_bad_bodies_have_the_form_of_refusals(
     assert reason in refused(await api.http.post(path, json=body))
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 async def test_a_body_that_is_no_json(api: Api) -> None:
     for path in ("/load_lora_adapter", "/unload_lora_adapter", "/load_lora_adapter_from_tensors"):
-        assert "not valid JSON" in refused(await api.http.post(path, content=b"{"))
+        assert "not valid JSON" in refused(await api.http.post(path, content=b"{", headers=JSON))
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
-        reply = await api.http.post(path, content=b"{")
+        reply = await api.http.post(path, content=b"{", headers=JSON)
         assert reply.status_code == 400
         assert "not valid JSON" in message(reply)
         assert reply.json()["error"]["type"] == "BadRequestError"
@@ -335,19 +338,61 @@ async def test_the_adapters_and_one_of_them(make_api: MakeApi) -> None:
 
 
 async def test_of_a_name_in_several_versions_the_one_in_use_is_shown(
-    api: Api, monkeypatch: pytest.MonkeyPatch
+    api: Api,
 ) -> None:
-    old = {"name": "x", "path": "/old", "version": 1, "state": "unloading"}
-    now = {"name": "x", "path": "/new", "version": 2, "state": "loaded"}
-    next_one = {"name": "x", "path": "/next", "version": None, "state": "loading"}
-
-    async def command(name: str, /, **args: object) -> list[dict[str, object]]:
-        return [old, next_one, now]
-
-    monkeypatch.setattr(api.client, "command", command)
-    assert (await api.http.get("/v1/adapters/x")).json() == now
+    old = AdapterView("x", "/old", "unloading", pinned=False, version=1)
+    now = AdapterView("x", "/new", "loaded", pinned=True, version=2, report=b'{"rank":4}')
+    next_one = AdapterView("x", "/next", "loading", pinned=False)
+    use = AdapterUse(tier="device", in_flight=2, last_use=5.0)
+    api.client.adapters.apply(AdaptersChanged({"x": [now, old, next_one]}, {2: use}))
+    shown = (await api.http.get("/v1/adapters/x")).json()
+    assert shown == {
+        "name": "x",
+        "path": "/new",
+        "version": 2,
+        "state": "loaded",
+        "tier": "device",
+        "pinned": True,
+        "rank": None,
+        "targets": None,
+        "bytes": None,
+        "in_flight": 2,
+        "last_use": 5.0,
+        "reason": None,
+        "report": {"rank": 4},
+    }
+    listed = (await api.http.get("/v1/adapters")).json()["data"]
+    assert [(item["name"], item["state"]) for item in listed[2:]] == [
+        ("x", "loaded"),
+        ("x", "unloading"),
+        ("x", "loading"),
+    ]
+    assert listed[2] | {"report": shown["report"]} == shown, "a list has no reports"
+    assert not [item for item in listed if "report" in item]
     cards = (await api.http.get("/v1/models")).json()["data"]
-    assert [(card["id"], card["root"]) for card in cards[1:]] == [("x", "/new")]
+    assert [(card["id"], card["root"]) for card in cards[3:]] == [("x", "/new")]
+
+
+async def test_lists_are_answered_while_the_engine_does_not_answer(make_api: MakeApi) -> None:
+    """And a thousand of them cost it nothing: none of these asks it."""
+    names = [f"a{index:04}" for index in range(1000)]
+    api: Api = await make_api(adapters={name: f"/a/{name}" for name in names})
+    api.knobs.is_stuck = True
+    for path, count in (("/v1/adapters", 1000), ("/v1/models", 1001)):
+        listed = (await api.http.get(path)).json()["data"]
+        assert len(listed) == count
+    assert [item["id"] for item in listed[1:]] == names
+    assert (await api.http.get("/v1/adapters/a0500")).json()["path"] == "/a/a0500"
+    assert (await api.http.get("/v1/models/a0500")).json()["root"] == "/a/a0500"
+    assert list((await api.http.get("/server_info")).json()["adapters"]) == names
+    reply = await post(api, "/load_lora_adapter", lora_name="base", lora_path="/x")
+    assert list(reply.json()["loaded_adapters"]) == names
+    for path in ("/v1/adapters/nobody", "/v1/models/nobody"):
+        reply = await api.http.get(path)
+        assert reply.status_code == 404
+        assert "a0007 and 992 more" in message(reply)
+        assert len(message(reply)) < 200
+    assert api.engine.commands == []
 
 
 async def test_models_follow_loads_and_unloads(api: Api) -> None:
@@ -360,11 +405,13 @@ async def test_models_follow_loads_and_unloads(api: Api) -> None:
     assert await names() == ["base", "sql", "new"]
     assert (await api.http.get("/server_info")).json()["adapters"] == api.knobs.adapters
     api.knobs.states |= {"sql": "loading", "new": "failed"}
+    while len(api.client.adapters) > 1:
+        await asyncio.sleep(0.001)
     assert await names() == ["base", "new"], "a failed adapter keeps its name"
 
 
 async def test_a_slow_load_holds_nobody_up(make_api: MakeApi) -> None:
-    api: Api = await make_api(load_s=0.3)
+    api: Api = await make_api(load_s=2)
     load = asyncio.create_task(post(api, "/load_lora_adapter", lora_name="x", lora_path="/x"))
     while not sent(api, "load_adapter"):
         await asyncio.sleep(0.001)
@@ -459,7 +506,8 @@ def test_a_client_that_leaves_cancels_its_load(
     server = make_live(load_s=300)
     data = json.dumps({"lora_name": "x"} | extra).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(data)}\r\n\r\n"
+        fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
         connection.sendall(head.encode() + data)
         wait_until(lambda: any(item.name == command for item in server.engine.commands))
     wait_until(lambda: bool(server.engine.cancelled))

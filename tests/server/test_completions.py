@@ -188,6 +188,25 @@ async def test_sampling_fields_arrive(api: Api) -> None:
     assert api.engine.seen[-1].sampling.temperature == 1
 
 
+async def test_what_a_request_does_not_say_the_model_recommends(make_api: MakeApi) -> None:
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1}
+    api = await make_api(sampling_defaults=recommended | {"repetition_penalty": 1.05})
+
+    def got() -> dict[str, float]:
+        return {name: getattr(api.engine.seen[-1].sampling, name) for name in recommended}
+
+    for ask in (complete, chat):
+        assert (await ask(api)).status_code == 200
+        assert got() == recommended
+        assert api.engine.seen[-1].sampling.repetition_penalty == 1.05
+        assert (await ask(api, temperature=0, top_k=-1, min_p=None)).status_code == 200
+        # Null counts as not given; -1 is every token of the vocabulary.
+        assert got() == recommended | {"temperature": 0, "top_k": -1}
+    # The native API has defaults of its own.
+    await api.generate(text="a")
+    assert got() == {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0}
+
+
 async def test_n_has_a_seed_for_each(api: Api) -> None:
     await chat(api, n=3, seed=5)
     assert [request.sampling.sampling_seed for request in api.engine.seen] == [5, 6, 7]

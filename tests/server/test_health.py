@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from lorikeet import __version__
-from lorikeet.config import LoRAPath, ServerConfig
+from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
+from lorikeet.config_values import Option
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
+from tests.support.live_server import LiveServer, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -73,10 +78,15 @@ async def test_server_info_has_everything_but_the_keys(
     assert isinstance(info["internal_states"], list)
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_flush_cache(api: Api, method: str) -> None:
-    reply = await api.http.request(method, "/flush_cache")
+async def test_flush_cache(api: Api) -> None:
+    reply = await api.http.post("/flush_cache")
     assert (reply.status_code, reply.json()["success"]) == (200, True)
+
+
+async def test_get_changes_nothing(api: Api) -> None:
+    reply = await api.http.get("/flush_cache")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert not api.engine.commands
 
 
 async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
@@ -94,11 +104,80 @@ async def test_flush_cache_waits_as_long_as_it_may(make_api: MakeApi) -> None:
     assert (await call).json()["text"] == "a" * 20
 
 
-@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan", ""])
+def test_a_flush_ends_when_its_client_leaves(make_live: Callable[..., LiveServer]) -> None:
+    server = make_live(step_s=0.05)
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    with httpx.stream("POST", f"{server.url}/generate", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/flush_cache?timeout=600", timeout=0.2)
+        wait_until(lambda: server.drain.num_running == 1, 60)
+        num_asked = len(server.engine.commands)
+        time.sleep(0.3)
+        assert len(server.engine.commands) == num_asked
+
+
+async def test_refusals_take_no_thread(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a thread was asked for")
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", refuse)
+    for path, status in (("/nothing", 404), ("/flush_cache", 405), ("/v1/models/none", 404)):
+        assert (await api.http.get(path)).status_code == status
+    assert (await api.generate(text=5)).status_code == 400
+    monkeypatch.setattr(api.client, "abort", lambda *_: 1 / 0)
+    assert (await api.http.post("/abort_request", json={"rid": "a"})).status_code == 500
+
+
+async def test_many_that_wait_for_a_flush_ask_one_at_a_time(make_api: MakeApi) -> None:
+    api: Api = await make_api(step_s=0.05)
+    call = asyncio.create_task(api.generate(text="a", sampling_params={"max_new_tokens": 20}))
+    while not api.engine.num_running:
+        await asyncio.sleep(0.001)
+    waiting = [asyncio.create_task(api.http.post("/flush_cache?timeout=60")) for _ in range(50)]
+    await call
+    num_asked = len(api.engine.commands)
+    assert num_asked < 50, "each asks every 50 ms, for a second"
+    assert {task.status_code for task in await asyncio.gather(*waiting)} == {200}
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "inf", "nan", "", "600.1", "1e9"])
 async def test_flush_cache_refuses_other_timeouts(api: Api, value: str) -> None:
     reply = await api.http.post("/flush_cache", params={"timeout": value})
     assert reply.status_code == 400
-    assert "timeout: must be a number of seconds" in message(reply)
+    assert "timeout: must be a number of seconds, at least 0 and at most 600" in message(reply)
+    assert not api.engine.commands
+
+
+SECRET_URL = "https://user:PASSW0RD@host/x?sig=SIGN4TURE#t0ken"
+
+
+def planted(option: Option) -> object:
+    """A value with secrets for an option; None if it cannot hold text."""
+    if option.value_type is str:
+        return SECRET_URL
+    if option.value_type == tuple[LoRAPath, ...]:
+        return (LoRAPath("a", SECRET_URL), LoRAPath(SECRET_URL, "/b"))
+    return (SECRET_URL,) if option.value_type == tuple[str, ...] else None
+
+
+async def test_server_info_shows_no_secret_of_any_option(
+    make_api: MakeApi, config: ServerConfig
+) -> None:
+    values = {
+        name: value for name, option in OPTIONS.items() if (value := planted(option)) is not None
+    }
+    assert {"model_path", "lora_paths", "lora_root", "host", "admin_api_key"} <= values.keys()
+    api: Api = await make_api(config=replace(config, **values))
+    headers = {"Authorization": f"Bearer {SECRET_URL}"}
+    reply = await api.http.get("/server_info", headers=headers)
+    for secret in ("PASSW0RD", "SIGN4TURE", "t0ken"):
+        assert secret not in reply.text
+    info = reply.json()
+    assert info["lora_resolver_dir"] == "https://***@host/x?***"
+    assert info["lora_paths"][0] == {"name": "a", "path": "https://***@host/x?***", "pinned": False}
+    assert not {"api_key", "admin_api_key"} & info.keys()
 
 
 async def test_metrics_count_what_was_served(api: Api) -> None:

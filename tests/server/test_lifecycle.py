@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +26,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.engine.transport import EngineAddress
 from lorikeet.errors import ConfigError, ModelError
 from lorikeet.server.app import serve
-from lorikeet.server.lifecycle import bind
+from lorikeet.server.lifecycle import bind, listen
 from tests.support.live_server import wait_until
 
 
@@ -33,8 +38,10 @@ def free_port() -> int:
 class Program:
     """``tests.support.serve_fake`` as a child process."""
 
-    def __init__(self, model_dir: Path, scratch: Path, **knobs: Any) -> None:
-        self.port = free_port()
+    def __init__(
+        self, model_dir: Path, scratch: Path, port: int | None = None, **knobs: Any
+    ) -> None:
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.scratch = scratch
         self.process = subprocess.Popen(
@@ -70,6 +77,15 @@ class Program:
         self.children = [int(item) for item in text.split()]
         assert self.children
 
+    def engine(self) -> int:
+        """Process id of the engine, which is a child like multiprocessing's resource tracker."""
+        (found,) = [
+            pid
+            for pid in self.children
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        ]
+        return found
+
     def wait(self) -> int:
         """Exit code, after checking that no process and no socket is left."""
         code = self.process.wait(60)
@@ -97,21 +113,18 @@ MakeProgram = Callable[..., Program]
 
 
 @pytest.fixture
-def program(model_dir: Path, tmp_path: Path) -> Iterator[MakeProgram]:
+def program(model_dir: Path) -> Iterator[MakeProgram]:
     made: list[Program] = []
 
-    def make(**knobs: Any) -> Program:
-        scratch = Path(f"/tmp/lk-{os.getpid()}-{len(made)}")
-        scratch.mkdir()
+    def make(scratch: Path | None = None, **knobs: Any) -> Program:
+        scratch = scratch or Path(tempfile.mkdtemp(prefix="lk-", dir="/tmp"))
         made.append(Program(model_dir, scratch, **knobs))
         return made[-1]
 
     yield make
     for item in made:
         item.stop()
-        for rest in sorted(item.scratch.rglob("*"), reverse=True):
-            rest.rmdir() if rest.is_dir() else rest.unlink()
-        item.scratch.rmdir()
+        shutil.rmtree(item.scratch, ignore_errors=True)
 
 
 class Call:
@@ -221,17 +234,216 @@ def _num_running(server: Program) -> int:
     return info["internal_states"][0]["num_running"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_every_signal_to_stop_lets_running_requests_finish(
+    program: MakeProgram, number: signal.Signals
+) -> None:
+    server = program(step_s=0.02)
+    server.wait_ready()
+    call = Call(server, 50)
+    server.process.send_signal(number)
+    wait_until(lambda: server.says(f"{number.name}: finishing"))
+    call.join()
+    assert call.is_whole
+    assert call.events[-1]["text"] == "a" * 50
+    assert server.wait() == 0
+
+
 def test_a_second_signal_ends_it_at_once(program: MakeProgram) -> None:
     server = program(step_s=0.2, shutdown_timeout=100)
     server.wait_ready()
     call = Call(server, 400)
+    body = {"model": "base", "prompt": "a", "max_tokens": 400}
+    whole: list[httpx.Response] = []
+    url = f"{server.url}/v1/completions"
+    thread = threading.Thread(target=lambda: whole.append(httpx.post(url, json=body, timeout=60)))
+    thread.start()
+    wait_until(lambda: _num_running(server) == 2)
     server.process.send_signal(signal.SIGINT)
     wait_until(lambda: server.says("SIGINT: finishing"))
     server.process.send_signal(signal.SIGINT)
-    server.wait()
+    assert server.wait() == 0
     call.join()
+    thread.join()
     assert len(call.events) < 400, "80 seconds of tokens were not waited for"
     assert server.says("SIGINT: stopping at once")
+    assert call.is_whole
+    assert call.events[-1]["error"]["message"] == "the server is shutting down"
+    assert whole[0].status_code == 503
+    assert whole[0].json()["error"]["message"] == "the server is shutting down"
+    for noise in ("Traceback", "CancelledError", "leaked"):
+        assert not server.says(noise), server.lines
+
+
+def test_a_second_signal_does_not_wait_for_a_client_that_does_not_read(
+    program: MakeProgram,
+) -> None:
+    server = program(step_s=0.001, shutdown_timeout=100)
+    server.wait_ready()
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    body |= {"return_logprob": True, "top_logprobs_num": 20}  # megabytes
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = json.dumps(body).encode()
+        head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        wait_until(lambda: _num_running(server) == 1)
+        wait_until(lambda: _num_running(server) == 0)
+        for _ in range(2):
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.says("SIGTERM"))
+            time.sleep(0.1)  # two of a kind that come together are one
+        assert server.wait() == 0
+    assert not server.says("Traceback")
+
+
+def test_sighup_that_nohup_has_switched_off_stays_off(program: MakeProgram) -> None:
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        server = program()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    server.wait_ready()
+    server.process.send_signal(signal.SIGHUP)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert not server.says("SIGHUP")
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_other_signals_end_nothing(program: MakeProgram) -> None:
+    server = program()
+    server.wait_ready()
+    for pid in (server.process.pid, *server.children):
+        if "resource_tracker" in Path(f"/proc/{pid}/cmdline").read_text():
+            continue
+        os.kill(pid, signal.SIGUSR2)
+        num_shown = sum("Current thread" in line for line in server.lines)
+        os.kill(pid, signal.SIGUSR1)
+        wait_until(lambda n=num_shown: sum("Current thread" in x for x in server.lines) > n)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_a_frozen_engine_is_noticed(program: MakeProgram) -> None:
+    server = program(step_s=0.05, watchdog_timeout=7)
+    server.wait_ready()
+    call = Call(server, 400)
+    engine = server.engine()
+    os.kill(engine, signal.SIGSTOP)
+    statuses: list[int] = []
+    with contextlib.suppress(httpx.TransportError):
+        while server.process.poll() is None:
+            statuses.append(httpx.get(f"{server.url}/health", timeout=60).status_code)
+            time.sleep(0.01)
+    assert (statuses[0], statuses[-1]) == (200, 503)
+    call.join()
+    assert call.is_whole
+    assert "has said nothing for 7 s" in call.events[-1]["error"]["message"]
+    assert server.wait() == 1
+    assert server.says("error: the engine has said nothing for 7 s")
+
+
+def test_a_server_that_was_suspended_goes_on(program: MakeProgram) -> None:
+    server = program(step_s=0.02, watchdog_timeout=2)
+    server.wait_ready()
+    call = Call(server, 60)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in (server.process.pid, server.engine()):
+            os.kill(pid, number)
+        time.sleep(3 if number == signal.SIGSTOP else 0)
+    call.join()
+    assert call.events[-1]["text"] == "a" * 60
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def test_the_log_tells_that_descriptors_run_out(program: MakeProgram) -> None:
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 64
+    server = program(most_files=64)
+    server.wait_ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):
+            connection = socket.create_connection(("127.0.0.1", server.port))
+            stack.enter_context(contextlib.closing(connection))
+        wait_until(lambda: server.says("file descriptors run out"))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    wait_until(lambda: _is_answering(server))
+    assert sum("file descriptors run out" in line for line in server.lines) == 1
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+def _is_answering(server: Program) -> bool:
+    try:
+        return httpx.get(f"{server.url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_port_is_free_as_soon_as_its_server_has_ended(program: MakeProgram) -> None:
+    server = program()
+    server.wait_ready()
+    with httpx.Client(base_url=server.url) as idle:  # kept alive, and closed by the server
+        assert idle.get("/health").status_code == 200
+        assert httpx.get(f"{server.url}/health", headers={"Connection": "close"}).is_success
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        again = program(port=server.port)
+        again.wait_ready()
+    again.process.send_signal(signal.SIGTERM)
+    assert again.wait() == 0
+
+
+@pytest.mark.parametrize("which", ["server", "both"])
+def test_what_a_killed_server_leaves_goes_with_the_next_start(
+    program: MakeProgram, which: str
+) -> None:
+    other = program()  # lives beside them, in the same place
+    other.wait_ready()
+    (kept,) = other.scratch.glob("lorikeet-*")
+    stranger = other.scratch / "lorikeet-notes"
+    stranger.mkdir()
+    killed = program(scratch=other.scratch)
+    killed.wait_ready()
+    if which == "both":
+        os.kill(killed.engine(), signal.SIGKILL)
+    killed.process.kill()
+    killed.process.wait()
+    assert len(list(other.scratch.glob("lorikeet-*"))) == 3
+    wait_until(lambda: not any(_is_running(pid) for pid in killed.children))
+    after = program(scratch=other.scratch)
+    after.wait_ready()
+    found = set(other.scratch.glob("lorikeet-*"))
+    assert found > {kept, stranger}
+    assert len(found) == 3, "that of the new one has come, that of the killed one has gone"
+    assert httpx.get(f"{other.url}/health_generate").status_code == 200
+    stranger.rmdir()
+    for server in (after, other):
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+    assert list(other.scratch.iterdir()) == []
+
+
+def test_a_signal_before_there_is_a_loop_is_no_traceback(tmp_path: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
+        # The signal comes in the middle of the import that takes longest.
+        program = (
+            "import os, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            f"        if name == 'lorikeet.config': os.kill(os.getpid(), {int(number)})\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "from lorikeet.__main__ import main\n"
+            "sys.exit(main(['serve', '--model-path', 'demo']))\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (result.returncode, result.stderr) == (code, "")
 
 
 def test_the_death_of_the_engine_ends_the_server(program: MakeProgram) -> None:
@@ -285,10 +497,14 @@ def test_a_port_that_another_starting_server_has_reserved_is_in_use() -> None:
 
 
 def test_a_port_with_lingering_connections_is_free() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    listener = bind("127.0.0.1", 0)
+    with listener:
+        listen(listener)
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match="in use"):
+            bind("127.0.0.1", port)  # it listens
         with socket.create_connection(("127.0.0.1", port)):
-            accepted, _ = server.accept()
+            accepted, _ = listener.accept()
             accepted.close()  # the side that closes first keeps the address in TIME_WAIT
     bind("127.0.0.1", port).close()
 
@@ -296,7 +512,7 @@ def test_a_port_with_lingering_connections_is_free() -> None:
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
 def test_a_host_that_is_not_here(host: str) -> None:
     with pytest.raises(ConfigError, match=f"--host {host}"):
-        bind(host, 30000)
+        bind(host, free_port())
 
 
 def test_a_model_without_a_tokenizer_is_told_before_the_engine_starts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
@@ -45,5 +46,7 @@ async def test_one_model(make_api: MakeApi) -> None:
 
 async def test_models_follow_the_engine(api: Api) -> None:
     api.knobs.adapters["late"] = "/a/late"
+    while len(api.client.adapters) < 3:
+        await asyncio.sleep(0.001)
     names = [card["id"] for card in (await api.http.get("/v1/models")).json()["data"]]
     assert names == ["base", "json", "sql", "late"]

@@ -6,6 +6,8 @@ import json
 import logging
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +110,12 @@ def others_are_served(
 
 
 def head(path: str = "/generate", *fields: str, method: str = "POST") -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: test", *fields]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        *fields,
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
@@ -185,6 +192,43 @@ def test_the_rest_of_a_refused_body_is_thrown_away(wire: Wire) -> None:
     assert wire.read().status == 413
     wire.send(head("/generate", sized(BODY)) + BODY)
     assert json.loads(wire.read().body)["text"] == "abab"
+
+
+@pytest.mark.parametrize("sized_first", [True, False])
+def test_a_client_that_will_close_finds_the_refusal_too(wire: Wire, sized_first: bool) -> None:
+    """It writes everything before it reads; the server closes its half and reads on."""
+    coding = f"Content-Length: {40 * MB}" if sized_first else "Transfer-Encoding: chunked"
+    wire.send(head("/generate", coding, "Connection: close"))
+    for _ in range(40):
+        wire.send(bytes(MB) if sized_first else b"100000\r\n" + bytes(MB) + b"\r\n")
+    answer = wire.read()
+    assert (answer.status, answer.headers["connection"]) == (413, "close")
+    assert wire.wait_for_end() == b""
+
+
+def test_a_client_that_goes_on_sending_is_cut_off(wire: Wire) -> None:
+    wire.send(head("/generate", f"Content-Length: {40 * MB}", "Connection: close"))
+    begun = time.monotonic()
+    while _is_open(wire):
+        assert time.monotonic() < begun + 20
+        time.sleep(0.02)
+    assert time.monotonic() - begun > QUICK.head_seconds - 0.5
+
+
+def _is_open(wire: Wire) -> bool:
+    try:
+        wire.send(b"x")
+    except (BrokenPipeError, ConnectionResetError):
+        return False
+    return True
+
+
+def test_urllib_sees_the_refusal_of_a_large_body(server: LiveServer) -> None:
+    request = urllib.request.Request(server.url + "/generate", bytes(20 * MB))
+    with pytest.raises(urllib.error.HTTPError) as caught:  # it sends Connection: close
+        urllib.request.urlopen(request, timeout=30)
+    assert caught.value.code == 413
+    caught.value.close()
 
 
 def test_httpx_sees_the_refusal_of_a_large_body(server: LiveServer, other: httpx.Client) -> None:

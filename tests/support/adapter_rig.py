@@ -10,9 +10,11 @@ from typing import Any, cast
 
 import torch
 
+from lorikeet.core.messages import AdaptersChanged, decode_to_client, encode
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_reader import AdapterReader
 from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.adapter_views import AdapterViews, make_report
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.errors import AdapterError
@@ -23,6 +25,7 @@ from lorikeet.lora.host_cache import HostCache
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.registry import AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.transfer import Transfer
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 
@@ -58,9 +61,11 @@ class Disk:
         self.num_reads = 0
         self.untrusted: list[str] = []
 
-    def load(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
+    def load(
+        self, name: str, path: str, *, trust: str, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
         self.num_reads += 1
-        if not trusted:
+        if trust == "request":
             self.untrusted.append(path)
         gate = self.gates.get(path)
         if gate is not None:
@@ -142,11 +147,12 @@ class AdapterRig:
                 copy_steps=lambda: copy_steps,
             ),
             adapters=self.store,
-            compile_grammar=lambda sampling: None,
+            compile_grammar=lambda sampling: Future(),
             seeds=lambda: 0,
             info={},
         )
         self.outputs: dict[str, list[RequestOutput]] = {}
+        self.copy = AdapterViews()
 
     # -- files and commands --------------------------------------------------------------------------------------
 
@@ -178,6 +184,7 @@ class AdapterRig:
 
     def wait(self, future: Future[LoadOutcome]) -> LoadOutcome:
         self.until(future.done)
+        self.tell()
         return future.result()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -229,6 +236,15 @@ class AdapterRig:
         for output in self.core.step():
             assert not self.is_over(output.rid), f"{output.rid} ends twice"
             self.outputs[output.rid].append(output)
+        self.tell()
+
+    def tell(self) -> None:
+        """Bring the copy of the other process up to date, as the engine's loop does after each step."""
+        news = self.core.take_adapter_changes()
+        if news is not None:
+            message = decode_to_client(encode(news))
+            assert isinstance(message, AdaptersChanged)
+            self.copy.apply(message)
 
     def until(self, condition: Any) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -244,6 +260,12 @@ class AdapterRig:
         for _ in range(4):
             self.step()
         self.core.check_integrity()
+        self.check_copy()
+
+    def check_copy(self) -> None:
+        """What has changed adds up to what is there."""
+        told = [self.copy.entry(view) | {"report": make_report(view)} for view in self.copy.views()]
+        assert sorted(told, key=str) == sorted(self.store.describe(), key=str)
 
     def close(self) -> None:
         for gate in self.disk.gates.values():

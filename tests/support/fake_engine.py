@@ -12,6 +12,8 @@ import os
 import struct
 import threading
 import time
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -21,7 +23,10 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdaptersChanged,
     AdapterTemplates,
+    AdapterUse,
+    AdapterView,
     Command,
     Failed,
     Outputs,
@@ -32,9 +37,11 @@ from lorikeet.core.messages import (
     Stats,
     Submit,
     ToEngine,
+    Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.transport import EngineAddress, EngineEndpoint
+from lorikeet.signals import leave_stops_to_parent
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
@@ -49,6 +56,7 @@ class Knobs:
     Attributes:
         step_s: seconds between two tokens of a request.
         is_stuck: reads messages, answers nothing.
+        has_pulse: tells that it lives.
         hold_accept: takes requests and neither accepts nor refuses them.
         die_after: dies after so many steps that produced tokens; None never.
         last_words: message of the Failed that it sends when it dies; None dies silently.
@@ -65,11 +73,13 @@ class Knobs:
         templates: path of an adapter -> chat templates that lie there.
         refuse_grammar: why a structural tag is refused.
         findable: name -> path of adapters that a resolver finds.
+        sampling_defaults: what OpenAI requests get that do not say.
     """
 
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
     step_s: float = 0.0
     is_stuck: bool = False
+    has_pulse: bool = True
     hold_accept: bool = False
     die_after: int | None = None
     last_words: str | None = None
@@ -89,6 +99,7 @@ class Knobs:
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
     findable: dict[str, str] = field(default_factory=dict)
+    sampling_defaults: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,6 +125,7 @@ class FakeEngine:
         self.commands: list[Command] = []
         self.cancelled: list[int] = []
         self._loading: dict[int, tuple[float, Command]] = {}
+        self._told: dict[str, tuple[str, str | None]] = {}
 
     @property
     def num_running(self) -> int:
@@ -140,7 +152,9 @@ class FakeEngine:
         if knobs.start_error is not None:
             endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
             return 2 if knobs.start_user_error else 1
-        self._tell(*knobs.adapters)
+        self._tell_changes()
+        if knobs.has_pulse:
+            endpoint.start_pulse()
         endpoint.send(Ready(self._info()))
         while not self._is_over():
             orphan = os.getppid() != self._parent
@@ -151,6 +165,7 @@ class FakeEngine:
             for message in endpoint.recv(0 if self._running else 5):
                 self._handle(message)
             self._finish_loads()
+            self._tell_changes()
             self._step()
         return 0
 
@@ -167,6 +182,7 @@ class FakeEngine:
             "lora_target_modules": ["q_proj"],
             "lora_enabled": self.knobs.lora_enabled,
             "adapters": self.knobs.adapters,
+            "sampling_defaults": self.knobs.sampling_defaults,
         }
 
     def _is_over(self) -> bool:
@@ -180,7 +196,7 @@ class FakeEngine:
                 )
         return self._deadline is not None and not self._running
 
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, message: ToEngine | Unreadable) -> None:
         if self.knobs.is_stuck and not isinstance(message, Shutdown):
             return
         match message:
@@ -239,8 +255,6 @@ class FakeEngine:
         match command.name:
             case "flush_cache":
                 return Reply(command.id, {"success": not self._running})
-            case "adapters":
-                return self._describe(command)
             case "info":
                 return Reply(command.id, self._info())
             case "load_adapter" | "load_adapter_from_tensors":
@@ -258,22 +272,11 @@ class FakeEngine:
             case name:
                 return Reply(command.id, error=f"unknown command {name!r}", status_code=400)
 
-    def _describe(self, command: Command) -> Reply:
-        wanted = command.args.get("name")
-        items = [
-            {"name": name, "path": path, "state": self.knobs.states.get(name, "loaded")}
-            for name, path in self.knobs.adapters.items()
-            if wanted in (None, name)
-        ]
-        if wanted is not None and not items:
-            return _unknown_adapter(command.id, wanted)
-        return Reply(command.id, items)
-
     def _unload(self, command: Command) -> Reply:
         if self.knobs.adapters.pop(str(command.args["name"]), None) is None:
             return _unknown_adapter(command.id, command.args["name"])
         self._tell(str(command.args["name"]))
-        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+        return Reply(command.id)
 
     def _find(self, name: str, number: int) -> Reply:
         if name in self.knobs.findable:
@@ -281,14 +284,48 @@ class FakeEngine:
             self._tell(name)
         return Reply(number)
 
+    def _tell_changes(self) -> None:
+        """Tell the client about names that a test has given another meaning."""
+        now = {
+            name: (path, self.knobs.states.get(name)) for name, path in self.knobs.adapters.items()
+        }
+        if now != self._told:
+            names = dict.fromkeys([*now, *self._told])
+            self._tell(*(name for name in names if now.get(name) != self._told.get(name)))
+
     def _tell(self, *names: str) -> None:
         """Tell the client what these names mean now."""
+        for name in names:
+            self._told.pop(name, None)
+            if name in self.knobs.adapters:
+                self._told[name] = (self.knobs.adapters[name], self.knobs.states.get(name))
         paths = {name: self.knobs.adapters.get(name) for name in names}
+        self._endpoint.send(self._changes(paths))
         templates = self.knobs.templates
         changed = {
             name: None if path is None else templates.get(path, {}) for name, path in paths.items()
         }
         self._endpoint.send(AdapterTemplates(changed))
+
+    def _changes(self, paths: Mapping[str, str | None]) -> AdaptersChanged:
+        """What the real engine would say about these names; a name's version is its hash."""
+        names: dict[str, list[AdapterView]] = {}
+        uses: dict[int, AdapterUse | None] = {}
+        for name, path in paths.items():
+            state = self.knobs.states.get(name, "loaded")
+            version = zlib.crc32(name.encode())
+            reason = "broken" if state == "failed" else None
+            view = AdapterView(
+                name=name,
+                path=path or "",
+                state="loaded" if state == "failed" else state,
+                pinned=False,
+                version=None if state == "loading" else version,
+                report=b'{"rank":8}',
+            )
+            names[name] = [] if path is None else [view]
+            uses[version] = None if path is None else AdapterUse(tier="host", reason=reason)
+        return AdaptersChanged(names=names, uses=uses)
 
     def _finish_loads(self) -> None:
         now = time.monotonic()
@@ -304,7 +341,7 @@ class FakeEngine:
             return Reply(command.id, error=f"adapter {name!r} is already loaded", status_code=400)
         self.knobs.adapters[name] = str(command.args.get("path", "__tensor__"))
         self._tell(name)
-        return Reply(command.id, {"loaded_adapters": self.knobs.adapters})
+        return Reply(command.id)
 
     def _step(self) -> None:
         if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:
@@ -385,6 +422,13 @@ class FakeProcess:
     def __init__(self) -> None:
         self.sentinel, self._alive = os.pipe()
         self.exitcode: int | None = None
+        self.was_killed = False
+        self.on_kill: Callable[[], None] = lambda: None
+
+    def kill(self) -> None:
+        """As for a process; the thread ends with its next turn."""
+        self.was_killed = True
+        self.on_kill()
 
     def end(self, code: int) -> None:
         self.exitcode = code
@@ -402,6 +446,7 @@ class ThreadEngine:
         self.address = EngineAddress.create()
         self.process = FakeProcess()
         self.engine = FakeEngine(self.address, self.knobs)
+        self.process.on_kill = self.engine.die
         self._thread = threading.Thread(target=self._main, name="fake-engine")
 
     def _main(self) -> None:
@@ -439,4 +484,5 @@ def spawn_fake_engine(
 
 
 def _process_main(address: EngineAddress, knobs: Knobs) -> None:
+    leave_stops_to_parent()
     raise SystemExit(FakeEngine(address, knobs).run())

@@ -45,6 +45,7 @@ class FakeHub:
         ranges: whether Range is honoured.
         etags: whether files have an ETag.
         query: what a request for a file must bring, if set.
+        redirect: where a request for a file is sent, if set: the directory of that name on another server.
         requests: (method, path, Range or None) in order of arrival.
     """
 
@@ -56,6 +57,7 @@ class FakeHub:
     ranges: bool = True
     etags: bool = True
     query: str | None = None
+    redirect: str | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     authorization: set[str] = field(default_factory=set)
     sent: int = 0
@@ -97,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._api(*match.groups())
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", parts.path):
             self._resolve(*match.groups())
+        elif self.hub.redirect and parts.path in self.hub.files:
+            name = parts.path.rpartition("/")[2]
+            self._send(302, b"", {"Location": f"{self.hub.redirect}/{name}"})
         elif parts.path in self.hub.files and self.hub.query in (None, parts.query):
             self._file(parts.path, self.hub.files[parts.path], {})
         else:
@@ -122,7 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._gated(name)
             return
         if kind == "revision":
-            siblings = [{"rfilename": path} for path in files]
+            siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
             body: object = {"id": name, "sha": commit_of(files), "siblings": siblings}
         else:
             body = [

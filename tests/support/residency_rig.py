@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.residency import Admission, Residency
 
@@ -15,6 +17,7 @@ def make(
     policy: str = "lru",
     max_pinned: int = 1,
     max_host: int | None = None,
+    **options: Any,
 ) -> Residency:
     """A pool of pages of 10 elements, one to a slab."""
     allocator = RankPageAllocator((10,), 10, num_pages, [num_pages])
@@ -24,6 +27,7 @@ def make(
         policy=policy,
         max_pinned=max_pinned,
         max_host=max_host,
+        **options,
     )
 
 

@@ -50,6 +50,7 @@ class Scenario:
     copy_steps: int = 0
     unload_rate: float = 0.0
     even_length: int | None = None
+    max_reads: int = 64
 
 
 @dataclass

@@ -41,6 +41,7 @@ class Simulation:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = s = scenario
+        self.num_steps = 0
         self.random = random.Random(s.seed)
         self.kv = KVManager(s.page_size, s.num_pages, radix=s.radix)
         # Enough for max_loras adapters of the largest size (6 + 4 pages of the two classes), as the layout computes it.
@@ -52,6 +53,8 @@ class Simulation:
             policy=s.eviction,
             max_pinned=max(0, s.max_loras - 1),
             max_host=s.max_host,
+            max_reads=s.max_reads,
+            clock=lambda: self.num_steps / 10,
         )
         self.host = SimulatedHost(
             self.residency,
@@ -88,7 +91,6 @@ class Simulation:
         self.passes: dict[int, int] = {}
         self._sequences: dict[int, Sequence] = {}
         self.admitted: set[int] = set()
-        self.num_steps = 0
         self.max_passed = 0
         self.num_passed_moving = 0
         self.num_passed_by_shorter = 0
@@ -218,8 +220,10 @@ class Simulation:
         if seq.version and not newcomer.version:
             # What a request of the base model takes is no adapter's room.
             return
-        if seq.version and self.residency.tier(seq.version) in (Tier.READING, Tier.COPYING):
-            # It waits for its own adapter, not for room.
+        tier = self.residency.tier(seq.version) if seq.version else None
+        is_in_line = tier is Tier.DISK and self.residency.num_free_reads <= 0
+        if tier in (Tier.READING, Tier.COPYING) or is_in_line:
+            # It waits for its own adapter or for its turn to be read, not for room.
             self.num_passed_moving += 1
             return
         is_shorter = newcomer.length_class < seq.length_class

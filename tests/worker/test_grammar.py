@@ -407,7 +407,7 @@ REFUSED = [
     ("json_schema", '{"type": "object"', "not valid JSON"),
     ("json_schema", "[]", "an object or a boolean"),
     ("json_schema", "false", "Schema 'false'"),
-    ("json_schema", '{"type": "foo"}', 'Unsupported type "foo"'),
+    ("json_schema", '{"type": "foo"}', "type is 'foo'; allowed: one of string"),
     ("json_schema", '{"$ref": "#/nope"}', "nope"),
     ("json_schema", '{"$ref": "http://example.com/x"}', "$ref"),
     ("json_schema", '{"$ref": "#"}', "no output at all"),

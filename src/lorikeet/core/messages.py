@@ -1,10 +1,14 @@
 """What the HTTP process and the engine process say to each other: one tagged union in each direction.
 
-Every message is msgpack; ``decode_to_engine`` and ``decode_to_client`` refuse anything else. Adding a message means
+Every message is msgpack. Every message can be sent, whatever strangers have put into it, and what arrives and cannot be
+read is an :class:`Unreadable` that says for whom it was: one odd value never ends a process. Adding a message means
 adding a class here and a row to the table of handlers at the receiving end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import cast
 
 import msgspec
 
@@ -86,6 +90,54 @@ class AdapterTemplates(msgspec.Struct, tag=True):
                 known[name] = templates
 
 
+class AdapterView(msgspec.Struct, frozen=True):
+    """One meaning of an adapter's name: what requests get, what is being loaded, or what is being unloaded.
+
+    Attributes:
+        state: ``loaded``, ``loading`` or ``unloading``.
+        version: and what follows: None while it is being loaded.
+        report: what it changes in the base model, as JSON.
+    """
+
+    name: str
+    path: str
+    state: str
+    pinned: bool
+    version: int | None = None
+    rank: int | None = None
+    targets: list[str] | None = None
+    nbytes: int | None = None
+    report: bytes | None = None
+
+
+class AdapterUse(msgspec.Struct, frozen=True):
+    """Where a version is, and who uses it.
+
+    Attributes:
+        tier: of ``lora/tiers.py``; None: nowhere yet.
+        in_flight: requests that hold it.
+        last_use: seconds since the epoch, of the newest request's begin or end; None: never.
+        reason: why it cannot be read again; None if it can.
+    """
+
+    tier: str | None = None
+    in_flight: int = 0
+    last_use: float | None = None
+    reason: str | None = None
+
+
+class AdaptersChanged(msgspec.Struct, tag=True):
+    """What has changed about the adapters. It is sent before whatever follows from it, like ``AdapterTemplates``.
+
+    Attributes:
+        names: name -> everything that it means now; empty if it means nothing any more.
+        uses: version -> how it is used now; None if it is gone.
+    """
+
+    names: dict[str, list[AdapterView]] = {}
+    uses: dict[int, AdapterUse | None] = {}
+
+
 class Progress(msgspec.Struct, tag=True):
     """The engine's state of start-up, shown by the parent (``phase`` is free text for a log)."""
 
@@ -123,32 +175,140 @@ class Stats(msgspec.Struct, tag=True):
     samples: dict[str, list[float]] = {}
 
 
+class Pulse(msgspec.Struct, tag=True):
+    """The engine's process lives: sent once a second by a thread of its own, however long a step takes."""
+
+
+class Unreadable(msgspec.Struct):
+    """A message that has arrived and means nothing here; never sent.
+
+    Attributes:
+        reason: what is wrong with it.
+        rids: the requests that it was about, as far as it tells.
+        command: the command that it was, or that it answers.
+    """
+
+    reason: str
+    rids: list[str]
+    command: int | None
+
+
 ToEngine = Submit | Abort | Command | Shutdown
-ToClient = Accepted | Outputs | Reply | AdapterTemplates | Progress | Ready | Failed | Stats
+ToClient = (
+    Accepted
+    | Outputs
+    | Reply
+    | AdapterTemplates
+    | AdaptersChanged
+    | Progress
+    | Ready
+    | Failed
+    | Stats
+    | Pulse
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
 _to_client = msgspec.msgpack.Decoder(ToClient)
 
+# What msgpack can hold.
+_LEAST_INT, _MOST_INT = -(2**63), 2**64 - 1
+# Deeper values are cut off: the encoder and the decoder follow nesting with the stack.
+_MAX_DEPTH = 200
+
 
 def encode(message: ToEngine | ToClient) -> bytes:
-    """Serialise a message of either direction."""
-    return _encoder.encode(message)
+    """Serialise a message of either direction, whatever values it holds.
 
-
-def decode_to_engine(data: bytes) -> ToEngine:
-    """Parse what a client sent.
-
-    Raises:
-        msgspec.DecodeError: the bytes are no such message.
+    Values of strangers reach messages (a schema's keys, a template's name, an error that quotes them), so nothing may
+    be without a form: see :func:`encodable`.
     """
-    return _to_engine.decode(data)
+    try:
+        return _encoder.encode(message)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return _encoder.encode({"type": type(message).__name__, **_fields(message, 0)})
 
 
-def decode_to_client(data: bytes) -> ToClient:
-    """Parse what the engine sent.
+def encodable(value: object, depth: int = 0) -> object:
+    """A value that msgpack can hold in place of one that it may not.
 
-    Raises:
-        msgspec.DecodeError: the bytes are no such message.
+    Half a surrogate pair becomes U+FFFD (a whole one its character), an integer beyond 64 bits its digits as text (or
+    a word about its size), what is nested too deeply an ellipsis, and an object of any other kind its type's name.
     """
-    return _to_client.decode(data)
+    match value:
+        case None | bool() | float() | bytes() | bytearray():
+            return value
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case int():
+            return value if _LEAST_INT <= value <= _MOST_INT else _words(value)
+        case _ if depth == _MAX_DEPTH:
+            return "…"
+        case msgspec.Struct():
+            fields = _fields(value, depth)
+            return list(fields.values()) if value.__struct_config__.array_like else fields
+        case dict():
+            items = cast("dict[object, object]", value).items()
+            return {_key(key): encodable(item, depth + 1) for key, item in items}
+        case list() | tuple() | set() | frozenset():
+            items = cast("Collection[object]", value)
+            return [encodable(item, depth + 1) for item in items]
+        case _:
+            return f"<{type(value).__name__}>"
+
+
+def _fields(message: msgspec.Struct, depth: int) -> dict[str, object]:
+    names = message.__struct_fields__
+    return {name: encodable(getattr(message, name), depth + 1) for name in names}
+
+
+def _key(key: object) -> object:
+    """A dictionary's key cannot become a list, which another one could not be looked up by."""
+    is_plain = key is None or isinstance(key, str | bytes | int | float)
+    return encodable(key) if is_plain else f"<{type(key).__name__}>"
+
+
+def _words(number: int) -> str:
+    try:
+        return str(number)
+    except ValueError:  # more digits than the interpreter converts
+        return f"<an integer of {number.bit_length()} bits>"
+
+
+def decode_to_engine(data: bytes) -> ToEngine | Unreadable:
+    """Parse what a client sent."""
+    try:
+        return _to_engine.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return _unreadable(data, error)
+
+
+def decode_to_client(data: bytes) -> ToClient | Unreadable:
+    """Parse what the engine sent."""
+    try:
+        return _to_client.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return _unreadable(data, error)
+
+
+def _unreadable(data: bytes, error: Exception) -> Unreadable:
+    """For whom it was: the encoder does not check the types of fields, so a message may be of the right kind and wrong."""
+    try:
+        parts: object = msgspec.msgpack.decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        parts = None
+    found = Unreadable(f"{type(error).__name__}: {error}", [], None)
+    if not isinstance(parts, dict):
+        return found
+    fields = cast("dict[object, object]", parts)
+    number = fields.get("id")
+    found.command = number if isinstance(number, int) else None
+    entries: list[object] = [fields]
+    for name in ("requests", "outputs"):
+        items = fields.get(name)
+        entries += cast("list[object]", items) if isinstance(items, list) else []
+    for entry in entries:
+        rid = cast("dict[object, object]", entry).get("rid") if isinstance(entry, dict) else None
+        if isinstance(rid, str):
+            found.rids.append(rid)
+    return found

@@ -16,6 +16,8 @@ from lorikeet.errors import RequestError
 # A seed is a 63-bit integer so that it fits a signed 64-bit tensor element.
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 1024
+# Characters of a grammar's text. Compiling takes more than in proportion; OpenAI's limit for schemas is 120,000.
+MAX_GRAMMAR = 2**17
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,6 +106,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise RequestError(
                 f"sampling_params: {' and '.join(given)} exclude each other; give one", given[1]
             )
+        for kind in given:
+            check_grammar_length(kind, getattr(self, kind))
 
     def _validate_tokens(self, vocab_size: int) -> None:
         allowed = f"token ids in [0, {vocab_size - 1}]"
@@ -120,6 +124,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
+
+
+def check_grammar_length(kind: str, source: str) -> None:
+    """Raises:
+    RequestError: the text of a grammar is too long.
+    """
+    if len(source) > MAX_GRAMMAR:
+        raise RequestError(
+            f"sampling_params.{kind} has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}",
+            kind,
+        )
+
 
 RANGES: dict[str, tuple[float, float, str]] = {
     "min_new_tokens": (0, math.inf, "an integer >= 0"),

@@ -1,34 +1,47 @@
 """Reading adapters away from the loop: from wherever they come to packed weights, on a few threads.
 
-Loads and reloads have threads of their own. A load may be a download of minutes; a reload, and what the resolver
-finds, is what requests wait for, and its files are local.
+Loads, reloads and downloads have threads of their own. Reloads, and what the resolver finds, are what requests wait for.
+Everything begins with what the disk has; what turns out to need the network goes on among the downloads, where a host
+that is silent holds up its own only.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
+from lorikeet.engine.adapter_threads import ReaderThreads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.source import pin_source, public_path
 from lorikeet.lora.tensors import tensors_to_dir
+from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
+from lorikeet.masking import shortened
+from lorikeet.scratch import ScratchDir
 
 logger = logging.getLogger(__name__)
 
 # What is shown as the path of an adapter that was sent as tensors.
 TENSORS_PATH = "__tensor__"
-# Several, since one may wait for a slow network all the time.
+# Several, since a disk may be slow, too.
 NUM_LOADS = 4
 NUM_RELOADS = 2
+NUM_DOWNLOADS = 16
+# From one host, so that one that is silent leaves places for the others.
+NUM_DOWNLOADS_PER_HOST = 4
+
+T = TypeVar("T")
+
+Trust = Literal["operator", "resolver", "request"]
+"""Who has named a path: the operator (``--lora-paths``, or this process itself), who may name any; a request through the
+resolver's directory; or a request by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +50,13 @@ class Origin:
 
     Attributes:
         path: as the user named it; what replies and lists show.
-        trusted: named by the operator (``--lora-paths``, the resolver's directory) or written by this process, so
-            that ``--lora-root`` does not apply.
+        trust: who has named it, which decides where it may lead.
         spool: directory that this process has written for it, and removes.
         pinned: ``path`` with the commit of a hub id, so that a branch that moves on changes nothing; None if the same.
     """
 
     path: str
-    trusted: bool = False
+    trust: Trust = "request"
     spool: Path | None = None
     pinned: str | None = None
 
@@ -69,10 +81,13 @@ class Finder(Protocol):
 class LoadFiles(Protocol):
     """Resolve a path, read, check and pack. Raises AdapterError. Called on a reader's thread.
 
-    ``is_first``: a name comes to mean the adapter, so that its chat templates are read, too.
+    ``trust``: who has named the path. ``is_first``: a name comes to mean the adapter, so that its chat templates are
+    read, too. ``transfer``: how far and how long; beyond it NeedsNetworkError is raised.
     """
 
-    def __call__(self, name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter: ...
+    def __call__(
+        self, name: str, path: str, *, trust: Trust, is_first: bool, transfer: Transfer
+    ) -> HostAdapter: ...
 
 
 class AdapterReader:
@@ -82,6 +97,7 @@ class AdapterReader:
         load: from a path to packed weights.
         report: what is told of an adapter when it is loaded.
         resolver: finds names that are not loaded; None: they stay unknown.
+        download_seconds: that one download may take; None: any time.
     """
 
     def __init__(
@@ -90,12 +106,17 @@ class AdapterReader:
         *,
         report: Callable[[HostAdapter], dict[str, object]] = lambda adapter: {},
         resolver: Finder | None = None,
+        download_seconds: float | None = None,
     ) -> None:
         self._load_files = load
         self._report = report
         self._resolver = resolver
-        self._loads = ThreadPoolExecutor(NUM_LOADS, thread_name_prefix="adapter-load")
-        self._reloads = ThreadPoolExecutor(NUM_RELOADS, thread_name_prefix="adapter-reload")
+        self._download_seconds = download_seconds
+        self._loads = ReaderThreads("adapter-load", NUM_LOADS)
+        self._reloads = ReaderThreads("adapter-reload", NUM_RELOADS)
+        self._downloads = ReaderThreads("adapter-download", NUM_DOWNLOADS, NUM_DOWNLOADS_PER_HOST)
+        # Downloads that may have to be ended, by the future of what they are for.
+        self._transfers: dict[Future[Any], Transfer] = {}
         self._spool_root: Path | None = None
         self._num_spools = 0
 
@@ -104,7 +125,9 @@ class AdapterReader:
         return self._resolver is not None
 
     def load(self, name: str, origin: Origin) -> Future[ReadAdapter]:
-        return self._loads.submit(self._read, name, origin)
+        return self._submit(
+            self._loads, Reach.LOCAL, lambda transfer: self._read(name, origin, transfer)
+        )
 
     def load_tensors(
         self, name: str, config: Mapping[str, object], tensors: bytes
@@ -116,79 +139,148 @@ class AdapterReader:
         """
         self._num_spools += 1
         spool = self._spool_dir() / str(self._num_spools)
-        return self._loads.submit(self._read_tensors, name, config, tensors, spool)
+        return self._submit(
+            self._loads,
+            Reach.LOCAL,
+            lambda transfer: self._read_tensors(name, config, tensors, spool, transfer),
+        )
 
     def find(self, name: str) -> Future[ReadAdapter]:
         """Ask the resolver for a name and read what it finds; AdapterNotFoundError if it finds nothing."""
-        return self._reloads.submit(self._find_and_read, name)
+        return self._submit(
+            self._reloads, Reach.LOCAL, lambda transfer: self._find_and_read(name, transfer)
+        )
 
     def reload(self, name: str, origins: Iterable[Origin], digest: str) -> Future[HostAdapter]:
-        """Read a version again; AdapterError if none of its origins has its bytes any more."""
-        return self._reloads.submit(self._read_again, name, tuple(origins), digest)
+        """Read a version again; AdapterError if none of its origins has its bytes any more.
+
+        What was downloaded is read from the cache, and its source is asked only if it has left that.
+        """
+        known = tuple(origins)
+        return self._submit(
+            self._reloads,
+            Reach.CACHE,
+            lambda transfer: self._read_again(name, known, digest, transfer),
+        )
 
     def discard(self, read: Future[ReadAdapter]) -> None:
-        """Nobody wants what this load brings: remove what it has written, as soon as it is at an end."""
-        if not read.cancel():
-            read.add_done_callback(_remove_spool_of)
+        """Nobody wants what this load brings: end it, and remove what it has written as soon as it is at an end."""
+        self.cancel(read)
+        read.add_done_callback(_remove_spool_of)
+
+    def cancel(self, read: Future[Any]) -> None:
+        """Nobody waits for this any more: take it back, or end its download."""
+        read.cancel()
+        if transfer := self._transfers.get(read):
+            transfer.cancel()
 
     def forget(self, origin: Origin) -> None:
         """An origin is not read again: what was written for it goes."""
         if origin.spool is not None:
-            self._reloads.submit(shutil.rmtree, origin.spool, ignore_errors=True)
+            spool = origin.spool
+            self._reloads.submit(lambda: shutil.rmtree(spool, ignore_errors=True))
 
     def close(self) -> None:
-        """Stop after what is being read; remove everything that was written."""
-        for threads in (self._loads, self._reloads):
-            threads.shutdown(wait=False, cancel_futures=True)
+        """End what is being downloaded, stop after what is being read; remove everything that was written."""
+        for threads in (self._loads, self._reloads, self._downloads):
+            threads.close()
+        for transfer in list(self._transfers.values()):
+            transfer.cancel()
         if self._spool_root is not None:
             shutil.rmtree(self._spool_root, ignore_errors=True)
+
+    def _submit(
+        self, threads: ReaderThreads, reach: Reach, job: Callable[[Transfer], T]
+    ) -> Future[T]:
+        """Run ``job`` within ``reach``, and once more among the downloads if that is not far enough.
+
+        The future is never "running": it can be cancelled until it has its answer.
+        """
+        reply: Future[T] = Future()
+
+        def run(transfer: Transfer) -> None:
+            host = None
+            self._transfers[reply] = transfer
+            try:
+                # After the line above: whoever cancels it from now on finds the transfer.
+                if not reply.cancelled():
+                    _answer(reply, transfer, job)
+            except NeedsNetworkError as error:
+                host = error.host
+            finally:
+                del self._transfers[reply]
+            if host is not None:
+                self._downloads.submit(run_far, host)
+
+        def run_far() -> None:
+            run(Transfer(Reach.NETWORK, self._download_seconds))
+
+        threads.submit(lambda: run(Transfer(reach)))
+        return reply
 
     def _spool_dir(self) -> Path:
         if self._spool_root is None:
             try:
-                self._spool_root = Path(tempfile.mkdtemp(prefix="lorikeet-adapters-"))
+                scratch = ScratchDir()
             except OSError as error:
                 raise AdapterError(f"cannot make a directory for tensors: {error}") from error
-            weakref.finalize(self, shutil.rmtree, self._spool_root, ignore_errors=True)
+            self._spool_root = Path(scratch.path)
+            weakref.finalize(self, scratch.remove)
         return self._spool_root
 
-    def _read(self, name: str, origin: Origin) -> ReadAdapter:
-        adapter = self._read_files(name, origin, is_first=True)
+    def _read(self, name: str, origin: Origin, transfer: Transfer) -> ReadAdapter:
+        adapter = self._read_files(name, origin, transfer, is_first=True)
         if origin.spool is None:
             origin = replace(origin, pinned=pin_source(origin.path, Path(adapter.path)))
         return ReadAdapter(adapter, origin, self._report(adapter))
 
-    def _read_files(self, name: str, origin: Origin, *, is_first: bool) -> HostAdapter:
+    def _read_files(
+        self, name: str, origin: Origin, transfer: Transfer, *, is_first: bool
+    ) -> HostAdapter:
         path = origin.pinned or origin.path if origin.spool is None else str(origin.spool)
-        return self._load_files(name, path, trusted=origin.trusted, is_first=is_first)
+        return self._load_files(
+            name, path, trust=origin.trust, is_first=is_first, transfer=transfer
+        )
 
     def _read_tensors(
-        self, name: str, config: Mapping[str, object], tensors: bytes, spool: Path
+        self,
+        name: str,
+        config: Mapping[str, object],
+        tensors: bytes,
+        spool: Path,
+        transfer: Transfer,
     ) -> ReadAdapter:
         try:
             tensors_to_dir(config, tensors, spool)
-            return self._read(name, Origin(TENSORS_PATH, trusted=True, spool=spool))
+            origin = Origin(TENSORS_PATH, trust="operator", spool=spool)
+            return self._read(name, origin, transfer)
         except BaseException:
             shutil.rmtree(spool, ignore_errors=True)
             raise
 
-    def _find_and_read(self, name: str) -> ReadAdapter:
+    def _find_and_read(self, name: str, transfer: Transfer) -> ReadAdapter:
         assert self._resolver is not None
         path = self._resolver.find(name)
         if path is None:
-            raise AdapterNotFoundError(f"adapter {name!r} was not found", "lora_path")
+            raise AdapterNotFoundError(f"adapter '{shortened(name)}' was not found", "lora_path")
         try:
-            return self._read(name, Origin(str(path), trusted=True))
+            return self._read(name, Origin(str(path), trust="resolver"), transfer)
         except AdapterError as error:
             self._resolver.reject(name, str(error))
             raise
 
-    def _read_again(self, name: str, origins: tuple[Origin, ...], digest: str) -> HostAdapter:
+    def _read_again(
+        self, name: str, origins: tuple[Origin, ...], digest: str, transfer: Transfer
+    ) -> HostAdapter:
         began = time.monotonic()
-        reason = f"adapter {name!r} has no files to be read from"
+        reason = f"adapter '{shortened(name)}' has no files to be read from"
+        farther: NeedsNetworkError | None = None
         for origin in origins:
             try:
-                adapter = self._read_files(name, origin, is_first=False)
+                adapter = self._read_files(name, origin, transfer, is_first=False)
+            except NeedsNetworkError as error:
+                farther = farther or error
+                continue
             except AdapterError as error:
                 reason = f"its files could not be read again: {error}"
                 continue
@@ -201,12 +293,38 @@ class AdapterReader:
                 )
                 return adapter
             reason = f"its files at {public_path(origin.path)} have changed since it was loaded; load it again"
+        if farther is not None:
+            raise farther
         raise AdapterError(reason)
 
 
+def _answer(reply: Future[T], transfer: Transfer, job: Callable[[Transfer], T]) -> None:
+    """Give ``reply`` what ``job`` returns or raises. What nobody waits for any more goes.
+
+    Raises:
+        NeedsNetworkError: it needs more than ``transfer`` reaches; there is no answer yet.
+    """
+    try:
+        result = job(transfer)
+    except NeedsNetworkError:
+        if transfer.reach < Reach.NETWORK:
+            raise
+        raise AssertionError("there is nothing beyond the network") from None
+    except BaseException as error:  # noqa: BLE001 - whoever looks at the future raises it
+        if reply.set_running_or_notify_cancel():
+            reply.set_exception(error)
+    else:
+        if reply.set_running_or_notify_cancel():
+            reply.set_result(result)
+        else:
+            _remove_spool(result)
+
+
 def _remove_spool_of(read: Future[ReadAdapter]) -> None:
-    if read.cancelled() or read.exception() is not None:
-        return
-    spool = read.result().origin.spool
-    if spool is not None:
-        shutil.rmtree(spool, ignore_errors=True)
+    if not read.cancelled() and read.exception() is None:
+        _remove_spool(read.result())
+
+
+def _remove_spool(result: object) -> None:
+    if isinstance(result, ReadAdapter) and result.origin.spool is not None:
+        shutil.rmtree(result.origin.spool, ignore_errors=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lorikeet.engine.adapter_reader import Origin, ReadAdapter
-from lorikeet.errors import EngineFault, LorikeetError
+from lorikeet.errors import AdapterError, EngineFault, LorikeetError
 from lorikeet.lora.report import format_report
+from lorikeet.masking import printable, shortened, without_paths
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +24,12 @@ class LoadOutcome:
     Attributes:
         version: that the name means from now on; of an unload, that it meant.
         seconds: from the command to this answer.
-        loaded_adapters: name -> path, after it.
     """
 
     name: str
     path: str
     version: int
     seconds: float
-    loaded_adapters: dict[str, str]
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +38,7 @@ class Load:
 
     Attributes:
         found: it is not a command's, but a request's for a name that the resolver may know.
+        waiting: one future for each request that waits for the name; each is told the end, or cancelled by itself.
     """
 
     name: str
@@ -50,10 +49,32 @@ class Load:
     read: Future[ReadAdapter]
     reply: Future[LoadOutcome] = field(default_factory=Future[LoadOutcome])
     found: bool = False
+    waiting: list[Future[None]] = field(default_factory=list[Future[None]])
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whoever asked for it has gone, and nobody else waits for it."""
+        return self.reply.cancelled() and all(waiter.cancelled() for waiter in self.waiting)
 
     @property
     def is_over(self) -> bool:
-        return self.read.done() or self.reply.cancelled()
+        return self.read.done() or self.is_abandoned
+
+    def succeed(self, outcome: LoadOutcome) -> None:
+        if self.reply.set_running_or_notify_cancel():
+            self.reply.set_result(outcome)
+        for waiter in self.waiting:
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell everybody why; requests without the places of files, which are the operator's matter."""
+        if self.reply.set_running_or_notify_cancel():
+            self.reply.set_exception(error)
+        told = AdapterError(without_paths(str(error))) if type(error) is AdapterError else error
+        for waiter in self.waiting:
+            if waiter.set_running_or_notify_cancel():
+                waiter.set_exception(told)
 
 
 @dataclass(slots=True, eq=False)
@@ -94,10 +115,13 @@ class Known:
     holders: dict[str, None] = field(default_factory=dict[str, None])
     last_use: float | None = None
 
-    def add_origin(self, name: str, origin: Origin, names: Collection[str]) -> list[Origin]:
-        """``name`` means this version from now on; so do ``names`` and no others. Returns origins to forget."""
+    def add_origin(self, name: str, origin: Origin, *, is_alone: bool) -> list[Origin]:
+        """``name`` means this version from now on, and no other does if it ``is_alone``. Returns origins to forget."""
         gone = [self.origins.pop(name)] if name in self.origins else []
-        gone += [self.origins.pop(other) for other in self.origins.keys() - set(names)]
+        if is_alone:
+            # The last name that was unloaded has left its origin, for requests that still run.
+            gone += self.origins.values()
+            self.origins.clear()
         self.origins[name] = origin
         return gone
 
@@ -133,11 +157,15 @@ class AdapterCounters:
 
 
 def as_fault(error: BaseException, name: str) -> BaseException:
-    """What the caller is told: what was raised on purpose as it is, anything else as a fault of ours."""
+    """What the caller is told: what was raised on purpose as it is, anything else as a fault of ours. An adapter's files
+    may put anything into a message: it leaves here as text that can be shown and sent."""
+    if isinstance(error, AdapterError):
+        return error if str(error).isprintable() else AdapterError(printable(str(error)))
     if isinstance(error, LorikeetError):
         return error
     logger.error("loading adapter %s failed", name, exc_info=error)
-    return EngineFault(f"loading adapter {name!r} failed: {type(error).__name__}: {error}")
+    reason = printable(f"{type(error).__name__}: {error}")
+    return EngineFault(f"loading adapter '{shortened(name)}' failed: {reason}")
 
 
 def log_load(name: str, version: int, read: ReadAdapter, seconds: float) -> None:

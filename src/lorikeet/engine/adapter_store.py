@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.adapter_templates import Templates
 from lorikeet.errors import LoRADisabledError
@@ -23,8 +24,9 @@ class AdapterStore(Protocol):
 
     def release(self, version: int, rid: str) -> None: ...
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
-        """Look for a name that is not loaded; None if there is nowhere to look."""
+    def find(self, name: str | None) -> Future[None] | None:
+        """Look for a name that is not loaded; None if there is nowhere to look. The future is the caller's own: it ends
+        when the search does, with its error, and may be cancelled at any time."""
         ...
 
     def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]: ...
@@ -64,6 +66,10 @@ class AdapterStore(Protocol):
 
     def take_samples(self) -> dict[str, list[float]]: ...
 
+    def take_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
+        ...
+
     def take_templates(self) -> dict[str, Templates | None]:
         """Names that came since the last call, with their chat templates, and those that went, with None."""
         ...
@@ -87,7 +93,7 @@ class NoAdapters:
     def release(self, version: int, rid: str) -> None:
         assert version == BASE_VERSION
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
+    def find(self, name: str | None) -> Future[None] | None:
         return None
 
     def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]:
@@ -128,6 +134,9 @@ class NoAdapters:
 
     def take_samples(self) -> dict[str, list[float]]:
         return {}
+
+    def take_changes(self) -> AdaptersChanged | None:
+        return None
 
     def take_templates(self) -> dict[str, Templates | None]:
         return {}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import atexit
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
 
-from lorikeet.engine.chat import check_template
-from lorikeet.engine.tokenizer_files import named_templates
-from lorikeet.errors import AdapterError, ModelError
+from lorikeet.engine.template_sandbox import Templates, TemplateSandbox
 from lorikeet.lora.files import read_small
 from lorikeet.lora.source import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 
-Templates = dict[str, str]
-"""Name -> Jinja source; the usual one is ``default``."""
+__all__ = ["TemplateNews", "Templates", "read_templates"]
 
 _MAX_BYTES = 4 * 2**20
 
@@ -23,44 +20,23 @@ def read_templates(directory: Path) -> Templates:
     """The templates of an adapter's directory: ``chat_template.jinja``, or ``chat_template`` of ``tokenizer_config.json``.
 
     Raises:
-        AdapterError: names the file that cannot be read, or whose template does not compile.
+        AdapterError: names the file that cannot be read, or whose template does not compile within its limits.
     """
     path = directory / TEMPLATE_FILE
-    if path.exists():
-        templates = {"default": _read_text(path)}
-    elif (path := directory / TOKENIZER_CONFIG_FILE).exists():
-        templates = _read_config(path)
-    else:
-        return {}
-    for name, source in templates.items():
-        try:
-            check_template(source)
-        except ValueError as error:
-            named = "" if name == "default" else f" {name!r}"
-            raise AdapterError(
-                f"{path}: the chat template{named} cannot be used: {error}"
-            ) from error
-    return templates
+    is_config = not path.exists()
+    if is_config:
+        path = directory / TOKENIZER_CONFIG_FILE
+        if not path.exists():
+            return {}
+    return _sandbox().read(path, read_small(path, _MAX_BYTES), is_config=is_config)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return read_small(path, _MAX_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{path} is not UTF-8: {error}") from error
-
-
-def _read_config(path: Path) -> Templates:
-    try:
-        config: object = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} should hold a JSON object")
-    try:
-        return named_templates(cast(dict[str, Any], config).get("chat_template"), path)
-    except ModelError as error:
-        raise AdapterError(str(error)) from error
+@lru_cache(maxsize=1)
+def _sandbox() -> TemplateSandbox:
+    """One for this process: adapters are loaded in several threads, and the next load needs it again."""
+    made = TemplateSandbox()
+    atexit.register(made.close)
+    return made
 
 
 class TemplateNews:

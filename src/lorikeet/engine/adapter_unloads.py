@@ -42,7 +42,7 @@ class Unloads:
 
     Args:
         known: versions and the requests that hold them; shared with the store.
-        paths: name -> path of what is loaded.
+        ended: told the name of each that is over.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Unloads:
         registry: AdapterRegistry,
         known: Mapping[int, Known],
         counters: AdapterCounters,
-        paths: Callable[[], dict[str, str]],
+        ended: Callable[[str], None],
     ) -> None:
         self._registry = registry
         self._known = known
         self._counters = counters
-        self._paths = paths
+        self._ended = ended
         self._waiting: list[Unload] = []
 
     def __len__(self) -> int:
@@ -73,10 +73,11 @@ class Unloads:
             return
         now = time.monotonic()
         ended = [u for u in self._waiting if not self._registry.is_hidden(u.version)]
-        for unload in ended:
-            self._end(unload, now - unload.began)
         if ended:
             self._waiting = [u for u in self._waiting if self._registry.is_hidden(u.version)]
+        for unload in ended:
+            self._ended(unload.name)
+            self._end(unload, now - unload.began)
         for unload in self._waiting:
             if unload.deadline is not None and now >= unload.deadline:
                 unload.deadline = None
@@ -94,9 +95,7 @@ class Unloads:
             seconds * 1e3,
         )
         if not unload.reply.done():
-            unload.reply.set_result(
-                LoadOutcome(unload.name, unload.path, unload.version, seconds, self._paths())
-            )
+            unload.reply.set_result(LoadOutcome(unload.name, unload.path, unload.version, seconds))
 
     def _too_slow(self, unload: Unload, seconds: float) -> AdapterError:
         rids = list(self._known[unload.version].holders)

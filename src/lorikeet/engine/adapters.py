@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
+from lorikeet.engine.adapter_news import AdapterNews
 from lorikeet.engine.adapter_reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
 from lorikeet.engine.adapter_records import (
     AdapterCounters,
@@ -29,16 +30,20 @@ from lorikeet.engine.adapter_records import (
 from lorikeet.engine.adapter_store import BASE_VERSION
 from lorikeet.engine.adapter_templates import TemplateNews, Templates
 from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
-from lorikeet.engine.adapter_views import loaded_view, loading_view, unloading_view
-from lorikeet.errors import AdapterError, RequestError
+from lorikeet.engine.adapter_views import make_entry, make_report
+from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
 from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
 from lorikeet.lora.residency import Residency
+from lorikeet.lora.resolver import is_name
 from lorikeet.lora.source import public_path
 from lorikeet.lora.tiers import Tier
 
 logger = logging.getLogger(__name__)
+
+# Names of adapters that a report lists at most; ``metrics.py`` shows so many.
+MAX_NAMES = 100
 
 
 class LoadedAdapters:
@@ -66,7 +71,7 @@ class LoadedAdapters:
         self._unloaded = UnloadedNames()
         self._cold: dict[int, float] = {}
         self._counters = AdapterCounters()
-        self._news = TemplateNews()
+        self._templates = TemplateNews()
         self._moves = HostMoves(
             residency=residency,
             registry=registry,
@@ -75,7 +80,14 @@ class LoadedAdapters:
             known=self._known,
             counters=self._counters,
         )
-        self._unloads = Unloads(registry, self._known, self._counters, self.paths)
+        self._unloads = Unloads(registry, self._known, self._counters, self._unload_ended)
+        self._news = AdapterNews(
+            registry=registry,
+            residency=residency,
+            known=self._known,
+            loads=self._loads,
+            unloads=self._unloads,
+        )
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -86,7 +98,7 @@ class LoadedAdapters:
             AdapterError: it cannot be served exactly, or the name is taken.
         """
         self._check_name(source.name, replace=False)
-        origin = Origin(source.path, trusted=True)
+        origin = Origin(source.path, trust="operator")
         load = self._begin(source, self._reader.load(source.name, origin), replace=False)
         load.read.exception()  # waits
         self._finish_load(load)
@@ -119,16 +131,19 @@ class LoadedAdapters:
         source = LoRAPath(name, TENSORS_PATH, pinned=pinned)
         return self._begin(source, read, replace=False).reply
 
-    def find(self, name: str | None) -> Future[LoadOutcome] | None:
+    def find(self, name: str | None) -> Future[None] | None:
         if name is None or not self._reader.can_find or name in self._unloaded:
             return None
-        if self._registry.get(name) is not None:
+        if not is_name(name) or self._registry.get(name) is not None:
             return None
         load = self._loads.get(name)
         if load is None:
             load = self._begin(LoRAPath(name, name), self._reader.find(name), replace=False)
             load.found = True
-        return load.reply
+        # One of its own: others wait for the same, and whoever leaves must not take them along.
+        waiter: Future[None] = Future()
+        load.waiting.append(waiter)
+        return waiter
 
     def start_unload(self, name: str, *, timeout: float | None = None) -> Future[LoadOutcome]:
         """Hide a name at once. The future is resolved when its last request has ended and its memory is free.
@@ -144,7 +159,8 @@ class LoadedAdapters:
         if info.pinned:
             self._unpin_for(name, info.version)
         self._registry.unload(name)
-        self._news.unload(name)
+        self._templates.unload(name)
+        self._news.name(name)
         self._forget_origin(name, info.version)
         self._unloaded.add(name)
         now = time.monotonic()
@@ -162,12 +178,13 @@ class LoadedAdapters:
             return BASE_VERSION
         version = self._registry.lease(name)
         reason = self._residency.failure(version)
-        if reason is not None:
+        if reason is not None and not self._moves.retry(version):
             self._registry.release(version)
             raise RequestError(f"adapter {name!r} cannot be served: {reason}", "lora_path")
         known = self._known[version]
         known.holders[rid] = None
         known.last_use = time.time()
+        self._news.version(version)
         if self._residency.tier(version) is not Tier.DEVICE:
             self._cold.setdefault(version, time.monotonic())
         return version
@@ -178,6 +195,7 @@ class LoadedAdapters:
         known = self._known[version]
         del known.holders[rid]
         known.last_use = time.time()
+        self._news.version(version)
         self._registry.release(version)
         if not known.holders:
             self._cold.pop(version, None)
@@ -210,31 +228,26 @@ class LoadedAdapters:
         Raises:
             AdapterNotFoundError: nothing is called ``name``.
         """
-        # Looked up by name where one is given: a list of thousands takes longer to make than a step.
-        loaded = self._registry.loaded().values() if name is None else [self._registry.get(name)]
-        views = [
-            loaded_view(info, self._known[info.version], self._residency)
-            for info in loaded
-            if info is not None
-        ]
-        for unload in self._unloads:
-            if name in (None, unload.name):
-                info, known = self._registry.info(unload.version), self._known[unload.version]
-                views.append(unloading_view(unload, info, known, self._residency))
-        views.extend(
-            loading_view(load) for load in self._loads.values() if name in (None, load.name)
-        )
+        views = self._news.views(name)
         if name is not None and not views:
             self._registry.find(name)  # raises
-        return views
+        return [
+            make_entry(view, self._news.use(view.version or BASE_VERSION))
+            | {"report": make_report(view)}
+            for view in views
+        ]
 
     def names(self, versions: Iterable[int]) -> list[str]:
-        return sorted({name for version in versions for name in self._registry.names_of(version)})
+        found: set[str] = set()
+        for version in versions:
+            found.update(self._registry.names_of(version)[:MAX_NAMES])
+            if len(found) >= MAX_NAMES:
+                break
+        return sorted(found)[:MAX_NAMES]
 
     def stats(self) -> dict[str, float]:
-        tiers = Counter(self._residency.tier(version) for version in self._known)
-        values = {f"num_adapters_{tier.value}": float(tiers[tier]) for tier in Tier}
-        names = float(len(self._registry.loaded()))
+        values = {f"num_adapters_{tier.value}": float(self._residency.count(tier)) for tier in Tier}
+        names = float(len(self._registry))
         return (
             values
             | self._counters.values()
@@ -244,8 +257,11 @@ class LoadedAdapters:
     def take_samples(self) -> dict[str, list[float]]:
         return self._counters.take_samples()
 
-    def take_templates(self) -> dict[str, Templates | None]:
+    def take_changes(self) -> AdaptersChanged | None:
         return self._news.take()
+
+    def take_templates(self) -> dict[str, Templates | None]:
+        return self._templates.take()
 
     def close(self) -> None:
         self._reader.close()
@@ -294,26 +310,29 @@ class LoadedAdapters:
             read=read,
         )
         self._loads[source.name] = load
+        self._news.name(source.name)
         return load
 
     def _finish_load(self, load: Load) -> None:
         del self._loads[load.name]
-        if load.reply.cancelled():
+        self._news.name(load.name)
+        if load.is_abandoned:
             self._reader.discard(load.read)
             logger.info("Adapter %s: loading was cancelled", load.name)
             return
         error = load.read.exception()
         if error is None:
             try:
-                load.reply.set_result(self._register(load, load.read.result()))
+                load.succeed(self._register(load, load.read.result()))
             except AdapterError as refusal:
                 self._reader.discard(load.read)
                 error = refusal
         if error is not None:
             if not load.found:
                 self._counters.load_failures += 1
+            if not isinstance(error, AdapterNotFoundError):
                 logger.warning("Adapter %s not loaded: %s", load.name, error)
-            load.reply.set_exception(as_fault(error, load.name))
+            load.fail(as_fault(error, load.name))
 
     def _register(self, load: Load, read: ReadAdapter) -> LoadOutcome:
         """Place what was read and let the name mean it; nothing has changed if that is refused."""
@@ -340,9 +359,9 @@ class LoadedAdapters:
             nbytes=adapter.nbytes,
             pinned=load.pinned,
         )
-        self._news.load(name, adapter.chat_templates)
-        names = self._registry.names_of(version)
-        for origin in self._known[version].add_origin(name, read.origin, names):
+        self._templates.load(name, adapter.chat_templates)
+        is_alone = self._registry.num_names(version) == 1
+        for origin in self._known[version].add_origin(name, read.origin, is_alone=is_alone):
             self._reader.forget(origin)
         if old is not None and old.version != version:
             self._note_replaced(old)
@@ -352,7 +371,7 @@ class LoadedAdapters:
         self._counters.loads += 1
         self._counters.sample("adapter_load_seconds", seconds)
         log_load(name, version, read, seconds)
-        return LoadOutcome(name, path, version, seconds, self.paths())
+        return LoadOutcome(name, path, version, seconds)
 
     def _place(self, version: int, adapter: HostAdapter, *, pinned: bool) -> None:
         """Hold a version in host memory and let it be admitted, unless another name has brought it already."""
@@ -378,9 +397,12 @@ class LoadedAdapters:
             Unload(old.name, old.path, old.version, old.nbytes, time.monotonic(), counts=False)
         )
 
+    def _unload_ended(self, name: str) -> None:
+        self._news.name(name)
+
     def _forget_origin(self, name: str, version: int) -> None:
         """A name does not mean a version any more. Without any name, its last origin is needed until it is free."""
-        if self._registry.names_of(version):
+        if self._registry.num_names(version):
             self._reader.forget(self._known[version].origins.pop(name))
 
     def paths(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import jinja2
@@ -18,7 +19,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from lorikeet.errors import RequestError
+from lorikeet.errors import ModelError, RequestError
 
 # What a template may raise besides its own errors when it meets messages it was not written for.
 _TEMPLATE_FAULTS = (
@@ -30,6 +31,12 @@ _TEMPLATE_FAULTS = (
     TypeError,
     ValueError,
 )
+
+# Levels of lists and objects in a message or a tool.
+MAX_DEPTH = 128
+
+# Characters, about, of the place of a value in a message.
+_MAX_PATH = 60
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
@@ -64,9 +71,30 @@ class ChatTemplates:
         Raises:
             RequestError: no messages, a message that is no object, no template, or a template that refuses.
         """
+        source = self.pick(chat_template, has_tools=tools is not None)
+        context = self.context(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            variables=variables,
+        )
+        return render_template(source, context)
+
+    def context(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What a template sees, of JSON types alone; arguments as :meth:`render`.
+
+        Raises:
+            RequestError: no messages, a message that is no object, something that is no JSON, or is nested too deeply.
+        """
         if not messages:
             raise RequestError("messages is empty; give at least one message", "messages")
-        source = self.pick(chat_template, has_tools=tools is not None)
         context = {
             **self._named_tokens,
             **cast(dict[str, Any], _plain(dict(variables or {}), "chat_template_kwargs")),
@@ -75,12 +103,7 @@ class ChatTemplates:
             "add_generation_prompt": add_generation_prompt,
         }
         context.setdefault("documents", None)
-        try:
-            return _compile(source).render(context)
-        except _TEMPLATE_FAULTS as error:
-            raise RequestError(
-                f"the chat template cannot render these messages: {error}", "messages"
-            ) from error
+        return context
 
     def pick(self, chat_template: str | None = None, *, has_tools: bool = False) -> str:
         """The Jinja source that :meth:`render` uses.
@@ -119,24 +142,50 @@ def _plain_message(message: object, index: int) -> dict[str, Any]:
     return plain
 
 
-def _plain(value: object, where: str) -> object:
+def _plain(value: object, where: str, depth: int = 0) -> object:
     """Rebuild a value out of JSON types.
 
     Raises:
-        RequestError: there is something else inside.
+        RequestError: there is something else inside, or it is nested too deeply.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
+    if depth > MAX_DEPTH:
+        raise RequestError(
+            f"{where}: is nested too deeply; allowed: {MAX_DEPTH} levels", _field(where)
+        )
     if isinstance(value, Mapping):
         items = cast(Mapping[object, object], value).items()
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in items}
+        return {
+            str(key): _plain(item, _at(where, f".{key!s:.60}"), depth + 1) for key, item in items
+        }
     if isinstance(value, list | tuple):
         entries = cast(Sequence[object], value)
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(entries)]
-    raise RequestError(
-        f"{where} is {type(value).__name__}; allowed: JSON values",
-        where.split(".")[0].split("[")[0],
-    )
+        return [_plain(item, _at(where, f"[{i}]"), depth + 1) for i, item in enumerate(entries)]
+    raise RequestError(f"{where} is {type(value).__name__}; allowed: JSON values", _field(where))
+
+
+def _at(where: str, part: str) -> str:
+    """A path for messages; its end is left out where it is long."""
+    return where if len(where) > _MAX_PATH else where + part[:_MAX_PATH]
+
+
+def _field(where: str) -> str:
+    return where.split(".")[0].split("[")[0]
+
+
+def render_template(source: str, context: Mapping[str, Any]) -> str:
+    """Run a template. It may take any time and memory: one of a stranger runs in the sandbox alone.
+
+    Raises:
+        RequestError: it does not compile, or refuses.
+    """
+    try:
+        return _compile(source).render(context)
+    except _TEMPLATE_FAULTS as error:
+        raise RequestError(
+            f"the chat template cannot render these messages: {error}", "messages"
+        ) from error
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -206,8 +255,34 @@ def _to_json(
     )
 
 
+def named_templates(value: object, path: Path) -> dict[str, str]:
+    """``chat_template`` of a tokenizer's configuration as name -> Jinja source.
+
+    Args:
+        path: of the configuration, for messages.
+
+    Raises:
+        ModelError: it has another form.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    try:
+        if isinstance(value, dict):
+            return {
+                str(name): str(text) for name, text in cast(dict[object, object], value).items()
+            }
+        items = cast(list[dict[str, object]], value)
+        return {str(item["name"]): str(item["template"]) for item in items}
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f'{path}: chat_template should be a string or a list of {{"name", "template"}}'
+        ) from error
+
+
 def check_template(source: str) -> None:
-    """Refuse what is no template.
+    """Check that a template compiles.
 
     Raises:
         ValueError: where and why it does not compile.
@@ -220,8 +295,8 @@ def check_template(source: str) -> None:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-# Adapters may bring templates of their own.
-@lru_cache(maxsize=256)
+# Adapters may bring templates of their own; the memory of the workers that render them is limited.
+@lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     return make_environment().from_string(source)
 

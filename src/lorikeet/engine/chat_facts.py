@@ -30,12 +30,11 @@ class TemplateFacts:
         return word in self.words
 
 
-@lru_cache(maxsize=256)
-def read_facts(source: str) -> TemplateFacts:
+def find_facts(source: str) -> TemplateFacts:
     """About a template; one that cannot be parsed knows nothing, and says why when it is rendered."""
     try:
         tree = make_environment().parse(source)
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, RecursionError):
         return TemplateFacts(reads_tools=False, words=frozenset(), joins_arguments=False)
     names = tree.find_all(nodes.Name)
     words = {node.attr for node in tree.find_all(nodes.Getattr)}
@@ -58,3 +57,7 @@ def _is_arguments(node: nodes.Node) -> bool:
         case nodes.Getitem(arg=nodes.Const(value="arguments")):
             return True
     return False
+
+
+read_facts = lru_cache(maxsize=16)(find_facts)
+"""The same, remembered."""

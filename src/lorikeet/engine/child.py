@@ -1,19 +1,27 @@
 """The engine's own process: :class:`EngineCore` behind a socket.
 
 The loop never blocks on anything but the next message, and on that only while there is nothing to compute.
+
+What goes wrong, of whatever type, ends what it was done for and nothing else: a message (its requests get 500, its command
+an error), the result of a command, a reply that cannot be sent. The process ends only where its own state can no longer
+be trusted: where :meth:`EngineCore.step` raises :class:`EngineFault`, since pages, slots and what the device computes may then
+disagree.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
-import signal
-import sys
+import tempfile
+import threading
 import time
-import traceback
+from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import cast
+from typing import NoReturn, cast
+
+from tqdm import tqdm
 
 from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
@@ -30,6 +38,7 @@ from lorikeet.core.messages import (
     Stats,
     Submit,
     ToEngine,
+    Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput
 from lorikeet.engine.core import EngineCore
@@ -49,24 +58,36 @@ logger = logging.getLogger(__name__)
 
 # How long an idle engine waits for a message before it looks whether its parent still lives.
 IDLE_MS = 500
-# While a thread compiles a grammar or reads an adapter, its end is noticed after this long.
+# While a thread compiles a grammar or reads an adapter, its end is noticed after this long at first, and after a part of
+# the time that the loop has waited, up to the second value: an unload may wait for hours.
 THREADS_MS = 2
+MAX_THREADS_MS = 50
+PATIENCE = 0.1
 STATS_INTERVAL_S = 1.0
 
 
 def main(config: ServerConfig, address: EngineAddress, parent: int) -> None:
     """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
-    # A terminal and a supervisor may signal every process of a group; the parent decides when the engine ends, after the
-    # requests that it lets finish.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     setup_logging(config.log_level)
+    # Files for a while lie in the directory that the parent removes, also if this process is killed.
+    if tempfile.gettempdir() == os.path.dirname(address.directory):
+        tempfile.tempdir = address.directory
+    # A lock between processes, which the bars of this one do not need, would be reported as lost after a kill.
+    tqdm.set_lock(threading.RLock())
     endpoint = EngineEndpoint(address)
     try:
         code = _serve(config, endpoint, parent)
     finally:
         endpoint.close()
-    sys.exit(code)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End now: the interpreter would wait for threads, and one may be stuck in a download for ever."""
+    for helper in multiprocessing.active_children():
+        helper.kill()
+    logging.shutdown()
+    os._exit(code)
 
 
 def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
@@ -85,12 +106,15 @@ def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
     gc.freeze()
     loop = EngineLoop(core, endpoint, parent)
     loop.send_templates()
+    endpoint.start_pulse()
     endpoint.send(Ready(core.info))
     try:
         return loop.run()
     except Exception as error:
         logger.exception("the engine failed")
-        message = "".join(traceback.format_exception_only(error)).strip()
+        message = (
+            str(error) if isinstance(error, EngineFault) else f"{type(error).__name__}: {error}"
+        )
         endpoint.send(Outputs(core.fail_all(f"the engine failed: {message}")))
         endpoint.send(Failed(message))
         return 1
@@ -108,13 +132,17 @@ class EngineLoop:
         self._deadline: float | None = None  # set by Shutdown: when running requests are aborted
         self._stats_due = 0.0
         self._commands: dict[int, Future[object]] = {}
+        self._quiet_since = time.monotonic()
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         while not self._is_finished():
-            for message in self._endpoint.recv(self._patience_ms()):
+            messages = self._endpoint.recv(self._patience_ms())
+            for message in messages:
                 self._handle(message)
             outputs = self._core.step()
+            if messages or outputs:
+                self._quiet_since = time.monotonic()
             self.send_templates()
             for rid in self._core.take_accepted():
                 self._endpoint.send(Accepted(rid))
@@ -125,14 +153,19 @@ class EngineLoop:
         return 0
 
     def send_templates(self) -> None:
-        """Tell which adapters came or went."""
+        """Tell which adapters came or went, and what else has changed about them."""
+        if news := self._core.take_adapter_changes():
+            self._endpoint.send(news)
         if changed := self._core.take_templates():
             self._endpoint.send(AdapterTemplates(changed))
 
     def _patience_ms(self) -> int:
         if self._core.has_steps:
             return 0
-        return THREADS_MS if self._core.waits_for_threads else IDLE_MS
+        if not self._core.waits_for_threads:
+            return IDLE_MS
+        quiet_ms = (time.monotonic() - self._quiet_since) * 1000
+        return min(MAX_THREADS_MS, max(THREADS_MS, int(PATIENCE * quiet_ms)))
 
     def _is_finished(self) -> bool:
         if os.getppid() != self._parent:
@@ -145,7 +178,15 @@ class EngineLoop:
             self._endpoint.send(Outputs(self._core.step()))
         return not self._core.num_open
 
-    def _handle(self, message: ToEngine) -> None:
+    def _handle(self, message: ToEngine | Unreadable) -> None:
+        """Do what a message asks for; what goes wrong with it is told to those whom it is about."""
+        try:
+            self._do(message)
+        except Exception as error:
+            logger.exception("a message could not be handled")
+            self._give_up(message, f"an error inside the engine: {type(error).__name__}: {error}")
+
+    def _do(self, message: ToEngine | Unreadable) -> None:
         match message:
             case Submit(requests):
                 self._submit(requests)
@@ -155,6 +196,38 @@ class EngineLoop:
                 self._command(number, name, args)
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
+            case Unreadable(reason):
+                logger.error("a message of the client cannot be read: %s", reason)
+                self._give_up(message, f"a message to the engine cannot be read: {reason}")
+
+    def _give_up(self, message: ToEngine | Unreadable, reason: str) -> None:
+        """Answer, with a fault, everyone who waits for what this message asked for."""
+        match message:
+            case Submit(requests):
+                for request in requests:
+                    self._end(request.rid, reason)
+            case Unreadable(_, rids, number):
+                for rid in rids:
+                    self._end(rid, reason)
+                if number is not None:
+                    self._endpoint.send(Reply(number, error=reason, status_code=500))
+            case Command(number):
+                self._endpoint.send(Reply(number, error=reason, status_code=500))
+            case _:  # nobody waits for an answer
+                pass
+
+    def _end(self, rid: str, reason: str) -> None:
+        """End one request with a fault, however far it has come."""
+        if self._core.is_open(rid):
+            self._core.abort(rid, reason, EngineFault.status_code)
+        else:
+            self._refuse([rid], reason, EngineFault.status_code)
+
+    def _refuse(self, rids: Iterable[str], reason: str, status: int) -> None:
+        """A terminal output for requests that the core does not have."""
+        finish = FinishReason(kind="abort", message=reason, status_code=status)
+        outputs = [RequestOutput(rid=rid, token_ids=[], finish=finish) for rid in rids]
+        self._endpoint.send(Outputs(outputs))
 
     def _submit(self, requests: list[Request]) -> None:
         """Take the requests of one call, or none of them."""
@@ -163,17 +236,23 @@ class EngineLoop:
                 raise UnavailableError("the server is shutting down")
             self._core.check_queue(len(requests))
         except UnavailableError as error:
-            finish = FinishReason(kind="abort", message=str(error), status_code=error.status_code)
-            refusals = [RequestOutput(rid=r.rid, token_ids=[], finish=finish) for r in requests]
-            self._endpoint.send(Outputs(refusals))
+            self._refuse([r.rid for r in requests], str(error), error.status_code)
             return
         for request in requests:
-            try:
-                self._core.submit(request)
-            except RequestError:
-                # The id is in use. An answer under it would end somebody else's stream; the client never sends one
-                # twice.
-                logger.exception("request dropped")
+            self._submit_one(request)
+
+    def _submit_one(self, request: Request) -> None:
+        try:
+            self._core.submit(request)
+        except RequestError:
+            # The id is in use. An answer under it would end somebody else's stream; the client never sends one
+            # twice.
+            logger.exception("request dropped")
+        except Exception as error:
+            logger.exception("a request could not be taken")
+            self._end(
+                request.rid, f"the request could not be taken: {type(error).__name__}: {error}"
+            )
 
     def _command(self, number: int, name: str, args: dict[str, object]) -> None:
         if name == "cancel":
@@ -204,7 +283,9 @@ class EngineLoop:
             elif isinstance(error, LorikeetError):
                 self._endpoint.send(_refusal(number, error))
             else:
-                raise error
+                logger.error("a command failed", exc_info=error)
+                reason = f"an error inside the engine: {type(error).__name__}: {error}"
+                self._endpoint.send(Reply(number, error=reason, status_code=500))
 
     def _send_stats(self) -> None:
         now = time.monotonic()

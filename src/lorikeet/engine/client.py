@@ -8,40 +8,63 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import msgspec
 from prometheus_client import CollectorRegistry
 
 from lorikeet.core.messages import (
     Abort,
     Accepted,
+    AdaptersChanged,
     AdapterTemplates,
     Failed,
     Outputs,
     Progress,
+    Pulse,
     Ready,
     Reply,
     Shutdown,
     Stats,
     Submit,
     ToClient,
+    Unreadable,
 )
 from lorikeet.core.request import Request, RequestOutput
+from lorikeet.engine.adapter_views import AdapterViews
 from lorikeet.engine.commands import Commands
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake
 from lorikeet.engine.open_request import OpenRequest
+from lorikeet.engine.silence import Silence
 from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.engine.template_sandbox import TemplateSandbox
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, ProcessHandle
-from lorikeet.errors import EngineDeadError, EngineFault, LorikeetError, RequestError, UserError
+from lorikeet.errors import (
+    EngineDeadError,
+    EngineFault,
+    LorikeetError,
+    RequestError,
+    UnavailableError,
+    UserError,
+)
 from lorikeet.metrics import EngineMetrics, Outcome, RequestMetrics
 
 logger = logging.getLogger(__name__)
 
+# How often the silence of the engine is looked at.
+TICK_S = 0.5
+# An engine that gives no sign of life for so long, or half of the time of the watchdog, is not healthy. It may still
+# come back. A pulse may be late.
+SILENCE_S = 15.0
+LEAST_SILENCE_S = 3.0
+# Questions that the engine answers between two steps, and how long they wait.
+QUERIES = ("adapters", "info", "flush_cache")
+QUERY_TIMEOUT_S = 20.0
+# Outputs taken in before other coroutines of the HTTP process get their turn.
+MAX_OUTPUTS = 64
 # The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
 LAST_WORDS_S = 0.2
 
@@ -56,6 +79,7 @@ class EngineClient:
         registry: where the metrics of requests and engine are registered.
         model_name: label of those metrics.
         max_lora: adapters that fit into one batch; None if LoRA is off.
+        watchdog_timeout: seconds of silence after which an engine that somebody waits for is given up.
     """
 
     def __init__(
@@ -67,14 +91,19 @@ class EngineClient:
         registry: CollectorRegistry,
         model_name: str,
         max_lora: int | None = None,
+        watchdog_timeout: float = 300.0,
     ) -> None:
+        self._silence = Silence(TICK_S)
+        self._silence_limit = watchdog_timeout
         self._transport = transport
         self._process = process
         self.tokenizer = tokenizer
         self._metrics = RequestMetrics(registry, model_name=model_name)
         self._engine_metrics = EngineMetrics(registry, model_name=model_name, max_lora=max_lora)
+        self.adapters = AdapterViews()
         # Names that are loaded -> chat templates that they bring.
         self.adapter_templates: dict[str, dict[str, str]] = {}
+        self.templates = TemplateSandbox()
         self._open: dict[str, OpenRequest] = {}
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
@@ -100,7 +129,8 @@ class EngineClient:
             EngineDeadError: it failed or died.
         """
         self._on_progress = on_progress
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        work = (self._listen(), self._watch(), self._watch_silence())
+        self._tasks = [asyncio.create_task(self._supervise(item)) for item in work]
         await self._started.wait()
         if self._fault is not None:
             raise self._fault
@@ -127,6 +157,7 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._transport.close()
+        self.templates.close()
 
     @property
     def info(self) -> dict[str, Any]:
@@ -155,6 +186,13 @@ class EngineClient:
         """Raises EngineDeadError if the engine is dead."""
         if self._fault is not None:
             raise EngineDeadError(str(self._fault))
+
+    def check_awake(self) -> None:
+        """Raises EngineDeadError if the engine is dead, UnavailableError if its process gives no sign of life."""
+        self.check_alive()
+        limit = min(SILENCE_S, max(LEAST_SILENCE_S, self._silence_limit / 2))
+        if self._silence.pulse > limit or self._silence.exceeds(self._silence_limit):
+            raise UnavailableError(f"the engine has given no sign of life for {limit:g} s")
 
     async def submit(
         self,
@@ -202,6 +240,9 @@ class EngineClient:
             for key, entry in self._open.items()
             if entry.stream is not None and (rid is None or rid in (key, entry.group))
         ]
+        if rid is None:
+            self._send_abort(None)  # one message, however many there are
+            return len(found)
         for key in found:
             self._send_abort(key)
         return len(found)
@@ -227,9 +268,11 @@ class EngineClient:
         Raises:
             UserError, EngineFault: the engine's answer was an error, by its status.
             EngineDeadError: it is dead.
+            UnavailableError: it does not answer a question that costs it nothing.
         """
         self.check_alive()
-        return await self._commands.run(name, args)
+        timeout = QUERY_TIMEOUT_S if name in QUERIES else None
+        return await self._commands.run(name, args, timeout=timeout)
 
     async def _wait_for_ids(self, requests: Sequence[Request]) -> None:
         """Wait until ids that nobody follows any more are free; refuse those that are in use."""
@@ -270,16 +313,26 @@ class EngineClient:
                 entry.stream = None
                 self._send_abort(rid)
 
-    async def _listen(self) -> None:
+    async def _supervise(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what has to run as long as the engine is used: if it fails, nobody would be answered any more."""
         try:
-            while True:
-                for message in await self._transport.recv():
+            await work
+        except Exception as error:
+            logger.exception("the server's side of the engine failed")
+            self._die(
+                EngineDeadError(f"an error inside the server: {type(error).__name__}: {error}")
+            )
+
+    async def _listen(self) -> None:
+        while True:
+            for message in await self._transport.recv():
+                self._silence.heard(is_pulse=isinstance(message, Pulse))
+                if isinstance(message, Outputs):
+                    await self._outputs(message.outputs)
+                else:
                     self._handle(message)
-                # While messages wait, recv() returns without a pause, and nobody would write the streams.
-                await asyncio.sleep(0)
-        except msgspec.DecodeError as error:
-            logger.exception("a message of the engine cannot be read")
-            self._die(EngineDeadError(f"a message of the engine cannot be read: {error}"))
+            # While messages wait, recv() returns without a pause, and nobody would write the streams.
+            await asyncio.sleep(0)
 
     async def _watch(self) -> None:
         """Wait for the end of the process."""
@@ -295,25 +348,81 @@ class EngineClient:
             EngineDeadError(f"the engine process has ended (exit code {self._process.exitcode})")
         )
 
-    def _handle(self, message: ToClient) -> None:
+    async def _watch_silence(self) -> None:
+        """End everything when somebody waits for an engine that has said nothing for too long."""
+        await self._started.wait()
+        self._silence.heard()
+        limit = self._silence_limit
+        while not self._silence.exceeds(limit) or not (self._open or self._commands.num_waiting):
+            await asyncio.sleep(TICK_S)
+            self._silence.tick()
+        if self._fault is None:
+            logger.error("the engine has said nothing for %g s; it is killed", limit)
+            self._die(
+                EngineDeadError(f"the engine has said nothing for {limit:g} s (--watchdog-timeout)")
+            )
+            self._process.kill()
+
+    async def _outputs(self, outputs: Sequence[RequestOutput]) -> None:
+        """Take in what a step brought, and let others have their turn where it ends thousands at once."""
+        for number, output in enumerate(outputs, 1):
+            entry = self._open.get(output.rid)
+            if self._fault is not None:
+                return  # meanwhile everybody was told
+            if entry is None:
+                logger.error("an output of the unknown request %r", output.rid)
+                continue
+            try:
+                self._output(entry, output)
+            except Exception as error:
+                logger.exception("an output could not be taken in")
+                self._lose(entry, f"an error inside the server: {type(error).__name__}: {error}")
+            if number % MAX_OUTPUTS == 0:
+                await asyncio.sleep(0)
+
+    def _handle(self, message: ToClient | Unreadable) -> None:
         match message:
-            case Outputs(outputs):
-                for output in outputs:
-                    self._output(output)
             case Accepted(rid):
                 self._accept(rid)
             case Reply():
                 self._commands.reply(message)
             case Stats(values, labels, samples):
                 self._engine_metrics.update(values, labels, samples)
-            case AdapterTemplates():
-                message.apply(self.adapter_templates)
+            case AdaptersChanged() | AdapterTemplates():
+                self._note_adapters(message)
             case Progress(phase):
                 self._on_progress(phase)
             case Ready(info):
                 self._ready(info)
             case Failed(text, user_error):
                 self._die(UserError(text) if user_error else EngineDeadError(text))
+            case Unreadable():
+                self._tell_unreadable(message)
+            case _:  # a sign of life, or outputs, which _listen takes
+                pass
+
+    def _tell_unreadable(self, message: Unreadable) -> None:
+        """Somebody's answer has come and means nothing: a fault for those whom it names."""
+        reason = f"a message of the engine cannot be read: {message.reason}"
+        logger.error("%s", reason)
+        if message.command is not None:
+            self._commands.reply(Reply(message.command, error=reason, status_code=500))
+        entries = [entry for rid in message.rids if (entry := self._open.get(rid)) is not None]
+        for entry in entries:
+            self._lose(entry, reason)
+        if message.command is None and not entries:
+            self._die(EngineDeadError(reason))  # whoever waits for it would wait for ever
+
+    def _lose(self, entry: OpenRequest, reason: str) -> None:
+        """One request cannot be followed any more; its id is free when the engine has ended it."""
+        entry.fail(EngineFault(reason))
+        self._send_abort(entry.request.rid)
+
+    def _note_adapters(self, message: AdaptersChanged | AdapterTemplates) -> None:
+        if isinstance(message, AdaptersChanged):
+            self.adapters.apply(message)
+        else:
+            message.apply(self.adapter_templates)
 
     def _accept(self, rid: str) -> None:
         entry = self._open.get(rid)
@@ -326,14 +435,11 @@ class EngineClient:
             self.tokenizer,
             vocab_size=info["vocab_size"],
             context_length=info["context_length"],
+            is_bounded=True,
         )
         self._started.set()
 
-    def _output(self, output: RequestOutput) -> None:
-        entry = self._open.get(output.rid)
-        if entry is None:
-            logger.error("an output of the unknown request %r", output.rid)
-            return
+    def _output(self, entry: OpenRequest, output: RequestOutput) -> None:
         completion = entry.completion
         if completion.finish is None:
             entry.timer.tokens(len(output.token_ids))

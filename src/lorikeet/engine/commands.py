@@ -10,7 +10,7 @@ from lorikeet.core.messages import Command, Reply
 from lorikeet.core.request import FinishReason
 from lorikeet.engine.stream import finish_error
 from lorikeet.engine.transport import ClientTransport
-from lorikeet.errors import EngineFault
+from lorikeet.errors import EngineFault, UnavailableError
 
 
 class Commands:
@@ -30,20 +30,28 @@ class Commands:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    async def run(self, name: str, args: Mapping[str, object]) -> Any:
-        """Send a command and wait for its result.
+    async def run(
+        self, name: str, args: Mapping[str, object], *, timeout: float | None = None
+    ) -> Any:
+        """Send a command and wait for its result, at most ``timeout`` seconds.
 
         If the caller is cancelled, the engine is told; it drops what it can still undo (a load that is not complete).
 
         Raises:
             UserError, EngineFault: the answer was an error, by its status.
             EngineFault: it was given up meanwhile (:meth:`fail`).
+            UnavailableError: there was no answer in time.
         """
         number = self._next()
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._transport.send(Command(number, name, dict(args)))
-            return await future
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise UnavailableError(
+                f"the engine has not answered within {timeout:g} seconds; try again later"
+            ) from None
         except asyncio.CancelledError:
             if not self._is_dead:
                 # Nobody waits for the answer to this one.

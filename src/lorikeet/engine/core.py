@@ -13,10 +13,12 @@ import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
@@ -46,14 +48,15 @@ class _Open:
     request: Request
     version: int | None  # None while the resolver looks for its adapter
     seq: int | None = None  # None while that happens or its grammar compiles
+    grammar: object = None  # held, so that the worker finds it
 
 
 class EngineCore:
     """One scheduler, one worker, and the requests that are open.
 
     Args:
-        compile_grammar: checks and compiles a request's grammar; runs on a thread of its own, since a large schema
-            takes longer than a step.
+        compile_grammar: begins to check and compile a request's grammar, elsewhere, since a large schema takes longer
+            than a step. Cancelling the future ends that, unless others wait for the same.
         seeds: gives the sampling seed of a request that brings none.
         info: what ``Ready.info`` and the ``info`` command report besides the adapters.
         on_close: ends what the worker has started.
@@ -66,7 +69,7 @@ class EngineCore:
         kv: KVManager,
         worker: Executor,
         adapters: AdapterStore,
-        compile_grammar: Callable[[SamplingParams], None],
+        compile_grammar: Callable[[SamplingParams], Future[Any]],
         seeds: Callable[[], int],
         info: dict[str, object],
         on_close: Callable[[], None] = lambda: None,
@@ -81,9 +84,8 @@ class EngineCore:
         self._on_close = on_close
         self._in_flight: deque[StepPlan] = deque()
         self._open: dict[str, _Open] = {}
-        self._compiling: dict[str, Future[None]] = {}
-        self._finding: dict[str, Future[LoadOutcome]] = {}
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[str, Future[Any]] = {}
+        self._finding: dict[str, Future[None]] = {}
         self._accepted: list[str] = []
         self._outputs: list[RequestOutput] = []
         self._next_seq = 0
@@ -106,6 +108,10 @@ class EngineCore:
     @property
     def num_open(self) -> int:
         return len(self._open)
+
+    def is_open(self, rid: str) -> bool:
+        """True between a request's submission and its terminal output."""
+        return rid in self._open
 
     @property
     def has_steps(self) -> bool:
@@ -173,8 +179,7 @@ class EngineCore:
             if entry is None:
                 continue
             if entry.seq is None:
-                self._finding.pop(key, None)
-                future = self._compiling.pop(key, None)
+                future = self._finding.pop(key, None) or self._compiling.pop(key, None)
                 if future is not None:
                     future.cancel()
                 self._finish_unstarted(key, RequestOutput(rid=key, token_ids=[], finish=reason))
@@ -204,7 +209,20 @@ class EngineCore:
         """Submit the next step, commit the oldest one that is due, and return what is new.
 
         With overlap the first of a row of steps returns nothing yet.
+
+        Raises:
+            EngineFault: something failed that was not one request's work alone. Pages, slots, leases and what the device
+                computes may disagree from now on: this is where the engine ends. Whatever fails for one request (its
+                adapter, its grammar) ends that request in place of this.
         """
+        try:
+            return self._step()
+        except EngineFault:
+            raise
+        except Exception as error:
+            raise EngineFault(f"{type(error).__name__}: {error}") from error
+
+    def _step(self) -> list[RequestOutput]:
         self._adapters.poll()
         self._collect_found()
         self._collect_compiled()
@@ -248,13 +266,16 @@ class EngineCore:
         """Durations in seconds, by name, measured since the last call."""
         return self._adapters.take_samples()
 
+    def take_adapter_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
+        return self._adapters.take_changes()
+
     def take_templates(self) -> dict[str, dict[str, str] | None]:
         """Adapters' names that came or went since the last call; see ``AdapterTemplates``."""
         return self._adapters.take_templates()
 
     def close(self) -> None:
         """End all threads and remove temporary files."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._adapters.close()
         self._on_close()
 
@@ -295,9 +316,7 @@ class EngineCore:
         if request.sampling.grammar is None:
             self._start(request.rid)
         else:
-            self._compiling[request.rid] = self._threads.submit(
-                self._compile_grammar, request.sampling
-            )
+            self._compiling[request.rid] = self._compile_grammar(request.sampling)
 
     def _start(self, rid: str) -> None:
         entry = self._open[rid]
@@ -321,26 +340,32 @@ class EngineCore:
     def _collect_found(self) -> None:
         """Requests whose adapter the resolver has found, or has not."""
         for rid in [rid for rid, future in self._finding.items() if future.done()]:
-            request, error = self._open[rid].request, self._finding.pop(rid).exception()
+            request, found = self._open[rid].request, self._finding.pop(rid)
+            error = None if found.cancelled() else found.exception()
             try:
                 if error is not None and not isinstance(error, AdapterNotFoundError):
                     raise error
                 # Not found: the same words as without a resolver.
                 self._open[rid].version = self._adapters.lease(request.adapter, rid)
-            except LorikeetError as refusal:
+            except Exception as refusal:
+                if not isinstance(refusal, LorikeetError):
+                    logger.exception("the adapter of a request could not be found")
                 self._finish_unstarted(rid, _refusal(request, refusal))
             else:
                 self._prepare(request)
 
     def _collect_compiled(self) -> None:
         for rid in [rid for rid, future in self._compiling.items() if future.done()]:
-            error = self._compiling.pop(rid).exception()
+            future = self._compiling.pop(rid)
+            error, request = future.exception(), self._open[rid].request
             if error is None:
+                self._open[rid].grammar = future.result()
                 self._start(rid)
-            elif isinstance(error, UserError):
-                self._finish_unstarted(rid, _refusal(self._open[rid].request, error))
-            else:
-                raise EngineFault("compiling a grammar failed") from error
+                continue
+            if not isinstance(error, LorikeetError):
+                logger.error("request %s: compiling its grammar failed", rid, exc_info=error)
+                error = EngineFault(f"compiling a grammar failed: {error}")
+            self._finish_unstarted(rid, _refusal(request, error))
 
     def _finish_unstarted(self, rid: str, output: RequestOutput) -> None:
         self._forget(rid)
@@ -374,14 +399,15 @@ class EngineCore:
         found = self._adapters.find(name)
         if found is None:
             return None
-        # Others may wait for the same name: whoever does not wait any more must not cancel it.
+        # Whether it was found is seen by asking for the name again; why it was not, as well.
         reply: Future[None] = Future()
 
-        def finish(_: Future[LoadOutcome]) -> None:
+        def finish(_: Future[None]) -> None:
             if reply.set_running_or_notify_cancel():
                 reply.set_result(None)
 
         found.add_done_callback(finish)
+        reply.add_done_callback(lambda reply: reply.cancelled() and found.cancel())
         return reply
 
     def _flush_cache(self) -> dict[str, object]:
@@ -392,7 +418,8 @@ class EngineCore:
         return {"success": idle}
 
 
-def _refusal(request: Request, error: LorikeetError) -> RequestOutput:
+def _refusal(request: Request, error: Exception) -> RequestOutput:
     status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
-    reason = FinishReason(kind="abort", message=str(error), status_code=status)
+    text = str(error) if isinstance(error, LorikeetError) else f"{type(error).__name__}: {error}"
+    reason = FinishReason(kind="abort", message=text, status_code=status)
     return RequestOutput(rid=request.rid, token_ids=[], finish=reason)

@@ -28,6 +28,11 @@ __all__ = ["Intake", "RequestBatch", "parse_sampling"]
 
 _Item = TypeVar("_Item")
 
+MAX_TEXT = 4 * 2**20
+"""Characters of one prompt: more than a million tokens of English. Tokenizing takes up to 150 times as many bytes of memory."""
+MAX_TEXTS = 8 * 2**20
+"""Characters of all prompts of one call: tokenizing takes a second for each million or two."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBatch:
@@ -51,12 +56,22 @@ class Intake:
         tokenizer: the model's.
         vocab_size: ids from 0 to one below this may be sent to the model.
         context_length: most tokens of prompt and completion together.
+        is_bounded: the texts of a call may be so long (``MAX_TEXT``, ``MAX_TEXTS``) and no longer, because others share
+            this process.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, context_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        context_length: int,
+        is_bounded: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._context_length = context_length
+        self._is_bounded = is_bounded
 
     def make_requests(
         self, body: Mapping[str, Any], pooling: Pooling | None = None
@@ -123,6 +138,7 @@ class Intake:
 
     def _read_texts(self, value: object) -> tuple[list[list[int]], bool]:
         if isinstance(value, str):
+            self._check_text(value, "text")
             return [self._encode(value, "text")], False
         allowed = "a string or a list of strings"
         if not _is_list(value):
@@ -133,10 +149,18 @@ class Intake:
             if not isinstance(item, str):
                 raise wrong_type(item, f"text[{index}]", "", allowed)
         texts = cast(Sequence[str], value)
+        for index, item in enumerate(texts):
+            self._check_text(item, f"text[{index}]")
+        num = sum(map(len, texts))
+        if self._is_bounded and num > MAX_TEXTS:
+            raise RequestError(
+                f"text has {num:,} characters in {len(texts):,} prompts; allowed: {MAX_TEXTS:,} in one call",
+                "text",
+            )
         return [self._encode(item, f"text[{index}]") for index, item in enumerate(texts)], True
 
     def _encode(self, text: str, name: str) -> list[int]:
-        token_ids = self._tokenizer.encode(check_unicode(text, name, ""))
+        token_ids = self._tokenizer.encode(text)
         if not token_ids:
             raise RequestError(
                 f"{name} is {shown(text)}, which has no tokens; allowed: at least one character",
@@ -144,6 +168,28 @@ class Intake:
             )
         self._check_ids(token_ids, name)
         return token_ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokenize a rendered conversation, which has the special tokens in it.
+
+        Raises:
+            RequestError: it is too long, or no text.
+        """
+        self._check_text(text, "text")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _check_text(self, text: str, name: str) -> None:
+        """Refuse a prompt that cannot fit into the context, for its length."""
+        least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
+        if least > self._context_length:
+            raise RequestError(
+                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, the context length",
+                "text",
+            )
+        if self._is_bounded and len(text) > MAX_TEXT:
+            raise RequestError(
+                f"{name} has {len(text):,} characters; allowed: {MAX_TEXT:,} in one prompt", "text"
+            )
 
     def _read_ids(self, value: object) -> tuple[list[list[int]], bool]:
         allowed = "a list of token ids or a list of such lists"

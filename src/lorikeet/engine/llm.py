@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from lorikeet.config import LoRAPath, ServerConfig, resolve
-from lorikeet.core.request import Pooling, SamplingParams
+from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.completion import Completion
 from lorikeet.engine.intake import Intake, RequestBatch
@@ -23,6 +23,7 @@ from lorikeet.engine.reply import native_reply, vector_floats
 from lorikeet.engine.setup import build_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.signals import interrupt_later
 
 if TYPE_CHECKING:
     import torch
@@ -238,10 +239,11 @@ class LLM:
         self, batch: RequestBatch, completions: Mapping[str, Completion], *, each: bool
     ) -> None:
         for request in batch.requests:
-            self._core.submit(request)
+            with interrupt_later():
+                self._core.submit(request)
         begun: set[str] = set()
         while not self._core.is_idle:
-            outputs = self._core.step()
+            outputs = self._step()
             begun.update(self._core.take_accepted())
             for output in outputs:
                 completion = completions[output.rid]
@@ -251,12 +253,17 @@ class LLM:
                     _raise_error(completion)
             self._core.wait_for_threads()
 
+    def _step(self) -> list[RequestOutput]:
+        # Between its plan and its commit, scheduler and worker disagree: whoever presses Ctrl-C waits for the commit.
+        with interrupt_later():
+            return self._core.step()
+
     def _command(self, name: str, args: dict[str, object]) -> LoadOutcome:
         """Run a command that takes time, and the loop until it is done."""
         reply = cast("Future[LoadOutcome]", self._core.command(name, args))
         try:
             while not reply.done():
-                self._core.step()
+                self._step()
                 self._core.wait_for_threads()
         except BaseException:
             reply.cancel()

@@ -12,7 +12,7 @@ import torch
 
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
-from lorikeet.engine.adapter_reader import AdapterReader
+from lorikeet.engine.adapter_reader import AdapterReader, Trust
 from lorikeet.engine.adapter_templates import read_templates
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.errors import AdapterError, ConfigError
@@ -31,6 +31,7 @@ from lorikeet.lora.residency import Residency
 from lorikeet.lora.resolver import Resolver
 from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.lora.targets import resolve_targets
+from lorikeet.lora.transfer import Transfer
 from lorikeet.models.decoder import Decoder
 from lorikeet.ops.lora.select import BackendName, make_backend
 from lorikeet.worker.memory import size_text
@@ -185,8 +186,16 @@ def _reader(
     sources = SourceOptions.from_config(config)
     base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
 
-    def load(name: str, path: str, *, trusted: bool, is_first: bool) -> HostAdapter:
-        with open_source(path, sources.trusted() if trusted else sources) as directory:
+    resolver, options = None, {"operator": sources.trusted(), "request": sources}
+    if config.lora_resolver_dir is not None:
+        found_in = Path(config.lora_resolver_dir)
+        resolver = Resolver(found_in, roots=sources.roots)
+        options["resolver"] = sources.within(found_in)
+
+    def load(
+        name: str, path: str, *, trust: Trust, is_first: bool, transfer: Transfer
+    ) -> HostAdapter:
+        with open_source(path, options[trust], transfer) as directory:
             adapter = load_adapter(
                 name,
                 directory,
@@ -200,11 +209,11 @@ def _reader(
                 replace(adapter, chat_templates=read_templates(directory)) if is_first else adapter
             )
 
-    resolver = None
-    if config.lora_resolver_dir is not None:
-        resolver = Resolver(Path(config.lora_resolver_dir), roots=sources.roots)
     return AdapterReader(
-        load, report=lambda adapter: adapter_report(adapter, sites), resolver=resolver
+        load,
+        report=lambda adapter: adapter_report(adapter, sites),
+        resolver=resolver,
+        download_seconds=config.lora_download_timeout,
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from lorikeet.core.request import SamplingParams
+from lorikeet.core.request import SamplingParams, check_grammar_length
 from lorikeet.engine.stop import compile_stop_pattern
 from lorikeet.errors import RequestError
 
@@ -165,10 +165,11 @@ def _read_json_text(value: object, name: str, where: str) -> str:
     if isinstance(value, Mapping):
         try:
             return json.dumps(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise wrong_type(value, name, where, "an object of JSON values") from error
     if not isinstance(value, str):
         raise wrong_type(value, name, where, "an object, or its JSON as a string")
+    check_grammar_length(name, value)
     try:
         json.loads(value)
     except (ValueError, RecursionError) as error:

@@ -31,7 +31,7 @@ from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
 from lorikeet.models.build import build_model
 from lorikeet.models.source import locate_model
-from lorikeet.models.spec import ModelSpec, read_model_spec
+from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from lorikeet.worker.grammar import GrammarCompiler
@@ -73,6 +73,7 @@ def _build(
     progress: bool,
 ) -> EngineCore:
     context_length = resolve_context_length(config, spec)
+    defaults = _sampling_defaults(config, directory, spec)
     assert config.device in ("cpu", "cuda"), "the configuration is resolved"
     dtype, device = resolve_dtype(config, spec), torch.device(config.device)
     target = Target(
@@ -102,6 +103,11 @@ def _build(
     report("preparing the device")
     storage = target.storage(parts.num_pages)
     worker = make_worker(target, model, storage, lora, grammars, progress=progress)
+
+    def on_close() -> None:
+        grammars.close()
+        worker.close()
+
     kv = KVManager(
         page_size=parts.page_size, num_pages=parts.num_pages, radix=not config.disable_radix_cache
     )
@@ -114,11 +120,23 @@ def _build(
         kv=kv,
         worker=worker,
         adapters=lora.store if lora else NoAdapters(),
-        compile_grammar=grammars.compile,
+        compile_grammar=grammars.request,
         seeds=_seed_source(config.random_seed),
-        info=_info(target, parts, lora),
-        on_close=worker.close,
+        info=_info(target, parts, lora) | {"sampling_defaults": defaults},
+        on_close=on_close,
     )
+
+
+def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -> dict[str, float]:
+    """What OpenAI requests get that do not say."""
+    if config.sampling_defaults != "model":
+        return {}
+    defaults = read_sampling_defaults(directory, spec.vocab_size)
+    if defaults:
+        logger.info(
+            "Defaults of OpenAI requests, from the model's generation_config.json: %s", defaults
+        )
+    return defaults
 
 
 def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:

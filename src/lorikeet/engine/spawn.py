@@ -8,6 +8,7 @@ from multiprocessing.context import SpawnProcess
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.transport import EngineAddress
+from lorikeet.signals import leave_stops_to_parent
 
 
 def spawn_engine(config: ServerConfig, address: EngineAddress) -> SpawnProcess:
@@ -24,6 +25,7 @@ def spawn_engine(config: ServerConfig, address: EngineAddress) -> SpawnProcess:
 
 
 def _run(config: ServerConfig, address: EngineAddress, parent: int) -> None:
+    leave_stops_to_parent()  # before the import, which takes seconds
     from lorikeet.engine.child import main
 
     main(config, address, parent)

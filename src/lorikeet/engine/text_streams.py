@@ -55,7 +55,7 @@ class ByteLevelStream:
         return self._utf8.decode(b"", final=True)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Character -> byte of byte-level BPE: printable Latin-1 bytes are themselves, the others follow from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -64,7 +64,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-_BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
+_BYTE_LEVEL_ALPHABET = byte_level_alphabet()
 
 
 def byte_level_bytes(token: str) -> bytes:

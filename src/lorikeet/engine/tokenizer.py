@@ -7,13 +7,18 @@ transformers' fast tokenizers do (the tests compare them) without it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lorikeet.engine.chat import ChatTemplates
+from lorikeet.engine.text_bound import text_bound
 from lorikeet.engine.text_streams import StreamFactory, TextStream, byte_level_bytes
 from lorikeet.engine.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from lorikeet.errors import RequestError
+
+# Tokens whose text is remembered: log-probabilities name the same few over and over.
+_NUM_REMEMBERED = 2**16
 
 
 class Tokenizer:
@@ -36,6 +41,9 @@ class Tokenizer:
         self._streams = StreamFactory(files.decoder, f"{where}/tokenizer.json")
         self._chat = ChatTemplates(files.chat_templates, files.named_tokens)
         self._named_tokens = files.named_tokens
+        self._bound = text_bound(files.backend)
+        self._texts = lru_cache(_NUM_REMEMBERED)(self._find_text)
+        self._bytes = lru_cache(_NUM_REMEMBERED)(self._find_bytes)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -81,8 +89,21 @@ class Tokenizer:
         text = self._named_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
 
+    def least_tokens(self, text: str) -> int:
+        """Fewest tokens that a text can have, told from its length; 0 if the tokenizer has no such bound.
+
+        Raises:
+            RequestError: as :meth:`encode`.
+        """
+        if self._bound is None:
+            return 0
+        try:
+            return self._bound.least_tokens(text)
+        except UnicodeEncodeError as error:
+            raise _not_unicode(text) from error
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text. Other threads run meanwhile.
 
         Args:
             add_special_tokens: apply the post-processor (BOS and the like). Off for rendered chat templates, which
@@ -92,9 +113,13 @@ class Tokenizer:
             RequestError: the text holds half of a surrogate pair, which is no character.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # The library's encode() holds the interpreter's lock, and keeps where each token is in the text.
+            (encoding,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         except TypeError as error:
-            raise RequestError(f"the text is not valid Unicode: {text!r:.100}") from error
+            raise _not_unicode(text) from error
+        return encoding.ids
 
     def decode(
         self,
@@ -142,6 +167,9 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it appears inside a text; U+FFFD where it is part of a character."""
+        return self._texts(token_id)
+
+    def _find_text(self, token_id: int) -> str:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return ""
@@ -152,6 +180,9 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes of one token; those of a character split over several tokens concatenate to it."""
+        return self._bytes(token_id)
+
+    def _find_bytes(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is not None and self._streams.is_byte_level:
             return byte_level_bytes(token)
@@ -189,3 +220,7 @@ class Tokenizer:
             chat_template=chat_template,
             variables=variables,
         )
+
+
+def _not_unicode(text: str) -> RequestError:
+    return RequestError(f"the text is not valid Unicode: {text[:100]!r:.100}")

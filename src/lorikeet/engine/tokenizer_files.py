@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import tokenizers
 
+from lorikeet.engine.chat import named_templates
 from lorikeet.errors import ModelError
 
 NAMED_TOKENS = (
@@ -220,29 +221,3 @@ def _read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, s
     if files:
         return {name: _read_text(path) for name, path in files.items()}
     return named_templates(config.get("chat_template"), directory / "tokenizer_config.json")
-
-
-def named_templates(value: object, path: Path) -> dict[str, str]:
-    """``chat_template`` of a tokenizer's configuration as name -> Jinja source.
-
-    Args:
-        path: of the configuration, for messages.
-
-    Raises:
-        ModelError: it has another form.
-    """
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        return {"default": value}
-    try:
-        if isinstance(value, dict):
-            return {
-                str(name): str(text) for name, text in cast(dict[object, object], value).items()
-            }
-        items = cast(list[dict[str, object]], value)
-        return {str(item["name"]): str(item["template"]) for item in items}
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f'{path}: chat_template should be a string or a list of {{"name", "template"}}'
-        ) from error

@@ -3,50 +3,60 @@
 The receiver of a direction binds and the sender connects, so that a message sent before the other side is up waits in
 the sender's queue instead of blocking. Neither queue has a limit: a sender must never block (the engine's loop least
 of all), and the receivers always read on, whatever their own clients do. What bounds them is that the engine sends
-one message for a step, and a client one for a request.
+one message for a step, and a client one for a request. Whatever a message holds, it can be sent, and what cannot be
+read is handed on as such (:class:`lorikeet.core.messages.Unreadable`).
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import zmq
 import zmq.asyncio
 
 from lorikeet.core.messages import (
+    Pulse,
     ToClient,
     ToEngine,
+    Unreadable,
     decode_to_client,
     decode_to_engine,
     encode,
 )
+from lorikeet.scratch import ScratchDir
 
 # A Unix socket's path must fit 107 bytes (sockaddr_un); the longest name below is 14.
 MAX_DIRECTORY = 90
+# Of a directory in the place for temporary files, with its slash.
+LONGEST_NAME = 1 + len("lorikeet-") + 8
 # How long a closing engine still tries to deliver its last words.
 LINGER_MS = 2000
+# How often a living engine says so.
+PULSE_S = 1.0
 # A burst is handed on in parts, so that other coroutines of the HTTP process get their turn.
 MAX_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAddress:
-    """Where the two processes meet: a directory that only this user can enter."""
+    """Where the two processes meet: a directory of the HTTP process that only this user can enter."""
 
-    directory: str
+    scratch: ScratchDir
 
     @classmethod
     def create(cls) -> EngineAddress:
         """Make the directory; :meth:`remove` deletes it."""
-        directory = tempfile.mkdtemp(prefix="lorikeet-")
-        if len(directory) > MAX_DIRECTORY:
-            Path(directory).rmdir()
-            directory = tempfile.mkdtemp(prefix="lorikeet-", dir="/tmp")
-        return cls(directory)
+        base = tempfile.gettempdir()
+        is_long = len(base) + LONGEST_NAME > MAX_DIRECTORY
+        return cls(ScratchDir("/tmp" if is_long else base))
+
+    @property
+    def directory(self) -> str:
+        return self.scratch.path
 
     @property
     def to_engine(self) -> str:
@@ -57,7 +67,7 @@ class EngineAddress:
         return f"ipc://{self.directory}/client.sock"
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self.scratch.remove()
 
 
 class ProcessHandle(Protocol):
@@ -70,6 +80,10 @@ class ProcessHandle(Protocol):
 
     @property
     def exitcode(self) -> int | None: ...
+
+    def kill(self) -> None:
+        """End it, whatever it does (SIGKILL)."""
+        ...
 
 
 class ClientTransport:
@@ -90,12 +104,8 @@ class ClientTransport:
         """Queue a message; never blocks."""
         self._push.send(encode(message), zmq.NOBLOCK)
 
-    async def recv(self) -> list[ToClient]:
-        """Wait for the engine's next message and return it with those that have come with it.
-
-        Raises:
-            msgspec.DecodeError: the engine sent something else.
-        """
+    async def recv(self) -> list[ToClient | Unreadable]:
+        """Wait for the engine's next message and return it with those that have come with it."""
         messages = [decode_to_client(await self._pull.recv())]
         while len(messages) < MAX_BATCH:
             try:
@@ -116,6 +126,7 @@ class EngineEndpoint:
     """The engine process's end: blocking, for one thread."""
 
     def __init__(self, address: EngineAddress) -> None:
+        self._address = address
         self._context = zmq.Context()
         self._pull = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
@@ -123,14 +134,12 @@ class EngineEndpoint:
         self._push = self._context.socket(zmq.PUSH)
         self._push.sndhwm = 0
         self._push.connect(address.to_client)
+        self._closing = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
-    def recv(self, timeout_ms: int) -> list[ToEngine]:
-        """All messages that are there, waiting at most ``timeout_ms`` for the first (0: not at all).
-
-        Raises:
-            msgspec.DecodeError: the client sent something else.
-        """
-        messages: list[ToEngine] = []
+    def recv(self, timeout_ms: int) -> list[ToEngine | Unreadable]:
+        """All messages that are there, waiting at most ``timeout_ms`` for the first (0: not at all)."""
+        messages: list[ToEngine | Unreadable] = []
         if not self._pull.poll(timeout_ms):
             return messages
         while True:
@@ -144,8 +153,28 @@ class EngineEndpoint:
         """Queue a message; never blocks."""
         self._push.send(encode(message), zmq.NOBLOCK)
 
+    def start_pulse(self) -> None:
+        """Tell the client once a second that this process lives, from a thread, until :meth:`close`.
+
+        A step may take longer than a client should wait for news, and so may what holds the interpreter's lock: the
+        thread tells one from the other.
+        """
+        self._pulse.start()
+
+    def _beat(self) -> None:
+        # A zmq socket belongs to one thread, so this one has its own.
+        push = self._context.socket(zmq.PUSH)
+        push.connect(self._address.to_client)
+        while not self._closing.wait(PULSE_S):
+            with suppress(zmq.Again):  # a client that has not read for long finds enough of them
+                push.send(encode(Pulse()), zmq.NOBLOCK)
+        push.close(linger=0)
+
     def close(self) -> None:
         """Close; what is queued still gets ``LINGER_MS`` to be delivered."""
+        self._closing.set()
+        if self._pulse.is_alive():
+            self._pulse.join()
         self._pull.close(linger=0)
         self._push.close(linger=LINGER_MS)
         self._context.term()

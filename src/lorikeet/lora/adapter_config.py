@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,16 @@ from typing import TypeVar, cast
 
 from lorikeet.errors import AdapterError
 from lorikeet.lora.files import read_small
+from lorikeet.masking import printable, shortened
 
 CONFIG_FILE = "adapter_config.json"
-# Thousands of full module paths and patterns fit.
-MAX_CONFIG_BYTES = 4 << 20
+# Thousands of full module paths and patterns fit. JSON is read with the interpreter's lock held.
+MAX_CONFIG_BYTES = 1 << 20
+# Entries of rank_pattern, alpha_pattern and layers_pattern together: more than any model here has modules.
+MAX_PATTERNS = 8192
+# Larger than any layer is wide.
+_MAX_RANK = 1 << 20
+_RANKS = f"an integer from 1 to {_MAX_RANK}"
 ALL_LINEAR = "all-linear"
 
 # Of float32, in which scales are computed with.
@@ -102,14 +107,25 @@ def read_adapter_config(directory: str | Path) -> LoRASpec:
         AdapterError: the file is missing, is not JSON, or asks for what is not implemented.
     """
     path = Path(directory) / CONFIG_FILE
-    text = read_small(path, MAX_CONFIG_BYTES)
+    return parse_config_bytes(read_small(path, MAX_CONFIG_BYTES), str(path))
+
+
+def parse_config_bytes(text: bytes, where: str) -> LoRASpec:
+    """Check the bytes of an ``adapter_config.json``.
+
+    Args:
+        where: named in front of each error.
+
+    Raises:
+        AdapterError: they are not JSON, or ask for what is not implemented.
+    """
     try:
         data: object = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not valid JSON: {error}") from error
+        raise AdapterError(f"{where} is not valid JSON: {printable(str(error))}") from error
     if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a JSON {type(data).__name__}, not an object")
-    return parse_adapter_config(cast("dict[str, object]", data), str(path))
+        raise AdapterError(f"{where} holds a JSON {type(data).__name__}, not an object")
+    return parse_adapter_config(cast("dict[str, object]", data), where)
 
 
 def parse_adapter_config(data: Mapping[str, object], where: str) -> LoRASpec:
@@ -122,12 +138,13 @@ def parse_adapter_config(data: Mapping[str, object], where: str) -> LoRASpec:
         AdapterError: names the field, its value and what is allowed.
     """
     reader = _Reader(data, where)
+    reader.check_text()
     if data.get("peft_type") != "LORA":
         raise reader.refuse("peft_type", '"LORA"')
     reader.check_bias()
     reader.check_init()
     spec = LoRASpec(
-        r=reader.take("r", _positive_int, 8, "an integer >= 1"),
+        r=reader.take("r", _rank, 8, _RANKS),
         lora_alpha=reader.take("lora_alpha", _number, 8.0, "a finite number"),
         use_rslora=reader.take("use_rslora", _boolean_or_none, None, "true or false"),
         target_modules=reader.take(
@@ -143,7 +160,7 @@ def parse_adapter_config(data: Mapping[str, object], where: str) -> LoRASpec:
             "layers_pattern", _strings_or_none, (), "null, a name or a list of names"
         ),
         rank_pattern=reader.take(
-            "rank_pattern", _pattern_of(_positive_int), {}, "an object of integers >= 1"
+            "rank_pattern", _pattern_of(_rank), {}, f"an object, name to {_RANKS}"
         ),
         alpha_pattern=reader.take(
             "alpha_pattern", _pattern_of(_number), {}, "an object of finite numbers"
@@ -174,8 +191,22 @@ class _Reader:
             raise self.refuse(name, allowed) from None
 
     def refuse(self, name: str, allowed: str) -> AdapterError:
-        value = json.dumps(self._data[name]) if name in self._data else "missing"
-        return AdapterError(f"{self._where}: {name} is {_short(value)}; allowed: {allowed}")
+        value = _show(self._data[name]) if name in self._data else "missing"
+        return AdapterError(f"{self._where}: {name} is {value}; allowed: {allowed}")
+
+    def check_text(self) -> None:
+        """Refuse halves of surrogate pairs, which JSON can write and nothing can store or send."""
+        for name, value in self._data.items():
+            try:
+                f"{name}{json.dumps(value, ensure_ascii=False)}".encode()
+            except UnicodeEncodeError:
+                raise self.fail(
+                    f"{shortened(name)} holds half of a surrogate pair, which is no text"
+                ) from None
+            except (TypeError, ValueError, RecursionError) as error:
+                raise self.fail(
+                    f"{shortened(name)} cannot be read: {printable(str(error))}"
+                ) from None
 
     def check_bias(self) -> None:
         if self._data.get("bias", "none") != "none":
@@ -200,7 +231,7 @@ class _Reader:
                 continue
             hint = f" ({_HINTS[name]})" if name in _HINTS else ""
             raise AdapterError(
-                f"{self._where}: {name}{hint} is {_short(json.dumps(value))}; it is not implemented, "
+                f"{self._where}: {shortened(name)}{hint} is {_show(value)}; it is not implemented, "
                 "so the adapter cannot be served exactly"
             )
 
@@ -220,25 +251,15 @@ def _check_combination(spec: LoRASpec, reader: _Reader) -> None:
 
 
 def _check_patterns(spec: LoRASpec, reader: _Reader) -> None:
-    patterns: list[tuple[str, str]] = []
-    if isinstance(spec.target_modules, str) and spec.target_modules.lower() != ALL_LINEAR:
-        patterns.append(("target_modules", spec.target_modules))
-    if isinstance(spec.exclude_modules, str):
-        patterns.append(("exclude_modules", spec.exclude_modules))
-    patterns += [("layers_pattern", pattern) for pattern in spec.layers_pattern]
-    patterns += [("rank_pattern", pattern) for pattern in spec.rank_pattern]
-    patterns += [("alpha_pattern", pattern) for pattern in spec.alpha_pattern]
-    for name, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise reader.fail(
-                f"{name}: {pattern!r} is not a regular expression: {error}"
-            ) from error
+    num_patterns = len(spec.rank_pattern) + len(spec.alpha_pattern) + len(spec.layers_pattern)
+    if num_patterns > MAX_PATTERNS:
+        raise reader.fail(
+            f"rank_pattern, alpha_pattern and layers_pattern have {num_patterns} entries; allowed: at most {MAX_PATTERNS}"
+        )
 
 
-def _positive_int(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _rank(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
         raise ValueError
     return value
 
@@ -310,5 +331,5 @@ def _pattern_of(parse: Callable[[object], T]) -> Callable[[object], dict[str, T]
     return parse_pattern
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else text[:200] + "…"
+def _show(value: object) -> str:
+    return shortened(json.dumps(value))

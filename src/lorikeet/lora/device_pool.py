@@ -58,8 +58,9 @@ class DevicePool:
             if tables:
                 in_start = rank * site.in_features if site.kind == "embedding" else 0
                 self._tables[index] = SiteTable(tables, in_start)
-        # Pages that a slot describes, by slot: the only record of what must not be overwritten.
+        # Pages that a slot describes, by slot, and all of them: the only record of what must not be overwritten.
         self._pages: dict[int, tuple[int, ...]] = {}
+        self._in_use: set[int] = set()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,6 +100,7 @@ class DevicePool:
         """
         self._check_copy(adapter, copy)
         self._pages[copy.slot] = tuple(copy.page_ids)
+        self._in_use.update(copy.page_ids)
 
     def write(self, adapter: HostAdapter, copy: PageCopy) -> None:
         """Fill reserved pages. Touches nothing else, so that it may run on another thread than everything else here."""
@@ -120,8 +122,10 @@ class DevicePool:
 
     def clear_slot(self, slot: int) -> None:
         """Make a slot rank 0 everywhere; its pages may be overwritten from now on, once queued steps are done."""
-        if self._pages.pop(slot, None) is None:
+        pages = self._pages.pop(slot, None)
+        if pages is None:
             return
+        self._in_use.difference_update(pages)
         for table in self._slices.values():
             table.forget(slot)
         self.page_table.clear(slot)
@@ -132,6 +136,7 @@ class DevicePool:
         """Assert that no two slots share memory."""
         starts = sorted(page for pages in self._pages.values() for page in pages)
         assert len(set(starts)) == len(starts), "two adapters share a page"
+        assert self._in_use == set(starts), "a page is noted as in use and belongs to no slot"
 
     def _make_tables(self, index: int, site: LoRASite) -> tuple[SliceTable, ...]:
         tables: list[SliceTable] = []
@@ -158,8 +163,9 @@ class DevicePool:
             raise EngineFault(
                 f"version {copy.version} has {len(adapter.page_sizes)} pages, the plan {len(copy.page_ids)}"
             )
-        in_use = {page for pages in self._pages.values() for page in pages}
-        if not in_use.isdisjoint(copy.page_ids) or len(set(copy.page_ids)) != len(copy.page_ids):
+        if not self._in_use.isdisjoint(copy.page_ids) or len(set(copy.page_ids)) != len(
+            copy.page_ids
+        ):
             raise EngineFault(f"a page for version {copy.version} is in use")
         slab = self.layout.slab_elems
         for start, size in zip(copy.page_ids, adapter.page_sizes, strict=True):

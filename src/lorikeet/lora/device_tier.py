@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
-from lorikeet.lora.eviction import Candidate, eviction_order
-from lorikeet.lora.rank_pages import RankPageAllocator
+from lorikeet.lora.rank_pages import RankPageAllocator, Trial
 from lorikeet.lora.tiers import Ledger, Resident, Tier
 
 # Copies ahead of need that may be on their way at a time: an urgent one stands behind no more than these.
@@ -66,8 +65,9 @@ class DeviceTier:
         if pages is None:
             raise AssertionError(f"version {entry.version} does not fit where it was said to")
         entry.slot, entry.pages = self._free_slots.pop(), tuple(pages)
-        entry.enter(Tier.COPYING)
+        entry.spread = self._allocator.spread(pages)
         entry.since = entry.last_use = self._ledger.tick()
+        self._ledger.move(entry, Tier.COPYING)
         self.placed[entry.version] = entry
         self.num_copying += 1
         self.copies.append(PageCopy(version=entry.version, slot=entry.slot, page_ids=pages))
@@ -88,7 +88,7 @@ class DeviceTier:
         """COPYING -> DEVICE, or back to HOST with its room given up."""
         self.num_copying -= 1
         if ok:
-            entry.enter(Tier.DEVICE)
+            self._ledger.move(entry, Tier.DEVICE)
             self._ledger.num_changes += 1
         else:
             self._give_back(entry)
@@ -131,40 +131,30 @@ class DeviceTier:
         self._allocator.free(entry.pages)
         self._free_slots.append(entry.slot)
         self.freed_slots.append(entry.slot)
-        entry.slot, entry.pages = 0, ()
+        entry.slot, entry.pages, entry.spread = 0, (), {}
         del self.placed[entry.version]
-        entry.enter(Tier.HOST)
+        self._ledger.move(entry, Tier.HOST)
         self._ledger.num_changes += 1
 
     def _victims_for(self, entry: Resident) -> list[Resident] | None:
         """Whom to evict for a version, as few as the policy's order allows; None if all of them are not enough."""
-        if self._has_room(entry, []):
+        trial, ledger = self._allocator.trial(), self._ledger
+        if self._free_slots and trial.fits(entry.needs):
             return []
-        ledger, place = self._ledger, self._ledger.place(entry)
-        leaving = [e for e in self.placed.values() if ledger.may_make_room(e, place)]
-        if not self._has_room(entry, leaving):
-            return None
-        order = eviction_order(
-            (
-                Candidate(e.version, e.last_use, e.since, ledger.wanted.get(e.version))
-                for e in leaving
-            ),
-            ledger.policy,
-        )
         victims: list[Resident] = []
-        for version in order:
-            victims.append(self.placed[version])
-            if self._has_room(entry, victims):
-                break
-        # The first ones may have turned out useless (pages of other classes): whoever can stay, stays.
-        for victim in victims[:-1][::-1]:
-            others = [other for other in victims if other is not victim]
-            if self._has_room(entry, others):
-                victims = others
-        return victims
+        for victim in ledger.leaving_device(ledger.place(entry)):
+            victims.append(victim)
+            trial.free(victim.spread)
+            if trial.fits(entry.needs):
+                return self._needed(trial, victims, entry)
+        return None
 
-    def _has_room(self, entry: Resident, victims: list[Resident]) -> bool:
-        if not self._free_slots and not victims:
-            return False
-        freed = [page for victim in victims for page in victim.pages]
-        return self._allocator.fits(entry.page_classes, freed)
+    def _needed(self, trial: Trial, victims: list[Resident], entry: Resident) -> list[Resident]:
+        """The first ones may have turned out useless (pages of other classes): whoever can stay, stays."""
+        needed = victims[-1:]
+        for victim in victims[-2::-1]:
+            trial.keep(victim.spread)
+            if not trial.fits(entry.needs):
+                trial.free(victim.spread)
+                needed.append(victim)
+        return needed[::-1]

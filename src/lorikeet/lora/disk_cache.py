@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,19 +54,44 @@ class _FileLock:
         self._path = path
         self._fd = -1
 
-    def acquire(self, *, wait: bool = True) -> bool:
-        """Lock exclusively; False if somebody else holds it and ``wait`` is off."""
+    def acquire(self, *, wait: bool = True, pause: Callable[[], None] | None = None) -> bool:
+        """Lock exclusively; False if somebody else holds it and ``wait`` is off.
+
+        Args:
+            pause: called again and again instead of waiting without end; what it raises ends the wait.
+        """
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                at_once = not wait or pause is not None
+                fcntl.flock(fd, fcntl.LOCK_EX | (fcntl.LOCK_NB if at_once else 0))
             except BlockingIOError:
                 os.close(fd)
-                return False
+                if not wait or pause is None:
+                    return False
+                pause()
+                continue
             self._fd = fd
             if self.is_current():
                 return True
             self.release()
+
+    def acquire_shared(self) -> bool:
+        """Lock for reading what is there; False if nothing is, or somebody writes it."""
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        if self.is_current():
+            return True
+        self.release()
+        return False
 
     def share(self) -> None:
         """From exclusive to shared. Another may hold it exclusively in between."""
@@ -154,8 +179,29 @@ class DiskCache:
         self.limit = limit
 
     @contextmanager
-    def hold(self, key: str) -> Generator[tuple[Entry, _FileLock]]:
+    def read(self, key: str) -> Generator[Path | None]:
+        """The complete entry ``key``, which stays while the context lasts; None if there is none, or it is being written.
+        Never waits."""
+        lock = _FileLock(self.directory / (key + _LOCK))
+        with errors_of_disk(self.directory):
+            is_held = lock.acquire_shared()
+        if not is_held:
+            yield None
+            return
+        entry = Entry(self, key)
+        try:
+            yield entry.path if entry.files() is not None else None
+        finally:
+            lock.release()
+
+    @contextmanager
+    def hold(
+        self, key: str, pause: Callable[[], None] | None = None
+    ) -> Generator[tuple[Entry, _FileLock]]:
         """Lock the entry ``key`` exclusively: its owner may write it, then ``share`` the lock while it is read.
+
+        Args:
+            pause: called again and again while another holds it; what it raises ends the wait.
 
         Raises:
             AdapterError: the directory cannot be written, or the disk is full.
@@ -163,7 +209,7 @@ class DiskCache:
         with errors_of_disk(self.directory):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = _FileLock(self.directory / (key + _LOCK))
-            lock.acquire()
+            lock.acquire(pause=pause)
         entry = Entry(self, key)
         try:
             yield entry, lock

@@ -8,10 +8,48 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from io import FileIO
 from pathlib import Path
 
 from lorikeet.errors import AdapterError
+
+# Far above any configuration or template that comes with an adapter, far below what could fill a memory.
+MAX_TEXT_BYTES = 4 * 2**20
+
+
+# Directories that must hold every file that this thread opens; empty: any.
+_roots: ContextVar[tuple[Path, ...]] = ContextVar("_roots", default=())
+
+
+@contextmanager
+def confined(roots: tuple[Path, ...]) -> Iterator[None]:
+    """While the context lasts, this thread opens files below ``roots`` only, wherever a link leads to."""
+    token = _roots.set(roots)
+    try:
+        yield
+    finally:
+        _roots.reset(token)
+
+
+def is_below(path: Path, roots: tuple[Path, ...]) -> bool:
+    """Whether a real path lies below one of ``roots``, which may be links themselves."""
+    return any(path.is_relative_to(root.resolve()) for root in roots)
+
+
+def _check_place(path: Path, descriptor: int) -> None:
+    """Refuse a file that was opened outside of the roots, although its path is inside.
+
+    Raises:
+        AdapterError: a link has led elsewhere.
+    """
+    roots = _roots.get()
+    if not roots:
+        return
+    real = path.resolve()
+    # The second comparison is for a link that was turned back before it was looked at.
+    if not is_below(real, roots) or not os.path.samestat(os.fstat(descriptor), real.stat()):
+        raise AdapterError(f"{path} is a link that leads out of --lora-root or --lora-resolver-dir")
 
 
 @contextmanager
@@ -24,6 +62,7 @@ def opened(path: Path) -> Iterator[FileIO]:
         with FileIO(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise AdapterError(f"cannot read {path}: it is not a regular file")
+            _check_place(path, file.fileno())
             yield file
     except OSError as error:
         raise AdapterError(f"cannot read {path}: {error.strerror or error}") from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from lorikeet.errors import AdapterError
-from lorikeet.lora.eviction import Candidate, first_to_leave
 from lorikeet.lora.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
+
+# Reads on their way at a time. More would not be faster, since only some are at work, but each takes a place from an
+# adapter that is there.
+MAX_READS = 64
 
 
 class HostTier:
@@ -15,25 +19,36 @@ class HostTier:
     Args:
         max_host: versions at a time, those being read included; None means any number.
         leave_device: takes slot and pages away from an idle version, since what is on the device is here, too.
+        max_reads: versions that are read at a time, at most.
 
     Attributes:
         drops: versions that left since the caller asked last, in order; their bytes are not needed any more.
         reads: decided since the caller asked last, in order.
         failures: why reads failed, since the scheduler asked last.
+        ended: versions that are not being read any more, since the scheduler asked last.
     """
 
     def __init__(
-        self, ledger: Ledger, max_host: int | None, leave_device: Callable[[Resident], None]
+        self,
+        ledger: Ledger,
+        max_host: int | None,
+        leave_device: Callable[[Resident], None],
+        max_reads: int = MAX_READS,
     ) -> None:
         self._ledger = ledger
         self._max_host = max_host
         self._leave_device = leave_device
-        # The version that leaves next and the state of the ledger it was chosen at: a choice looks at every entry.
-        self._next_victim: tuple[int, int | None] = (-1, None)
+        self._max_reads = max_reads
         self._num_held = 0
         self.drops: dict[int, None] = {}
         self.reads: list[int] = []
         self.failures: dict[int, str] = {}
+        self.ended: dict[int, None] = {}
+
+    @property
+    def num_free_reads(self) -> int:
+        """How many more may be read at this moment, if there is room for them."""
+        return self._max_reads - self._ledger.num_in[Tier.READING]
 
     def has_room(self, place: int) -> bool:
         """True if there is or can be made room for one that stands at ``place``."""
@@ -57,30 +72,33 @@ class HostTier:
         if not self._make_room(self._ledger.place(entry)):
             return False
         self._num_held += 1
-        entry.enter(Tier.READING)
+        self._ledger.move(entry, Tier.READING)
         self.reads.append(entry.version)
         return True
 
     def read_ahead(self, versions: Iterable[int]) -> None:
-        """Start reads of those that are on disk, in this order, until there is no room for the next."""
+        """Start reads of those that are on disk, in this order, until there is no room for the next, or enough are read."""
         for version in versions:
             entry = self._ledger.entries.get(version)
             if entry is None or entry.removed or entry.tier is not Tier.DISK:
                 continue
-            if not self.start_read(entry):
+            if self.num_free_reads <= 0 or not self.start_read(entry):
                 return
 
     def arrive(self, entry: Resident, page_classes: Sequence[int]) -> None:
         """READING -> HOST."""
-        entry.enter(Tier.HOST)
         # If it was evicted and nobody has taken note of it: the new bytes stand where the old ones were.
         self.drops.pop(entry.version, None)
-        entry.page_classes, entry.reason = tuple(page_classes), None
+        entry.page_classes, entry.needs = tuple(page_classes), Counter(page_classes)
+        entry.reason = None
         entry.host_since = entry.last_use = self._ledger.tick()
+        self._ledger.move(entry, Tier.HOST)
+        self.ended[entry.version] = None
 
     def fail(self, entry: Resident, reason: str) -> None:
         """READING -> FAILED."""
-        entry.enter(Tier.FAILED)
+        self._ledger.move(entry, Tier.FAILED)
+        self.ended[entry.version] = None
         entry.reason = self.failures[entry.version] = reason
         self._give_place()
 
@@ -88,6 +106,7 @@ class HostTier:
         """A version is removed; its bytes are the caller's to drop."""
         self.failures.pop(entry.version, None)
         self.drops.pop(entry.version, None)
+        self.ended[entry.version] = None
         if entry.tier in IN_HOST_MEMORY:
             self._give_place()
 
@@ -98,6 +117,10 @@ class HostTier:
     def take_reads(self) -> list[int]:
         reads, self.reads = self.reads, []
         return reads
+
+    def take_ended(self) -> list[int]:
+        ended, self.ended = list(self.ended), {}
+        return ended
 
     def take_failures(self) -> dict[int, str]:
         failures, self.failures = self.failures, {}
@@ -127,7 +150,7 @@ class HostTier:
             return False
         if victim.tier is Tier.DEVICE:
             self._leave_device(victim)
-        victim.enter(Tier.DISK)
+        self._ledger.move(victim, Tier.DISK)
         self.drops[victim.version] = None
         self._give_place()
         return True
@@ -141,24 +164,4 @@ class HostTier:
         return self._max_host is None or self._num_held < self._max_host
 
     def _victim(self, place: int) -> Resident | None:
-        ledger = self._ledger
-        chosen_at, version = self._next_victim
-        if chosen_at != ledger.num_changes or self._is_stale(version):
-            version = first_to_leave(
-                (
-                    Candidate(e.version, e.last_use, e.host_since, ledger.wanted.get(e.version))
-                    for e in ledger.entries.values()
-                    if e.is_idle and not e.removed
-                ),
-                ledger.policy,
-            )
-            self._next_victim = (ledger.num_changes, version)
-        if version is None:
-            return None
-        # It is the last that the queue wants, if wanted at all: if it stands before `place`, so do all others.
-        victim = ledger.entries[version]
-        return victim if ledger.may_make_room(victim, place) else None
-
-    def _is_stale(self, version: int | None) -> bool:
-        """True if the chosen one has come into use or is being copied since."""
-        return version is not None and not self._ledger.entries[version].is_idle
+        return next(self._ledger.leaving_host(place), None)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,12 +198,13 @@ class _Packer:
         self._rules = rules
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-digest")
+        self._hashed: list[Future[None]] = []
         self._pairs: list[tuple[_Wanted, torch.Tensor, torch.Tensor]] = []
         self._changes = False
 
     def add(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:
         """Check the values of one module's pair and take this rank's part of it."""
-        self._thread.submit(self._hash, module, A_RK, B_OR)
+        self._hashed.append(self._thread.submit(self._hash, module, A_RK, B_OR))
         is_zero = [
             _is_zero(tensor, name)
             for name, tensor in zip(module.tensors, (A_RK, B_OR), strict=True)
@@ -242,7 +243,8 @@ class _Packer:
             end = begin + page_sizes[module.first_page] * module.num_pages
             self._pack(wanted, A_RK, B_OR, data[begin:end])
             begin = end
-        self._thread.shutdown()
+        for hashed in self._hashed:
+            hashed.result()  # equal digests mean equal weights: none may be missing
         return HostAdapter(
             name=name,
             path=path,

@@ -11,14 +11,31 @@ Unloading has two phases: the name is hidden at once, and the version's memory m
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NotRequired, TypedDict, Unpack
 
 from lorikeet.errors import AdapterError, AdapterNotFoundError
+from lorikeet.masking import shortened
 
 # Digests of dropped versions that are remembered, so that a reload of the same bytes finds its prefix cache again.
 MAX_REMEMBERED = 4096
-_MAX_LISTED = 20
+# Names that an error about an unknown one quotes, and the characters of each.
+MAX_LISTED = 8
+_MAX_NAME = 64
+
+
+def never_loaded(name: str, loaded: Mapping[str, object]) -> AdapterNotFoundError:
+    """The error about a name that is not loaded: names it and the first that are, however many they are."""
+    first = islice(loaded, MAX_LISTED)
+    listed = ", ".join(shortened(other, _MAX_NAME) for other in first) or "none"
+    if len(loaded) > MAX_LISTED:
+        listed += f" and {len(loaded) - MAX_LISTED} more"
+    return AdapterNotFoundError(
+        f"adapter '{shortened(name)}' has never been loaded or was unloaded; loaded adapters: {listed}",
+        "lora_path",
+    )
 
 
 class Content(TypedDict):
@@ -70,6 +87,10 @@ class AdapterRegistry:
         self._next_version = 1
         # Versions to look at in pop_unleased; kept so that it costs nothing when nothing was unloaded.
         self._hidden: set[int] = set()
+
+    def __len__(self) -> int:
+        """Loaded names."""
+        return len(self._names)
 
     def register(self, name: str, **content: Unpack[Content]) -> int:
         """Give a loaded adapter its name.
@@ -168,14 +189,7 @@ class AdapterRegistry:
         """
         info = self._names.get(name)
         if info is None:
-            names = sorted(self._names)
-            listed = ", ".join(names[:_MAX_LISTED]) or "none"
-            if len(names) > _MAX_LISTED:
-                listed += f" and {len(names) - _MAX_LISTED} more"
-            raise AdapterNotFoundError(
-                f"adapter {name!r} has never been loaded or was unloaded; loaded adapters: {listed}",
-                "lora_path",
-            )
+            raise never_loaded(name, self._names)
         return info
 
     def info(self, version: int) -> AdapterInfo:
@@ -186,6 +200,11 @@ class AdapterRegistry:
         """Names that mean a version now, sorted; none if it is hidden or not known."""
         record = self._versions.get(version)
         return sorted(record.names) if record is not None else []
+
+    def num_names(self, version: int) -> int:
+        """Names that mean a version now."""
+        record = self._versions.get(version)
+        return len(record.names) if record is not None else 0
 
     def is_hidden(self, version: int) -> bool:
         """True if no name means the version and ``pop_unleased`` has not given it out yet."""

@@ -11,14 +11,14 @@ import json
 import logging
 import re
 import sys
-import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import quote
+from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
 from lorikeet.errors import AdapterError
+from lorikeet.lora import addresses
 from lorikeet.lora.disk_cache import (
     DiskCache,
     DiskFullError,
@@ -27,22 +27,24 @@ from lorikeet.lora.disk_cache import (
     errors_of_disk,
     touch,
 )
+from lorikeet.lora.files import MAX_TEXT_BYTES
+from lorikeet.lora.tensor_header import START_BYTES, check_start
+from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.masking import mask
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _URL = re.compile(r"(s3|gs|https?)://", re.IGNORECASE)
 _URL_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 # Tries without one new byte; each waits twice as long as the one before.
 _MAX_TRIES = 5
 _FIRST_WAIT_S = 0.25
 _SOCKET_TIMEOUT_S = 30.0
-# Far above any configuration or template, far below what could fill a memory.
-_MAX_TEXT_BYTES = 4 * 2**20
-_MAX_HEADER_BYTES = 100 * 10**6
-# The length of the header, and the brace that it begins with.
-_HEADER_START = 9
+# How often who waits for another's download of the same adapter looks whether it is at an end.
+_PAUSE_S = 0.05
 _MAX_REASON = 300
 _NOT_FOUND = (404, 410)
 # Refusals that pass: timeout, too early, too many requests.
@@ -67,33 +69,63 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
+def scheme_of(url: str) -> str:
+    return url.partition(":")[0].lower()
+
+
+def host_of(url: str) -> str:
+    """Who is asked for ``url``: a host, or a bucket. For telling them apart only."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # brackets without an address
+        return url.partition("://")[2].partition("/")[0]
+
+
 @contextmanager
 def open_cached(
     url: str,
     names: tuple[str, ...],
     optional: tuple[str, ...],
     cache: DiskCache,
+    *,
+    transfer: Transfer | None = None,
+    allow_private: bool = False,
 ) -> Generator[Path]:
     """A local directory with the files ``names`` (and those of ``optional`` that exist) of the directory ``url``.
 
     What the cache holds is served if the source still has the same, or cannot be reached. The directory stays while the
     context lasts.
 
+    Args:
+        transfer: how far to go and for how long; within ``Reach.CACHE`` the copy is served without asking the source.
+        allow_private: whether a web server may have an address that is not public.
+
     Raises:
+        NeedsNetworkError: there is no copy, and the source may not be asked.
         AdapterError: the reason, with the URL's secrets masked.
     """
     key = hashlib.sha256(url.encode(errors="surrogatepass")).hexdigest()[:32]
+    transfer = transfer or Transfer()
+    if transfer.reach < Reach.NETWORK:
+        with cache.read(key) as directory:
+            if directory is None or transfer.reach < Reach.CACHE:
+                raise NeedsNetworkError(f"{mask(url)} has to be downloaded", host_of(url))
+            touch(directory)
+            with _named(directory, url):
+                yield directory
+        return
     while True:
-        with cache.hold(key) as (entry, lock):
-            with _masked(url):
-                _refresh(entry, url, names, optional)
+        with cache.hold(key, lambda: transfer.sleep(_PAUSE_S)) as (entry, lock):
+            with _masked(url), _opened(url, transfer, allow_private=allow_private) as source:
+                _refresh(entry, source, names, optional)
             lock.share()
             # Whoever held the lock while it changed hands may have evicted the entry.
-            if lock.is_current() and entry.files() is not None:
-                touch(entry.path)
-                with _named(entry.path, url):
-                    yield entry.path
-                return
+            if not lock.is_current() or entry.files() is None:
+                continue
+            touch(entry.path)
+            with _named(entry.path, url):
+                yield entry.path
+            return
 
 
 @contextmanager
@@ -114,33 +146,6 @@ def _named(directory: Path, url: str) -> Generator[None]:
         raise AdapterError(str(error).replace(str(directory), mask(url).rstrip("/"))) from error
 
 
-def _refresh(entry: Entry, url: str, names: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    """Make the entry what the source has now."""
-    present = entry.files()
-    fs = _file_system(url)
-    try:
-        files = _list(fs, url, names, optional)
-    except _UnreachableError as error:
-        if present is None:
-            raise
-        logger.warning("%s is served from the disk cache: %s", mask(url), mask(str(error)))
-        return
-    if files == present and all(file.validator is not None for file in files.values()):
-        return
-    entry.start(mask(url), files)
-    for name, file in files.items():
-        try:
-            _fetch(fs, _join(url, name), entry.partial / name, file.size)
-        except (_UnusableError, DiskFullError):
-            entry.discard()
-            raise
-    if _list(fs, url, names, optional) != files:
-        entry.discard()
-        raise AdapterError("its files changed while they were downloaded; try again")
-    with errors_of_disk(entry.path):
-        entry.publish()
-
-
 class _UnreachableError(AdapterError):
     """The source did not answer, which says nothing about the adapter."""
 
@@ -153,146 +158,255 @@ class _UnusableError(AdapterError):
     """What was downloaded so far is of no use."""
 
 
-def _file_system(url: str) -> Any:
-    """The fsspec file system of the URL's scheme.
+class _WholeFileError(Exception):
+    """The server cannot send the rest of a file, only all of it."""
+
+
+class _Source:
+    """A directory at its source.
+
+    Args:
+        fs: the fsspec file system of the URL's scheme.
+        transfer: ends whatever is waited for here.
+    """
+
+    def __init__(self, fs: Any, url: str, transfer: Transfer) -> None:
+        self._fs = fs
+        self.url = url
+        self._transfer = transfer
+
+    def list(self, names: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, FileInfo]:
+        """Size and validator of each file now.
+
+        Raises:
+            AdapterError: a file of ``names`` is missing, or one is larger than such a file can be.
+        """
+        self._fs.invalidate_cache()
+        files: dict[str, FileInfo] = {}
+        for name in (*names, *optional):
+            try:
+                info = self._info(name)
+            except _RefusedError:
+                # A store that may not be listed says "forbidden" of what does not exist.
+                if name in names:
+                    raise
+                continue
+            if info is None and name in names:
+                raise AdapterError(f"there is no {name}")
+            if info is not None:
+                files[name] = _file_info(name, info)
+        return files
+
+    def fetch(self, target: Path, size: int) -> None:
+        """Append to ``target`` what it lacks of the file of the same name.
+
+        Raises:
+            _UnreachableError: the connection was cut again and again; what has arrived stays for the next call.
+            AdapterError: refused, not an adapter's file, the time is over, or the disk is full.
+        """
+        name = target.name
+        error: Exception | None = None
+        tries, most, in_ranges = 0, -1, True
+        _append(target, b"", size)  # an empty file is a file too
+        while (done := target.stat().st_size) < size:
+            tries = 0 if done > most else tries + 1
+            most = max(most, done)
+            if tries == _MAX_TRIES:
+                reason = _reason(error)
+                raise _UnreachableError(f"{name} ends after {most} of {size} bytes: {reason}")
+            if tries:
+                self._transfer.sleep(_FIRST_WAIT_S * 2 ** (tries - 1))
+            try:
+                if not in_ranges and done:
+                    done = 0
+                    with errors_of_disk(target.parent):
+                        target.write_bytes(b"")
+                for chunk in self._read_from(name, done, size, in_ranges=in_ranges):
+                    _append(target, chunk, size)
+            except _failures() as raised:
+                error = _cause(raised)
+                _refuse(error, name)
+            except _WholeFileError as raised:
+                error, in_ranges = raised, False
+        if done > size:
+            raise _UnusableError(f"{name} has more than the {size} bytes that were announced")
+
+    def _info(self, name: str) -> Mapping[str, Any] | None:
+        """What the source tells of a file, None if there is no such file; asked again while the source is silent.
+
+        Raises:
+            _UnreachableError: it stays silent.
+            AdapterError: it refuses, or the time is over.
+        """
+        url = _join(self.url, name)
+        error: Exception | None = None
+        for attempt in range(_MAX_TRIES):
+            if attempt:
+                self._transfer.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
+            try:
+                if self._fs.async_impl:
+                    return self._wait(self._fs._info(url))
+                return self._fs.info(url)
+            except _failures() as raised:
+                error = _cause(raised)
+            if isinstance(error, FileNotFoundError):
+                return None
+            _refuse(error, name)
+        raise _UnreachableError(f"{name} cannot be read: {_reason(error)}")
+
+    def _read_from(self, name: str, start: int, size: int, *, in_ranges: bool) -> Iterator[bytes]:
+        """The file's bytes from ``start`` on.
+
+        Raises:
+            _WholeFileError: the server ignores ranges.
+        """
+        url = _join(self.url, name)
+        if not in_ranges:
+            yield from self._read_whole(url, size)
+            return
+        while start < size:
+            end = min(start + _CHUNK_BYTES, size)
+            if scheme_of(url).startswith("http"):
+                chunk = self._wait(_http_range(self._fs, url, start, end))
+            elif self._fs.async_impl:
+                chunk = self._wait(self._fs._cat_file(url, start=start, end=end))
+            else:
+                chunk = self._fs.cat_file(url, start=start, end=end)
+            if not chunk:
+                raise ConnectionError("the connection was closed")
+            yield chunk
+            start += len(chunk)
+
+    def _read_whole(self, url: str, size: int) -> Iterator[bytes]:
+        """All bytes of a file of a web server, and one more if there is one."""
+        response = self._wait(_http_get(self._fs, url, {}))
+        try:
+            done = 0
+            while done <= size and (chunk := self._wait(response.content.read(_CHUNK_BYTES))):
+                yield chunk
+                done += len(chunk)
+        finally:
+            self._fs.loop.call_soon_threadsafe(response.close)
+        if done < size:
+            raise ConnectionError("the connection was closed")
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._transfer.wait(self._fs.loop, coroutine)
+
+
+async def _http_get(fs: Any, url: str, headers: Mapping[str, str]) -> Any:
+    session = await fs.set_session()
+    response = await session.get(fs.encode_url(url), headers=headers)
+    if response.status >= 400:
+        response.release()
+        response.raise_for_status()
+    return response
+
+
+async def _http_range(fs: Any, url: str, start: int, end: int) -> bytes:
+    """Bytes ``start`` to ``end`` of a file, never more, whatever the server sends.
 
     Raises:
-        AdapterError: its library is not installed.
+        _WholeFileError: it sends the file from its beginning.
     """
-    scheme = url.partition("://")[0].lower()
+    response = await _http_get(fs, url, {"Range": f"bytes={start}-{end - 1}"})
+    async with response:
+        if response.status != 206 and start:
+            raise _WholeFileError("the server sends only whole files")
+        data = bytearray()
+        while len(data) < end - start:
+            part = await response.content.read(end - start - len(data))
+            if not part:
+                raise ConnectionError("the connection was closed")
+            data += part
+        return bytes(data)
+
+
+@contextmanager
+def _opened(url: str, transfer: Transfer, *, allow_private: bool) -> Generator[_Source]:
+    """The directory ``url`` at its source.
+
+    Raises:
+        AdapterError: the library of its scheme is not installed.
+    """
+    scheme = scheme_of(url)
     try:
         import fsspec
 
         if scheme.startswith("http"):
-            import aiohttp
-
-            limits = aiohttp.ClientTimeout(
-                total=None, sock_connect=_SOCKET_TIMEOUT_S, sock_read=_SOCKET_TIMEOUT_S
-            )
-            # encoded: a signature in the query must reach the server as it was given.
-            kwargs = {"client_kwargs": {"timeout": limits, "trust_env": True}, "encoded": True}
-            return fsspec.filesystem(scheme, **kwargs)
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+            # A session of its own: at the end its connections are closed, whatever they wait for.
+            kwargs = _http_options(allow_private=allow_private) | {"skip_instance_cache": True}
+        else:
+            kwargs = {"use_listings_cache": False}
+        fs = fsspec.filesystem(scheme, **kwargs)
     except ImportError as error:
         raise AdapterError(
             f"{scheme}:// needs a library that is not installed ({error}); pip install 'lorikeet[remote]'"
         ) from None
+    try:
+        yield _Source(fs, url, transfer)
+    finally:
+        session = getattr(fs, "_session", None)
+        if session is not None and scheme.startswith("http"):
+            fs.close_session(fs.loop, session)
 
 
-def _list(
-    fs: Any, url: str, names: tuple[str, ...], optional: tuple[str, ...]
-) -> dict[str, FileInfo]:
-    """Size and validator of each file now.
+def _http_options(*, allow_private: bool) -> dict[str, Any]:
+    import aiohttp
 
-    Raises:
-        AdapterError: a file of ``names`` is missing, or one is larger than such a file can be.
-    """
-    fs.invalidate_cache()
-    files: dict[str, FileInfo] = {}
-    for name in (*names, *optional):
+    async def get_client(*, loop: Any, **kwargs: Any) -> aiohttp.ClientSession:
+        sockets = None if allow_private else addresses.PublicSockets()
+        connector = aiohttp.TCPConnector(socket_factory=sockets)
+        return aiohttp.ClientSession(connector=connector, **kwargs)
+
+    limits = aiohttp.ClientTimeout(
+        total=None, sock_connect=_SOCKET_TIMEOUT_S, sock_read=_SOCKET_TIMEOUT_S
+    )
+    # encoded: a signature in the query must reach the server as it was given.
+    return {
+        "client_kwargs": {"timeout": limits, "trust_env": True},
+        "encoded": True,
+        "get_client": get_client,
+    }
+
+
+def _refresh(
+    entry: Entry, source: _Source, names: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    """Make the entry what the source has now."""
+    present = entry.files()
+    shown = mask(source.url)
+    try:
+        files = source.list(names, optional)
+    except _UnreachableError as error:
+        if present is None:
+            raise
+        logger.warning("%s is served from the disk cache: %s", shown, mask(str(error)))
+        return
+    if files == present and all(file.validator is not None for file in files.values()):
+        return
+    entry.start(shown, files)
+    for name, file in files.items():
         try:
-            info = _info(fs, _join(url, name), name)
-        except _RefusedError:
-            # A store that may not be listed says "forbidden" of what does not exist.
-            if name in names:
-                raise
-            continue
-        if info is None and name in names:
-            raise AdapterError(f"there is no {name}")
-        if info is not None:
-            files[name] = _file_info(name, info)
-    return files
+            source.fetch(entry.partial / name, file.size)
+        except (_UnusableError, DiskFullError):
+            entry.discard()
+            raise
+    if source.list(names, optional) != files:
+        entry.discard()
+        raise AdapterError("its files changed while they were downloaded; try again")
+    with errors_of_disk(entry.path):
+        entry.publish()
 
 
 def _file_info(name: str, info: Mapping[str, Any]) -> FileInfo:
     size = info.get("size")
     if not isinstance(size, int) or info.get("type", "file") != "file":
         raise AdapterError(f"{name} is no file whose size is known")
-    if size > _MAX_TEXT_BYTES and not name.endswith(".safetensors"):
-        raise AdapterError(f"{name} has {size} bytes; allowed: at most {_MAX_TEXT_BYTES}")
+    if size > MAX_TEXT_BYTES and not name.endswith(".safetensors"):
+        raise AdapterError(f"{name} has {size} bytes; allowed: at most {MAX_TEXT_BYTES}")
     found = {key: str(info[key]) for key in _VALIDATORS if info.get(key)}
     return FileInfo(size, json.dumps(found) if found else None)
-
-
-def _info(fs: Any, url: str, name: str) -> Mapping[str, Any] | None:
-    """What the source tells of a file, None if there is no such file; asked again while the source is silent.
-
-    Raises:
-        _UnreachableError: it stays silent.
-        AdapterError: it refuses.
-    """
-    error: Exception | None = None
-    for attempt in range(_MAX_TRIES):
-        if attempt:
-            time.sleep(_FIRST_WAIT_S * 2 ** (attempt - 1))
-        try:
-            return fs.info(url)
-        except _failures() as raised:
-            error = _cause(raised)
-        if isinstance(error, FileNotFoundError):
-            return None
-        _refuse(error, name)
-    raise _UnreachableError(f"{name} cannot be read: {_reason(error)}")
-
-
-def _fetch(fs: Any, url: str, target: Path, size: int) -> None:
-    """Append to ``target`` what it lacks of the file.
-
-    Raises:
-        _UnreachableError: the connection was cut again and again; what has arrived stays for the next call.
-        AdapterError: refused, not an adapter's file, or the disk is full.
-    """
-    name = target.name
-    error: Exception | None = None
-    tries, most, in_ranges = 0, -1, True
-    _append(target, b"", size)  # an empty file is a file too
-    while (done := target.stat().st_size) < size:
-        tries = 0 if done > most else tries + 1
-        most = max(most, done)
-        if tries == _MAX_TRIES:
-            raise _UnreachableError(f"{name} ends after {most} of {size} bytes: {_reason(error)}")
-        if tries:
-            time.sleep(_FIRST_WAIT_S * 2 ** (tries - 1))
-        try:
-            if not in_ranges and done:
-                done = 0
-                with errors_of_disk(target.parent):
-                    target.write_bytes(b"")
-            for chunk in _read_from(fs, url, done, size, in_ranges=in_ranges):
-                _append(target, chunk, size)
-        except _failures() as raised:
-            error = _cause(raised)
-            _refuse(error, name)
-        except _WholeFileError as raised:
-            error, in_ranges = raised, False
-    if done > size:
-        raise _UnusableError(f"{name} has more than the {size} bytes that were announced")
-
-
-class _WholeFileError(Exception):
-    """The server cannot send the rest of a file, only all of it."""
-
-
-def _read_from(fs: Any, url: str, start: int, size: int, *, in_ranges: bool) -> Iterator[bytes]:
-    """The file's bytes from ``start`` on.
-
-    Raises:
-        _WholeFileError: the server ignores ranges.
-    """
-    how = {"block_size": _CHUNK_BYTES, "cache_type": "none"} if in_ranges else {"block_size": 0}
-    with fs.open(url, "rb", **how) as file:
-        try:
-            file.seek(start)
-            while start < size:
-                chunk = cast("bytes", file.read(min(_CHUNK_BYTES, size - start)))
-                if not chunk:
-                    raise ConnectionError("the connection was closed")
-                yield chunk
-                start += len(chunk)
-        except (
-            ValueError
-        ):  # fsspec's word for a seek in a stream, and for all of a file in place of a range
-            raise _WholeFileError("the server sends only whole files") from None
 
 
 def _append(target: Path, chunk: bytes, size: int) -> None:
@@ -309,11 +423,12 @@ def _check_header(name: str, chunk: bytes, size: int) -> None:
     Raises:
         _UnusableError: the length of the header, which a safetensors file begins with, cannot be one.
     """
-    if len(chunk) < _HEADER_START:
+    if not chunk or len(chunk) < min(START_BYTES, size):
         return
-    length = int.from_bytes(chunk[:8], "little")
-    if length > min(_MAX_HEADER_BYTES, size - 8) or chunk[8:_HEADER_START] != b"{":
-        raise _UnusableError(f"{name} is not a safetensors file")
+    try:
+        check_start(chunk[:START_BYTES], size, name)
+    except AdapterError as error:
+        raise _UnusableError(f"it is not a safetensors file: {error}") from None
 
 
 def _join(url: str, name: str) -> str:
@@ -349,9 +464,14 @@ def _refuse(error: Exception, name: str) -> None:
     """
     if isinstance(error, FileNotFoundError):
         raise AdapterError(f"there is no {name}") from None
+    if addresses.is_refusal(error):
+        raise _RefusedError(f"{name}: {addresses.REFUSAL}") from None
     status = getattr(error, "status", None) or getattr(error, "code", None)
     is_client_error = isinstance(status, int) and 400 <= status < 500
-    if isinstance(error, PermissionError) or (is_client_error and status not in _ASK_AGAIN):
+    # A ValueError is a URL that is none.
+    if isinstance(error, PermissionError | ValueError) or (
+        is_client_error and status not in _ASK_AGAIN
+    ):
         raise _RefusedError(f"{name}: {_reason(error)}") from None
 
 

@@ -5,7 +5,7 @@
     DISK --take_reads--> READING --read_done--> HOST --admit, prefetch, pin--> COPYING --copies_done--> DEVICE
       ^                     |                    | ^                             |                        |
       +-----eviction--------|--------------------+ +--------copy failed----------+--------eviction--------+
-                            +--read_failed--> FAILED
+                            +--read_failed--> FAILED --retry--> DISK
 
 A version is usable on the device only. What is on the device is in host memory, too. Both tiers keep to the queue's
 order (``want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
@@ -14,16 +14,21 @@ until that request ran.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
 from lorikeet.lora.device_tier import DeviceTier
 from lorikeet.lora.eviction import POLICIES
-from lorikeet.lora.host_tier import HostTier
+from lorikeet.lora.host_tier import MAX_READS, HostTier
 from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
+
+# A pin whose copy failed is placed again after this long, and after twice as long each time that it fails again.
+_RETRY_S = 1.0
+_MAX_RETRY_S = 60.0
 
 
 class Admission(Enum):
@@ -31,7 +36,7 @@ class Admission(Enum):
 
     #: It is on the device: the sequence may run in the step that is being planned.
     READY = "ready"
-    #: It is being read or copied and asks nothing of others. Ask again later.
+    #: It is being read or copied, or stands in line for being read, and asks nothing of others. Ask again later.
     WAIT = "wait"
     #: What holds the room on the device or in host memory is in use, pinned or wanted before. Ask again later.
     NO_ROOM = "no room"
@@ -49,6 +54,8 @@ class Residency:
         policy: ``lru`` or ``fifo``, see ``lora/eviction.py``.
         max_pinned: at most this many versions may be pinned.
         max_host: at most this many versions are in host memory, those being read included; None means any number.
+        max_reads: at most this many versions are being read.
+        clock: seconds, for what is tried again after a while.
 
     Raises:
         ValueError: an unknown policy, no slot besides the base model's, or host memory for pinned versions only.
@@ -62,6 +69,8 @@ class Residency:
         policy: str,
         max_pinned: int,
         max_host: int | None = None,
+        max_reads: int = MAX_READS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"eviction policy {policy!r}; known: {', '.join(POLICIES)}")
@@ -73,8 +82,10 @@ class Residency:
         self._ledger = Ledger(policy)
         self._entries = self._ledger.entries
         self._device = DeviceTier(self._ledger, allocator, num_slots)
-        self._host = HostTier(self._ledger, max_host, self._device.evict)
-        # Pinned versions whose copy was not planned yet.
+        self._host = HostTier(self._ledger, max_host, self._device.evict, max_reads)
+        self._clock = clock
+        self._num_pinned = 0
+        # Pinned versions whose copy was not planned yet, or failed.
         self._unplaced_pins: set[int] = set()
 
     def __contains__(self, version: int) -> bool:
@@ -110,14 +121,13 @@ class Residency:
         if entry is None or not self._is_reading(version):
             self._host.take_place()
         if entry is None:
-            entry = self._entries[version] = Resident(version, tuple(page_classes), pinned)
-        entry.removed, entry.pinned = False, entry.pinned or pinned
+            entry = self._ledger.add(version)
+        self._ledger.set_removed(entry, removed=False)
+        self._set_pin(entry, pinned=entry.pinned or pinned)
         if entry.tier in (Tier.DISK, Tier.FAILED):
-            entry.enter(Tier.READING)
+            self._ledger.move(entry, Tier.READING)
         if entry.tier is Tier.READING:
             self._host.arrive(entry, page_classes)
-        if pinned:
-            self._unplaced_pins.add(version)
         self._ledger.num_changes += 1
 
     def remove(self, version: int) -> None:
@@ -130,9 +140,9 @@ class Residency:
             ValueError: the version is not there.
         """
         entry = self._find(version)
-        self._unplaced_pins.discard(version)
         self._host.forget(entry)
-        entry.removed, entry.pinned = True, False
+        self._set_pin(entry, pinned=False)
+        self._ledger.set_removed(entry, removed=True)
         self._ledger.num_changes += 1
         self._settle(entry)
 
@@ -146,11 +156,7 @@ class Residency:
         entry = self._find(version)
         if pinned and not entry.pinned:
             self._check_pin()
-        entry.pinned = pinned
-        if pinned:
-            self._unplaced_pins.add(version)
-        else:
-            self._unplaced_pins.discard(version)
+        self._set_pin(entry, pinned=pinned)
         self._ledger.num_changes += 1
 
     def has_host_room(self) -> bool:
@@ -181,6 +187,15 @@ class Residency:
         if entry is None or entry.slot == 0:
             raise ValueError(f"version {version} has no slot")
         return entry.slot
+
+    def count(self, tier: Tier) -> int:
+        """Versions in a tier."""
+        return self._ledger.num_in[tier]
+
+    def take_moved(self) -> list[int]:
+        """Versions whose tier has changed since the last call, in no order; some may be gone."""
+        moved, self._ledger.moved = list(self._ledger.moved), set()
+        return moved
 
     def num_uses(self, version: int) -> int:
         entry = self._entries.get(version)
@@ -213,10 +228,7 @@ class Residency:
 
     def want(self, versions: Iterable[int]) -> None:
         """Say which versions the queue wants, in its order. The first come first, and stay longest."""
-        wanted = {version: place for place, version in enumerate(versions)}
-        if wanted != self._ledger.wanted:
-            self._ledger.wanted = wanted
-            self._ledger.num_changes += 1
+        self._ledger.want(versions)
 
     def admit(self, version: int) -> Admission:
         """Ask for a version for one more sequence; starts its read or its copy if there is room.
@@ -232,9 +244,12 @@ class Residency:
         if entry.tier is Tier.DEVICE:
             entry.uses += 1
             entry.last_use = self._ledger.tick()
+            self._ledger.note(entry)
             return Admission.READY
         if entry.tier is Tier.FAILED:
             return Admission.FAILED
+        if entry.tier is Tier.DISK and self._host.num_free_reads <= 0:
+            return Admission.WAIT
         if entry.tier is Tier.DISK and not self._host.start_read(entry):
             return Admission.NO_ROOM
         if entry.tier is Tier.HOST and not self._device.place(entry):
@@ -254,6 +269,7 @@ class Residency:
             raise ValueError(f"version {version} is not in use")
         entry.uses -= 1
         entry.last_use = self._ledger.tick()
+        self._ledger.note(entry)
         if entry.uses == 0:
             self._ledger.num_changes += 1
             self._settle(entry)
@@ -318,7 +334,10 @@ class Residency:
         """
         if not self._is_reading(version):
             return False
-        self._host.arrive(self._entries[version], page_classes)
+        entry = self._entries[version]
+        self._host.arrive(entry, page_classes)
+        if entry.pinned:
+            self._unplaced_pins.add(version)
         self._ledger.num_changes += 1
         return True
 
@@ -334,6 +353,28 @@ class Residency:
         self._host.fail(self._entries[version], reason)
         return True
 
+    def retry(self, version: int) -> None:
+        """FAILED -> DISK: whatever was in the way of reading it may have gone.
+
+        Raises:
+            ValueError: the version is not there, or has not failed.
+        """
+        entry = self._find(version)
+        entry.enter(Tier.DISK)
+        entry.reason = None
+        if entry.pinned:
+            self._unplaced_pins.add(version)
+        self._ledger.num_changes += 1
+
+    @property
+    def num_free_reads(self) -> int:
+        """How many more versions may be read at this moment, if there is room for them."""
+        return self._host.num_free_reads
+
+    def take_ended_reads(self) -> list[int]:
+        """Versions that are not being read any more, whatever came of it, since the last call."""
+        return self._host.take_ended()
+
     def take_failures(self) -> dict[int, str]:
         """Versions that became FAILED since the last call, and why."""
         return self._host.take_failures()
@@ -346,6 +387,12 @@ class Residency:
         """
         self._device.check_integrity()
         self._host.check_integrity()
+        self._ledger.check_integrity()
+        pinned = {entry.version for entry in self._entries.values() if entry.pinned}
+        if len(pinned) != self._num_pinned or not self._unplaced_pins <= pinned:
+            raise AssertionError(
+                f"{self._num_pinned} pins counted, {self._unplaced_pins} not placed, of {pinned}"
+            )
         for entry in self._entries.values():
             if entry.uses and entry.tier is not Tier.DEVICE:
                 raise AssertionError(f"version {entry.version} is in use and not on the device")
@@ -366,21 +413,29 @@ class Residency:
         entry = self._entries.get(version)
         return entry is not None and not entry.removed and entry.tier is Tier.READING
 
+    def _set_pin(self, entry: Resident, *, pinned: bool) -> None:
+        """Pin or unpin; a pin is placed with the next plan, if it is not placed already."""
+        self._num_pinned += pinned - entry.pinned
+        entry.pinned = pinned
+        if pinned:
+            self._unplaced_pins.add(entry.version)
+        else:
+            self._unplaced_pins.discard(entry.version)
+        self._ledger.note(entry)
+
     def _check_pin(self) -> None:
-        num_pinned = sum(entry.pinned for entry in self._entries.values())
-        if num_pinned >= self._max_pinned:
+        if self._num_pinned >= self._max_pinned:
             raise AdapterError(
-                f"cannot pin another adapter: {num_pinned} are pinned and {self._max_pinned} is the most "
+                f"cannot pin another adapter: {self._num_pinned} are pinned and {self._max_pinned} is the most "
                 "(max_loras_per_batch - 1), or the others face starvation"
             )
 
     def _place_pins(self) -> None:
         for version in sorted(self._unplaced_pins):
             entry = self._entries[version]
-            if entry.tier is Tier.HOST:
+            if entry.tier is Tier.HOST and entry.retry_at <= self._clock():
                 self._device.place(entry)
             if entry.tier in (Tier.COPYING, Tier.DEVICE):
-                # A pin whose copy fails later is not tried again until a request asks for it.
                 self._unplaced_pins.discard(version)
 
     def _end_copy(self, version: int, *, ok: bool) -> None:
@@ -388,6 +443,13 @@ class Residency:
         if entry is None or entry.tier is not Tier.COPYING:
             raise ValueError(f"no copy of version {version} is on its way")
         self._device.end_copy(entry, ok=ok)
+        if ok:
+            entry.num_failures = 0
+        elif entry.pinned:
+            delay = min(_MAX_RETRY_S, _RETRY_S * 2 ** min(entry.num_failures, 8))
+            entry.num_failures += 1
+            entry.retry_at = self._clock() + delay
+            self._unplaced_pins.add(version)
         self._settle(entry)
 
     def _settle(self, entry: Resident) -> None:

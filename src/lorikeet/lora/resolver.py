@@ -53,7 +53,7 @@ class Resolver:
         Raises:
             AdapterError: a load of this name failed a moment ago (see :meth:`reject`); the reason is repeated.
         """
-        if not _is_plain(name):
+        if not is_name(name):
             return None
         with self._lock:
             until, reason = self._negative.get(name, (float("-inf"), None))
@@ -70,7 +70,7 @@ class Resolver:
 
     def reject(self, name: str, reason: str) -> None:
         """The adapter was found but could not be loaded: repeat ``reason`` for a while instead of reading it again."""
-        if _is_plain(name):
+        if is_name(name):
             self._remember(name, reason)
 
     def forget(self, name: str) -> None:
@@ -96,8 +96,10 @@ class Resolver:
         return path if any(path.is_relative_to(root) for root in self._allowed) else None
 
 
-def _is_plain(name: str) -> bool:
-    """One component of a path and no more; a hidden directory (``.git``) is no adapter."""
-    if not name or name.startswith(".") or any(char in name for char in "/\\\0"):
+def is_name(name: str) -> bool:
+    """Whether ``name`` is looked up at all: one component of a path that can be shown. A hidden directory (``.git``) is
+    no adapter."""
+    # The length comes first: a name may be a megabyte.
+    if not 0 < len(name) <= _MAX_NAME_BYTES or name.startswith(".") or not name.isprintable():
         return False
-    return len(name.encode(errors="surrogatepass")) <= _MAX_NAME_BYTES
+    return not any(char in name for char in "/\\") and len(name.encode()) <= _MAX_NAME_BYTES

@@ -11,17 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from lorikeet.core.sites import LoRASite
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter_config import ALL_LINEAR, LoRASpec
+from lorikeet.lora.patterns import match_patterns
+from lorikeet.masking import shortened
 
 # From this many names on, PEFT shortens target_modules before it matches, which changes what a full path means when
 # layers_to_transform is set (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
 _PEFT_SHORTENS_FROM = 20
 
-Value = TypeVar("Value", int, float)
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 # (index of the site, index of the slice inside it)
 ModuleKey = tuple[int, int]
@@ -39,16 +40,24 @@ def resolve_targets(spec: LoRASpec, sites: Sequence[LoRASite]) -> dict[ModuleKey
     """Modules that the adapter changes, in the order of the sites.
 
     Raises:
-        AdapterError: none matches, or PEFT itself would be ambiguous about it.
+        AdapterError: none matches, PEFT itself would be ambiguous about it, or a pattern cannot be used.
     """
     _check_ambiguity(spec, sites)
+    parts = [
+        ((site_index, slice_index), site.kind, part.hf_path)
+        for site_index, site in enumerate(sites)
+        for slice_index, part in enumerate(site.slices)
+    ]
+    paths = [path for _, _, path in parts]
+    matches = _Matches(spec, paths)
+    ranks, alphas = list(spec.rank_pattern.values()), list(spec.alpha_pattern.values())
     modules: dict[ModuleKey, ModuleLoRA] = {}
-    for site_index, site in enumerate(sites):
-        for slice_index, part in enumerate(site.slices):
-            if _is_target(spec, part.hf_path, site.kind):
-                rank = _by_pattern(spec.rank_pattern, part.hf_path, spec.r)
-                alpha = _by_pattern(spec.alpha_pattern, part.hf_path, spec.lora_alpha)
-                modules[site_index, slice_index] = ModuleLoRA(rank, spec.scale(rank, alpha))
+    for at, (key, kind, path) in enumerate(parts):
+        if matches.is_target(at, path, kind):
+            rank_at, alpha_at = matches.ranks[at], matches.alphas[at]
+            rank = spec.r if rank_at < 0 else ranks[rank_at]
+            alpha = spec.lora_alpha if alpha_at < 0 else alphas[alpha_at]
+            modules[key] = ModuleLoRA(rank, spec.scale(rank, alpha))
     if not modules:
         known = sorted({part.name for site in sites for part in site.slices})
         raise AdapterError(
@@ -58,46 +67,69 @@ def resolve_targets(spec: LoRASpec, sites: Sequence[LoRASite]) -> dict[ModuleKey
     return modules
 
 
-def _is_target(spec: LoRASpec, path: str, kind: str) -> bool:
-    if _is_excluded(spec.exclude_modules, path):
-        return False
-    targets = spec.target_modules
-    if isinstance(targets, str):
-        if targets.lower() == ALL_LINEAR:
+class _Matches:
+    """What the patterns of a configuration say of each path; -1 where none matches.
+
+    Attributes:
+        ranks, alphas: for each path, the place of its entry in ``rank_pattern`` and ``alpha_pattern``.
+    """
+
+    def __init__(self, spec: LoRASpec, paths: Sequence[str]) -> None:
+        self._targets = spec.target_modules
+        self._is_all = isinstance(self._targets, str) and self._targets.lower() == ALL_LINEAR
+        self._names = _names(self._targets)
+        self._excluded_names = _names(spec.exclude_modules)
+        self._layers = None if spec.layers_to_transform is None else {*spec.layers_to_transform}
+        self._has_layers_pattern = bool(spec.layers_pattern)
+        target = () if self._is_all else _expressions(self._targets)
+        self._hits, self._excluded, self._numbers, self.ranks, self.alphas = match_patterns(
+            (
+                ("target_modules", "whole", target),
+                ("exclude_modules", "whole", _expressions(spec.exclude_modules)),
+                ("layers_pattern", "layer", spec.layers_pattern),
+                ("rank_pattern", "end", tuple(spec.rank_pattern)),
+                ("alpha_pattern", "end", tuple(spec.alpha_pattern)),
+            ),
+            paths,
+        )
+
+    def is_target(self, at: int, path: str, kind: str) -> bool:
+        """Whether the adapter changes the module of ``path``, the one at place ``at``."""
+        if self._excluded[at] >= 0 or _ends_with(path, self._excluded_names):
+            return False
+        if self._is_all:
             # PEFT takes every nn.Linear but the output layer; the embedding is not one.
             return kind in ("column", "row")
-        return re.fullmatch(targets, path) is not None
-    if path in targets:
+        if isinstance(self._targets, str):
+            return self._hits[at] >= 0
+        if path in self._names:
+            return True
+        return _ends_with(path, self._names) and self._is_in_layers(at, path)
+
+    def _is_in_layers(self, at: int, path: str) -> bool:
+        if self._layers is None:
+            return True
+        if self._has_layers_pattern:
+            return self._numbers[at] >= 0 and self._numbers[at] in self._layers
+        # Without a pattern the first number in the path is the layer.
+        match = _FIRST_NUMBER.match(path)
+        return match is not None and int(match[1]) in self._layers
+
+
+def _names(modules: tuple[str, ...] | str) -> frozenset[str]:
+    return frozenset() if isinstance(modules, str) else frozenset(modules)
+
+
+def _expressions(modules: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (modules,) if isinstance(modules, str) else ()
+
+
+def _ends_with(path: str, names: frozenset[str]) -> bool:
+    """Whether ``path`` is one of the names, or ends with one of them after a dot. Costs the same for any number of names."""
+    if path in names:
         return True
-    return _ends_with(path, targets) and _in_layers(spec, path)
-
-
-def _is_excluded(exclude: tuple[str, ...] | str, path: str) -> bool:
-    if isinstance(exclude, str):
-        return re.fullmatch(exclude, path) is not None
-    return path in exclude or _ends_with(path, exclude)
-
-
-def _ends_with(path: str, names: tuple[str, ...]) -> bool:
-    return any(path.endswith(f".{name}") for name in names)
-
-
-def _in_layers(spec: LoRASpec, path: str) -> bool:
-    if spec.layers_to_transform is None:
-        return True
-    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in spec.layers_pattern]
-    # Without a pattern the first number in the path is the layer.
-    for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-        if match := re.match(pattern, path):
-            return int(match.groups()[-1]) in spec.layers_to_transform
-    return False
-
-
-def _by_pattern(patterns: dict[str, Value], path: str, default: Value) -> Value:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    dots = (at for at, char in enumerate(path) if char == ".")
+    return any(path[at + 1 :] in names for at in dots)
 
 
 def _check_ambiguity(spec: LoRASpec, sites: Sequence[LoRASite]) -> None:
@@ -115,4 +147,4 @@ def _check_ambiguity(spec: LoRASpec, sites: Sequence[LoRASite]) -> None:
 
 
 def _show(targets: tuple[str, ...] | str) -> str:
-    return repr(targets) if isinstance(targets, str) else repr(sorted(targets))
+    return shortened(repr(targets) if isinstance(targets, str) else repr(sorted(targets)))

@@ -3,19 +3,14 @@
 Why not the library's own reader: it maps the file, and whoever shortens a mapped file kills the process that looks at
 it (SIGBUS). A server reads files that it does not own. Reading also decides once what the values are: a file that is
 changed under a reader gives other bytes, never bytes that were checked and then changed.
-
-The format (https://huggingface.co/docs/safetensors): 8 bytes, the length of the header, little-endian; a JSON object,
-name -> {dtype, shape, data_offsets}; then the tensors one after the other, without gaps.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import cast
@@ -27,42 +22,15 @@ from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, parse_adapter_config
 from lorikeet.lora.files import opened, write_atomically
 from lorikeet.lora.source import WEIGHTS_FILE
+from lorikeet.lora.tensor_header import parse_header
 
-# An adapter of a hundred layers has some thousand tensors, of about 150 bytes each in the header.
-MAX_HEADER_BYTES = 16 << 20
 # What load_lora_adapter_from_tensors takes; rank 256 on every module of a 70B model in 16 bits has 6.6 GB.
 MAX_TENSORS_BYTES = 8 << 30
-_MAX_NAME = 512
-_LENGTH_BYTES = 8
 # Of tensors in memory: that of the widest type.
 _ALIGNMENT = 8
-_METADATA = "__metadata__"
 
-# Types that a file may hold, and their bits. Only those of TORCH_TYPES can be read.
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-}
+# Types that can be read, of those that a file may hold.
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One entry of a header.
-
-    Attributes:
-        dtype: the format's name of the type.
-        start, end: where its bytes lie, counted from the beginning of the file.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class TensorFile:
@@ -139,37 +107,6 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         yield TensorFile(file, path)
 
 
-def parse_header(
-    read_at: Callable[[int, int], bytes], size: int, where: str
-) -> dict[str, TensorInfo]:
-    """Check the header of ``size`` bytes of safetensors.
-
-    Args:
-        read_at: (start, length) -> bytes; never asked for more than there is.
-        where: named in front of each error.
-
-    Raises:
-        AdapterError: says what is wrong.
-    """
-    if size < _LENGTH_BYTES:
-        raise _broken(where, f"it has {size} bytes, less than the length of a header")
-    head = read_at(0, min(size, 16))
-    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    begin = _LENGTH_BYTES + length
-    if length > size - _LENGTH_BYTES or length > MAX_HEADER_BYTES:
-        _refuse_pickle(head, where)
-        most = min(size - _LENGTH_BYTES, MAX_HEADER_BYTES)
-        raise _broken(where, f"its header claims {length} bytes; possible: at most {most}")
-    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
-        _refuse_pickle(head, where)
-        raise _broken(where, "its header is not a JSON object")
-    entries = _json_header(read_at(_LENGTH_BYTES, length), where)
-    entries.pop(_METADATA, None)
-    tensors = {name: _tensor(name, entry, begin, where) for name, entry in entries.items()}
-    _check_gaps(tensors, begin, size, where)
-    return tensors
-
-
 def tensors_to_dir(config: Mapping[str, object], tensors: bytes, directory: Path) -> None:
     """Write an adapter that came over the wire as the two files that :func:`lorikeet.lora.loader.load_adapter` reads.
 
@@ -219,71 +156,3 @@ def _sorted_set(value: object) -> list[object]:
     if isinstance(value, set | frozenset):
         return sorted(cast("set[object]", value), key=str)
     raise TypeError(f"{type(value).__name__} is not JSON")
-
-
-def _broken(where: str, why: str) -> AdapterError:
-    return AdapterError(f"{where} is broken or truncated: {why}")
-
-
-def _refuse_pickle(head: bytes, where: str) -> None:
-    """Say so if the bytes are what torch.save or pickle writes."""
-    if head.startswith((b"PK\x03\x04", b"\x1f\x8b")) or (
-        head[0] == 0x80 and head[1] in range(1, 8)
-    ):
-        raise AdapterError(
-            f"{where} is a pickle or an archive, not safetensors; a pickle runs code when it is read, so it is never "
-            "loaded: save the adapter with safetensors"
-        )
-
-
-def _json_header(data: bytes, where: str) -> dict[str, object]:
-    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise ValueError("a name is there twice")
-        return fields
-
-    try:
-        header: object = json.loads(data.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _broken(where, f"its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _broken(where, "its header is not a JSON object")
-    return cast("dict[str, object]", header)
-
-
-def _tensor(name: str, entry: object, begin: int, where: str) -> TensorInfo:
-    if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise _broken(where, f"a tensor has the name {name[:_MAX_NAME]!r}")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _broken(where, f"tensor {name} needs dtype, shape and data_offsets in the header")
-    fields = cast("dict[str, object]", entry)
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _broken(where, f"tensor {name} is of the unknown type {dtype!r}")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(cast("list[int]", offsets)) != 2:
-        raise _broken(where, f"tensor {name} has the shape {shape!r} and the place {offsets!r}")
-    start, end = cast("list[int]", offsets)
-    num_bits = math.prod(cast("list[int]", shape)) * _BITS[dtype]
-    if num_bits != 8 * (end - start):
-        raise _broken(
-            where, f"tensor {name} of {dtype} {shape} is said to have {end - start} bytes"
-        )
-    return TensorInfo(dtype, tuple(cast("list[int]", shape)), begin + start, begin + end)
-
-
-def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and item >= 0
-        for item in cast("list[object]", value)
-    )
-
-
-def _check_gaps(tensors: Mapping[str, TensorInfo], begin: int, size: int, where: str) -> None:
-    """Tensors lie one after the other up to the end of the file, so nothing hides between them."""
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != begin:
-            raise _broken(where, f"tensor {name} begins at byte {info.start}, not at {begin}")
-        begin = info.end
-    if begin != size:
-        raise _broken(where, f"by its header it has {begin} bytes, in truth {size}")

@@ -6,13 +6,16 @@ does not implement, so a spec that exists can be served exactly.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from lorikeet.core.request import SamplingParams
 from lorikeet.core.rope import RopeSpec
 from lorikeet.core.sites import LoRASite, SiteKind, SiteSlice
-from lorikeet.errors import ModelError
+from lorikeet.errors import ModelError, RequestError
 from lorikeet.models.config_reader import ConfigReader, read_json
 from lorikeet.models.families import FAMILIES, Family, FixedOrConfig
 from lorikeet.models.rope_config import read_rope
@@ -30,6 +33,10 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "num_local_experts": (None, 0),
     "n_routed_experts": (None, 0),
 }
+
+_GENERATION_FILE = "generation_config.json"
+# What a model's authors recommend, of what a request may say: their file's names are those of SamplingParams.
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,10 +182,46 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         raise ModelError(
             f"{directory} has no config.json; a Hugging Face model directory is needed"
         )
-    generation = directory / "generation_config.json"
-    return parse_model_config(
-        read_json(file), read_json(generation) if generation.is_file() else {}, str(file)
-    )
+    return parse_model_config(read_json(file), _read_generation(directory), str(file))
+
+
+def _read_generation(directory: Path) -> dict[str, object]:
+    file = directory / _GENERATION_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]:
+    """Sampling parameters that ``generation_config.json`` recommends, by their names in :class:`SamplingParams`.
+
+    Raises:
+        ModelError: a value is none that a request could have; names the file, the field and what is allowed.
+    """
+    file = directory / _GENERATION_FILE
+    given = _read_generation(directory)
+    found: dict[str, Any] = {}
+    for name in _SAMPLING_DEFAULTS:
+        value = given.get(name)
+        if value is None:
+            continue
+        if not _is_number(value, whole=name == "top_k"):
+            allowed = "an integer" if name == "top_k" else "a number"
+            raise ModelError(f"{file}: {name} is {value!r:.40}; allowed: {allowed} or null")
+        # No bound, in the words of transformers.
+        found[name] = -1 if name == "top_k" and value == 0 else value
+    try:
+        SamplingParams(**found).validate(vocab_size)
+    except RequestError as error:
+        message = str(error).removeprefix("sampling_params.")
+        raise ModelError(
+            f"{file}: {message}. With --sampling-defaults openai the file's values are not used"
+        ) from error
+    return found
+
+
+def _is_number(value: object, *, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return abs(value) < sys.float_info.max  # an integer may be larger than any float
 
 
 def parse_model_config(

@@ -5,7 +5,8 @@ them. A sequence whose adapter has no room is *blocked*: it waits alone and othe
 are never blocked, and their passing harms nobody who waits for an adapter's room.
 
 **On its way.** A sequence whose adapter is being read or copied waits alone, too, but is not blocked: what it waits
-for is time, and holding others back would not make it shorter. A copy takes milliseconds and a slot; so that its
+for is time, and holding others back would not make it shorter. The same holds while its adapter stands in line for being
+read, since a number of adapters are read at a time, in the order of the queue. A copy takes milliseconds and a slot; so that its
 sequence finds the way open, an adapter that is being copied counts as running for those who stand behind it.
 
 **The bound.** Requests that name an adapter are numbered as they arrive (``Sequence.serial``). Let b be the oldest
@@ -35,7 +36,9 @@ max_passes later ones pass it**; then running sequences end, or are preempted by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from lorikeet.core.sequence import Sequence
 from lorikeet.lora.tiers import Tier
@@ -49,8 +52,30 @@ _MAX_REFUSALS = 16
 _ON_ITS_WAY = frozenset({Tier.READING, Tier.COPYING})
 
 
+class Adapters(Protocol):
+    """What admission asks of the residency."""
+
+    @property
+    def num_free_reads(self) -> int:
+        """How many more adapters may be read at this moment."""
+        ...
+
+    def tier(self, version: int) -> Tier: ...
+
+    def take_ended_reads(self) -> Iterable[int]:
+        """Versions that are not being read any more, since the last call."""
+        ...
+
+
 class Admission:
-    """Remembers between steps which adapter is draining; opens a round per step."""
+    """Remembers between steps which adapter is draining, and which are being read; opens a round per step.
+
+    Those that are read, or stand in line for it, are off the queue's list of heads until something has changed for them,
+    so that a step costs nothing for the hundreds of them that a burst brings.
+
+    Attributes:
+        off: versions that are off the list.
+    """
 
     def __init__(
         self,
@@ -58,14 +83,44 @@ class Admission:
         queue: WaitingQueue,
         running: RunningSet,
         match: Callable[[Sequence], int],
-        tier: Callable[[int], Tier],
+        adapters: Adapters,
     ) -> None:
         self.limits = limits
         self.queue = queue
         self.running = running
         self.match = match
-        self.tier = tier
+        self.adapters = adapters
+        self.off: set[int] = set()
         self._draining = 0
+        # (order, version) of those whose adapters are on disk and stand in line for being read.
+        self._unread: list[tuple[int, int]] = []
+
+    def note_reads(self) -> None:
+        """List those again whose adapters are not being read any more, and those that may be read now."""
+        for version in self.adapters.take_ended_reads():
+            self._offer(version)
+        num_free = self.adapters.num_free_reads
+        while num_free > 0 and self._unread:
+            _, version = heapq.heappop(self._unread)
+            # Otherwise it is listed already.
+            if version in self.off and self.queue.head(version) is not None:
+                num_free -= self.adapters.tier(version) is Tier.DISK
+            self._offer(version)
+
+    def waits_for_read(self, version: int) -> None:
+        """A version that waits is being read or has to wait until others are: take it off the list."""
+        head = self.queue.head(version)
+        self.off.add(version)
+        if self.adapters.tier(version) is not Tier.READING and head is not None:
+            heapq.heappush(self._unread, (head.order, version))
+
+    def is_off(self, version: int) -> bool:
+        """True if the heads of a version are off the queue's list, to be offered again later."""
+        return version in self.off
+
+    def _offer(self, version: int) -> None:
+        self.off.discard(version)
+        self.queue.offer(version)
 
     def open_round(self, budget: StepBudget) -> Round:
         return Round(self, budget)
@@ -87,7 +142,9 @@ class Round:
         self._queue = admission.queue
         self._running = admission.running
         self._budget = budget
-        self._aside: set[int] = set()
+        # Adapters that are not to be asked for in this round, and those of them that come back into line at its end.
+        self._out: set[int] = set(admission.off)
+        self._aside: list[int] = []
         self._blocked: Sequence | None = None
         self._num_refused = 0
         self._lengths: dict[int, int] = {}
@@ -119,8 +176,12 @@ class Round:
 
     def park(self, seq: Sequence) -> None:
         """The adapter of ``seq``, which ``next`` returned, is on its way now."""
-        self._set_aside(seq)
-        self._reserve(seq)
+        if self._admission.adapters.tier(seq.version) is Tier.COPYING:
+            self._set_aside(seq)
+            self._budget.adapters -= 1
+        else:
+            self._out.add(seq.version)
+            self._admission.waits_for_read(seq.version)
 
     def short_of_pages(self, seq: Sequence) -> None:
         """There are no pages for ``seq``, which waits."""
@@ -155,18 +216,15 @@ class Round:
     def _next_idle(self, most: int | None) -> Sequence | None:
         """First in order among those whose adapter neither runs nor is on its way."""
         running = self._running.num_of_version
-        while (idle := self._queue.peek_idle(running, self._aside, most)) is not None:
-            if self._admission.tier(idle.version) not in _ON_ITS_WAY:
+        while (idle := self._queue.peek_idle(running, self._out, most)) is not None:
+            if self._admission.adapters.tier(idle.version) not in _ON_ITS_WAY:
                 return idle
             self.park(idle)
         return None
 
     def _set_aside(self, seq: Sequence) -> None:
-        self._aside.add(seq.version)
-
-    def _reserve(self, seq: Sequence) -> None:
-        if self._admission.tier(seq.version) is Tier.COPYING:
-            self._budget.adapters -= 1
+        self._out.add(seq.version)
+        self._aside.append(seq.version)
 
     def _may_pass(self, seq: Sequence, blocked: Sequence | None) -> bool:
         window = self._limits.max_passes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from lorikeet.core.sequence import Sequence, SequenceState
@@ -130,8 +130,13 @@ class WaitingQueue:
             for lane in lanes.values():
                 yield from lane.values()
 
-    def check_integrity(self, running: Collection[int]) -> None:
+    def check_integrity(
+        self, running: Collection[int], is_off: Callable[[int], bool] = lambda version: False
+    ) -> None:
         """Compare counts, orders and the lists of heads.
+
+        Args:
+            is_off: tells of a version whether somebody keeps it to offer it again.
 
         Raises:
             AssertionError: names what does not match.
@@ -149,7 +154,8 @@ class WaitingQueue:
                 if not orders or orders != sorted(orders):
                     raise AssertionError(f"version {version} waits in the order {orders}")
                 listed = (orders[0], version) in self._heads.get(length_class, ())
-                if version and version not in running and not listed:
+                is_out = version in running or version == 0 or is_off(version)
+                if not is_out and not listed:
                     raise AssertionError(f"the head of version {version} is not listed")
         for seq in found:
             if seq.state not in (SequenceState.WAITING, SequenceState.PREEMPTED):

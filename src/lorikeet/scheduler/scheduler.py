@@ -67,7 +67,7 @@ class Scheduler:
         self._running = self._state.running
         self._counters = self._state.counters
         self._admission = Admission(
-            limits, self._queue, self._running, self._state.num_cached, residency.tier
+            limits, self._queue, self._running, self._state.num_cached, residency
         )
         self._freed_slots: list[int] = []
         # `Residency.num_changes` when there was nothing to plan; until something moves there is nothing again.
@@ -251,7 +251,7 @@ class Scheduler:
         """
         self._kv.check_integrity()
         self._residency.check_integrity()
-        self._state.check_integrity()
+        self._state.check_integrity(self._admission.is_off)
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -286,6 +286,7 @@ class Scheduler:
 
     def _plan_prompts(self, plan: StepPlan, budget: StepBudget, *, admits: bool) -> None:
         """Divide what is left of the step among the prompts under way and, if it ``admits``, those that wait."""
+        self._admission.note_reads()
         prefilling = self._running.prefilling.values()
         classes = {*self._queue.length_classes, *(seq.length_class for seq in prefilling)}
         if not classes or budget.tokens <= 0:

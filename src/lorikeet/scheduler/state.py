@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorikeet.core.plan import SampledToken, StepPlan
@@ -170,13 +171,16 @@ class State:
             total_adapter_device_evictions=self.residency.num_device_evictions,
         )
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, is_off: Callable[[int], bool]) -> None:
         """Compare the sets of sequences with each other and with what the managers hold.
+
+        Args:
+            is_off: tells of a version whether its head need not be on the queue's list.
 
         Raises:
             AssertionError: names what does not match.
         """
-        self.queue.check_integrity(self.running.num_of_version)
+        self.queue.check_integrity(self.running.num_of_version, is_off)
         running = self.running.sequences()
         waiting = {seq.id for seq in self.queue.sequences()}
         if waiting & {seq.id for seq in running} or len(waiting) + len(running) != len(

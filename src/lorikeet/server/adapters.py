@@ -12,7 +12,7 @@ from fastapi.responses import PlainTextResponse, Response
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
-from lorikeet.errors import LoRADisabledError, RequestError, UserError
+from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
 from lorikeet.server.limits import BodyError
 from lorikeet.server.protocol import (
     Body,
@@ -25,7 +25,7 @@ from lorikeet.server.protocol import (
     parse_body,
     read_large,
 )
-from lorikeet.server.replies import JSONReply, until_disconnect
+from lorikeet.server.replies import JSONReply, list_body, until_disconnect
 
 ADMIN_PATHS = (
     "/load_lora_adapter",
@@ -48,17 +48,8 @@ LENGTH_BYTES = 8
 MAX_HEADER = 100_000_000
 # A pickle of protocol 2 or newer, and a zip archive, which is what torch.save writes around one.
 PICKLES = (b"\x80", b"PK\x03\x04")
-# A name means one version at most: what is loaded, or was and cannot be read again. Others of its name come or go.
-_SERVED = ("loaded", "failed")
-_STATES = (*_SERVED, "loading", "unloading")
 # What the engine says of a name that is taken.
 ALREADY_LOADED = "already loaded"
-
-
-async def served_adapters(client: EngineClient) -> list[Description]:
-    """The adapters that requests may name, in the order of their loading."""
-    adapters: list[Description] = await client.command("adapters")
-    return [adapter for adapter in adapters if adapter["state"] in _SERVED]
 
 
 class AdapterRoutes:
@@ -159,14 +150,23 @@ class AdapterRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def adapters(self) -> Response:
-        """Every adapter, those that are loading, unloading or have failed included."""
-        return JSONReply({"object": "list", "data": await self._client.command("adapters")})
+        """Every adapter, those that are loading, unloading or have failed included, without their reports."""
+        self._client.check_alive()
+        adapters = self._client.adapters
+        body = await list_body(adapters.views(), adapters.entry)
+        return Response(body, media_type=JSONReply.media_type)
 
     async def adapter(self, name: str) -> Response:
         """One adapter. While a name has several versions, the one that a request would get."""
         self._check_enabled()
-        found: list[Description] = await self._client.command("adapters", name=name)
-        return JSONReply(min(found, key=lambda item: _STATES.index(item["state"])))
+        self._client.check_alive()
+        try:
+            view, entry = self._client.adapters.find(name)
+        except AdapterNotFoundError as error:
+            error.status_code = 404
+            raise
+        report = None if view.report is None else orjson.Fragment(view.report)
+        return JSONReply(entry | {"report": report})
 
     async def _body(self, request: Request, model: type[_AnyBody]) -> _AnyBody:
         data = await request.body()
@@ -178,14 +178,15 @@ class AdapterRoutes:
 
     async def _native(self, work: Awaitable[Description]) -> Response:
         """SGLang's reply: what came of it, and which adapters are loaded now."""
+        status, message = 200, ""
         try:
-            loaded = (await work)["loaded_adapters"]
-            return JSONReply({"success": True, "error_message": "", "loaded_adapters": loaded})
+            await work
         except UserError as error:
-            loaded = {item["name"]: item["path"] for item in await served_adapters(self._client)}
-            reply = {"success": False, "error_message": str(error), "loaded_adapters": loaded}
             status = error.status_code if isinstance(error, BodyError) else 400
-            return JSONReply(reply, status_code=status)
+            message = str(error)
+        loaded = self._client.adapters.paths()
+        reply = {"success": not message, "error_message": message, "loaded_adapters": loaded}
+        return JSONReply(reply, status_code=status)
 
     def _check_enabled(self) -> None:
         if not self._client.info["lora_enabled"]:

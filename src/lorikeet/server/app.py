@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 import uvloop
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.middleware.cors import CORSMiddleware
 
 from lorikeet import __version__
 from lorikeet.config import ServerConfig, resolve
@@ -18,15 +19,23 @@ from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.spawn import spawn_engine
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.engine.transport import ClientTransport, EngineAddress
+from lorikeet.lora.registry import MAX_LISTED
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.drain import Drain, DrainGate
 from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
-from lorikeet.server.lifecycle import HTTPServer, bind, end_process, run_server
+from lorikeet.server.lifecycle import (
+    HTTPServer,
+    StopSignals,
+    bind,
+    end_process,
+    raise_descriptor_limit,
+    run_server,
+)
 from lorikeet.server.limits import BodyLimits, Limits
-from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules
+from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai import OpenAIRoutes
 
@@ -79,13 +88,25 @@ def make_app(
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost: requests that are refused have an access line, too.
     app.add_middleware(ApiKeys, rules=rules)
+    origins = OriginRules.of(
+        config.host, config.allowed_origins, config.allowed_hosts, paths=ADMIN_PATHS
+    )
+    app.add_middleware(Origins, rules=origins)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
     app.add_middleware(AccessLog)
     return app
 
 
 def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish. Call it in the main thread.
+    """Serve until a signal to stop (SIGTERM, SIGINT, ...), then let running requests finish. Call it in the main thread.
 
     Meanwhile new ones get 503, and what has not finished after ``config.shutdown_timeout`` is cut off with 503. A second
     signal ends it at once. When it returns or raises, the engine process is gone.
@@ -98,17 +119,14 @@ def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
         EngineDeadError: the engine died; its open requests were answered with that error.
     """
     config = resolve(config)
+    raise_descriptor_limit()
     with bind(config.host, config.port) as listener:
         tokenizer = Tokenizer.load(tokenizer_dir(config))
         address = EngineAddress.create()
         try:
-            process = spawn(config, address)
-            try:
-                work = _run(config, tokenizer, address, process, listener)
-                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    runner.run(work)
-            finally:
-                end_process(process)
+            work = _run(config, tokenizer, address, spawn, listener)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(work)
         finally:
             address.remove()
 
@@ -117,8 +135,26 @@ async def _run(
     config: ServerConfig,
     tokenizer: Tokenizer,
     address: EngineAddress,
+    spawn: SpawnEngine,
+    listener: socket.socket,
+) -> None:
+    # First of all: a signal that came behind the engine's start would leave it alone.
+    stop = StopSignals()
+    stop.install()
+    process = spawn(config, address)
+    try:
+        await _run_with(config, tokenizer, address, process, listener, stop)
+    finally:
+        await end_process(process, stop)
+
+
+async def _run_with(
+    config: ServerConfig,
+    tokenizer: Tokenizer,
+    address: EngineAddress,
     process: BaseProcess,
     listener: socket.socket,
+    stop: StopSignals,
 ) -> None:
     registry = CollectorRegistry()
     client = EngineClient(
@@ -128,6 +164,7 @@ async def _run(
         registry=registry,
         model_name=config.served_model_name or config.model_path,
         max_lora=config.max_loras_per_batch if config.enable_lora else None,
+        watchdog_timeout=config.watchdog_timeout,
     )
 
     def make_server() -> HTTPServer:
@@ -136,13 +173,15 @@ async def _run(
         ready_line = _ready_line(config, client)
         return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
-    await run_server(client, process, listener, make_server)
+    await run_server(client, process, listener, make_server, stop)
 
 
 def _ready_line(config: ServerConfig, client: EngineClient) -> str:
-    names = list(client.info["adapters"])
+    num_adapters = len(client.adapters)
+    names = list(client.adapters.paths())[:MAX_LISTED]
+    names += ["…"] if num_adapters > len(names) else []
     host = f"[{config.host}]" if ":" in config.host else config.host
     return (
         f"Server ready at http://{host}:{config.port}: {config.served_model_name or config.model_path} "
-        f"with {len(names)} adapters" + (f" ({', '.join(names)})" if names else "")
+        f"with {num_adapters} adapters" + (f" ({', '.join(names)})" if names else "")
     )

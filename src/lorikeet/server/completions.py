@@ -77,8 +77,7 @@ class CompletionRoutes:
 
     async def _answer(self, request: Request, form: _Form) -> Response:
         data = await request.body()
-        call = await form.read(data)
-        stream = await until_disconnect(request.receive, submit(self._client, call))
+        call, stream = await until_disconnect(request.receive, self._begin(data, form))
         if call.body.stream:
             return EventStream(self._events(stream, call, form), on_end=stream.close)
         try:
@@ -86,6 +85,10 @@ class CompletionRoutes:
             return JSONReply(await until_disconnect(request.receive, whole))
         finally:
             stream.close()
+
+    async def _begin(self, data: bytes, form: _Form) -> tuple[Call, CompletionStream]:
+        call = await form.read(data)
+        return call, await submit(self._client, call)
 
     async def _read_completion(self, data: bytes) -> Call:
         return await read_large(data, self._reader.completion)
@@ -97,7 +100,7 @@ class CompletionRoutes:
             # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
             with suppress(UserError):
                 await self._client.command("find_adapter", name=adapter)
-        return await read_large(data, lambda _: self._reader.chat(body))
+        return await self._reader.chat(body, len(data))
 
     async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> Reply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""

@@ -66,6 +66,10 @@ class DrainGate:
         self._drain.enter()
         try:
             await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            # The loop ends, and whoever still waits there has been told and hung up; there is nobody left to tell.
+            if not self._drain.has_begun:
+                raise
         finally:
             self._drain.leave()
 

@@ -47,8 +47,11 @@ class EmbeddingRoutes:
     async def embed(self, request: Request) -> Response:
         """Turn prompts into vectors."""
         data = await request.body()
-        call = await read_large(data, self._read)
-        return JSONReply(await until_disconnect(request.receive, self._answer(call)))
+
+        async def work() -> dict[str, Any]:
+            return await self._answer(await read_large(data, self._read))
+
+        return JSONReply(await until_disconnect(request.receive, work()))
 
     def _read(self, data: bytes) -> _EmbeddingCall:
         body = parse_body(EmbeddingBody, data)

@@ -31,6 +31,7 @@ _TYPES = {
     405: "method_not_allowed_error",
     408: "request_timeout_error",
     413: "request_too_large_error",
+    415: "unsupported_media_type_error",
 }
 
 
@@ -62,7 +63,10 @@ def error_response(
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception of a route with the body above."""
+    """Answer every exception of a route with the body above.
+
+    The handlers are coroutines, or Starlette would give each refusal to its pool of threads.
+    """
     app.add_exception_handler(UserError, _on_own)
     app.add_exception_handler(EngineFault, _on_own)
     app.add_exception_handler(HTTPException, _on_http)
@@ -72,7 +76,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_unexpected)
 
 
-def _on_own(request: Request, error: Exception) -> Response:
+async def _on_own(request: Request, error: Exception) -> Response:
     if not isinstance(error, UserError | EngineFault):
         raise error
     status, body = describe(error)
@@ -80,7 +84,7 @@ def _on_own(request: Request, error: Exception) -> Response:
     return JSONReply(body, status_code=status, headers=headers)
 
 
-def _on_http(request: Request, error: Exception) -> Response:
+async def _on_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     message = error.detail
@@ -92,7 +96,7 @@ def _on_http(request: Request, error: Exception) -> Response:
     return error_response(message, error.status_code, headers=error.headers)
 
 
-def _on_validation(request: Request, error: Exception) -> Response:
+async def _on_validation(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
     first = error.errors()[0]
@@ -100,9 +104,9 @@ def _on_validation(request: Request, error: Exception) -> Response:
     return JSONReply(error_body(f"{name}: {first['msg']}", 400, param=name), status_code=400)
 
 
-def _on_disconnect(request: Request, error: Exception) -> Response:
+async def _on_disconnect(request: Request, error: Exception) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _on_unexpected(request: Request, error: Exception) -> Response:
+async def _on_unexpected(request: Request, error: Exception) -> Response:
     return error_response("an error inside the server; its log has the details", 500)

@@ -13,24 +13,23 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from lorikeet import __version__
-from lorikeet.config import ServerConfig
+from lorikeet.config import OPTIONS, ServerConfig
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import RequestError, UnavailableError
-from lorikeet.server.adapters import served_adapters
+from lorikeet.masking import mask_all
 from lorikeet.server.errors import error_response
+from lorikeet.server.protocol import quote
 from lorikeet.server.replies import JSONReply, until_disconnect
 
 # How often a flush that found the engine busy is tried again within its timeout.
 FLUSH_RETRY_S = 0.05
-SECRETS = ("api_key", "admin_api_key")
+# How long it may wait for an engine that is never idle.
+MAX_FLUSH_S = 600
 # The document's description of the query of /flush_cache.
-TIMEOUT = {
-    "parameters": [
-        {"name": "timeout", "in": "query", "schema": {"type": "number", "minimum": 0, "default": 0}}
-    ]
-}
+_SECONDS = {"type": "number", "minimum": 0, "maximum": MAX_FLUSH_S, "default": 0}
+TIMEOUT = {"parameters": [{"name": "timeout", "in": "query", "schema": _SECONDS}]}
 
 
 class HealthRoutes:
@@ -50,6 +49,7 @@ class HealthRoutes:
         self._config = config
         self._client = client
         self._generate_timeout = generate_timeout
+        self._flushing = asyncio.Lock()
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["server"])
@@ -59,18 +59,14 @@ class HealthRoutes:
             router.add_api_route(path, self.model_info, methods=["GET"])
         for path in ("/server_info", "/get_server_info"):
             router.add_api_route(path, self.server_info, methods=["GET"])
-        # FastAPI's document cannot hold a route with two methods; the second line is only for the document.
-        router.add_api_route(
-            "/flush_cache", self.flush_cache, methods=["GET", "POST"], include_in_schema=False
-        )
         router.add_api_route(
             "/flush_cache", self.flush_cache, methods=["POST"], openapi_extra=TIMEOUT
         )
         return router
 
     async def health(self) -> Response:
-        """200 while the engine lives; says nothing about how busy it is."""
-        self._client.check_alive()
+        """200 while the engine lives and its process gives signs of it; says nothing about how busy it is."""
+        self._client.check_awake()
         return JSONReply({"status": "ok"})
 
     async def health_generate(self, request: Request) -> Response:
@@ -118,33 +114,45 @@ class HealthRoutes:
         )
 
     async def server_info(self) -> Response:
-        """Every field of the configuration but the keys, what the engine reported, and what is so now."""
-        adapters = await served_adapters(self._client)
+        """Every field of the configuration but the keys, what the engine reported, and what is so now.
+
+        No text of it shows a password, a signature or whatever else a URL may keep secret.
+        """
+        self._client.check_alive()
         fields: dict[str, Any] = dataclasses.asdict(self._config)
-        for name in SECRETS:
-            del fields[name]
-        return JSONReply(
-            {
-                **fields,
-                **self._client.info,
-                "adapters": {adapter["name"]: adapter["path"] for adapter in adapters},
-                "version": __version__,
-                "internal_states": [dict(self._client.stats)],
-            }
-        )
+        for option in OPTIONS.values():
+            if option.secret:
+                del fields[option.name]
+        reply: dict[str, Any] = {
+            **fields,
+            **self._client.info,
+            "adapters": self._client.adapters.paths(),
+            "version": __version__,
+            "internal_states": [dict(self._client.stats)],
+        }
+        return JSONReply(mask_all(reply))
 
     async def flush_cache(self, request: Request) -> Response:
         """Forget cached prefixes. The engine must be idle; ``timeout`` is how many seconds to wait until it is."""
-        deadline = time.monotonic() + _seconds(request, "timeout")
-        while not (await self._client.command("flush_cache"))["success"]:
-            if time.monotonic() + FLUSH_RETRY_S > deadline:
-                return error_response(
-                    "the cache was not flushed: requests are running; wait until they have ended or pass "
-                    "timeout=SECONDS",
-                    400,
-                )
-            await asyncio.sleep(FLUSH_RETRY_S)
-        return JSONReply({"success": True, "message": "the prefix cache is empty"})
+        seconds = _seconds(request, "timeout", most=MAX_FLUSH_S)
+        await request.body()
+        if await until_disconnect(request.receive, self._flush(time.monotonic() + seconds)):
+            return JSONReply({"success": True, "message": "the prefix cache is empty"})
+        return error_response(
+            "the cache was not flushed: requests are running; wait until they have ended or pass timeout=SECONDS",
+            400,
+        )
+
+    async def _flush(self, deadline: float) -> bool:
+        """Flush before ``deadline``, as soon as the engine is idle; False if it never was."""
+        while True:
+            # One question at a time, however many wait.
+            async with self._flushing:
+                if (await self._client.command("flush_cache"))["success"]:
+                    return True
+                if time.monotonic() + FLUSH_RETRY_S > deadline:
+                    return False
+                await asyncio.sleep(FLUSH_RETRY_S)
 
 
 def metrics_router(registry: CollectorRegistry) -> APIRouter:
@@ -158,12 +166,15 @@ def metrics_router(registry: CollectorRegistry) -> APIRouter:
     return router
 
 
-def _seconds(request: Request, name: str) -> float:
+def _seconds(request: Request, name: str, most: float) -> float:
     text = request.query_params.get(name, "0")
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise RequestError(f"{name}: must be a number of seconds, at least 0; got {text!r}", name)
+    if not 0 <= value <= most:
+        raise RequestError(
+            f"{name}: must be a number of seconds, at least 0 and at most {most:g}; got {quote(text)}",
+            name,
+        )
     return value

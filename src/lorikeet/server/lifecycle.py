@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Generator
@@ -15,6 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from lorikeet import signals
 from lorikeet.engine.client import EngineClient
 from lorikeet.errors import ConfigError, UnavailableError
 from lorikeet.server.drain import MESSAGE, Drain
@@ -24,6 +26,14 @@ logger = logging.getLogger(__name__)
 
 # How long the engine process may take to end after it was told to, before it is killed.
 ENGINE_EXIT_S = 5.0
+# How often it is looked at.
+EXIT_POLL_S = 0.01
+# What a second signal leaves for answers that say so, and then for their handlers to see that nobody reads them.
+LAST_REPLIES_S = 1.0
+# Connections that wait to be accepted.
+BACKLOG = 2048
+# No server needs more open files than this.
+MAX_DESCRIPTORS = 1 << 16
 # How long the last words of requests that were cut off may take to reach clients that read slowly.
 FLUSH_S = 5
 
@@ -45,7 +55,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         # Reuse was for lingering connections of a former server. If it stayed on, another starting server could
-        # bind the same port as long as neither of the two listens.
+        # bind the same port as long as neither of the two listens; :func:`listen` turns it on again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except OSError as error:
         listener.close()
@@ -55,6 +65,32 @@ def bind(host: str, port: int) -> socket.socket:
             message = f"--host {host} --port {port} cannot be used: {error.strerror}"
         raise ConfigError(message) from None
     return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Let clients connect to a socket of :func:`bind`.
+
+    It may share its address with lingering connections from now on, or the system would refuse to listen; its own
+    connections inherit that, so that they keep no later server from the port. Another server cannot have it: it could
+    not while this one was only bound, and cannot listen beside it.
+
+    Raises:
+        ConfigError: somebody was faster.
+    """
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise ConfigError(f"--port {port} on {host} cannot be used: {error.strerror}") from None
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many open files and connections as this user may have; the usual soft limit, 1,024, is old."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class HTTPServer(uvicorn.Server):
@@ -76,6 +112,7 @@ class HTTPServer(uvicorn.Server):
                 ws="none",
                 http=Connection,
                 h11_max_incomplete_event_size=MAX_HEAD,
+                backlog=BACKLOG,
                 timeout_keep_alive=limits.head_seconds,
                 timeout_graceful_shutdown=FLUSH_S,
             )
@@ -89,6 +126,8 @@ class HTTPServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            listen(listener)
         await super().startup(sockets)
         logger.info("%s", self._ready_line)
 
@@ -99,7 +138,7 @@ class HTTPServer(uvicorn.Server):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first one asks for the end, the second one forces it."""
+    """Signals to stop: the first one asks for the end, the second one forces it."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -108,8 +147,9 @@ class StopSignals:
     def install(self) -> None:
         """Listen to the signals in the running loop (of the main thread)."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal, number)
+        for number in signals.STOPS:
+            if signals.is_wanted(number):
+                loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -126,6 +166,7 @@ async def run_server(
     process: BaseProcess,
     listener: socket.socket,
     make_server: Callable[[], HTTPServer],
+    stop: StopSignals,
 ) -> None:
     """Wait for the engine, serve until a signal or the engine's death, drain, and hang up.
 
@@ -136,8 +177,6 @@ async def run_server(
         UserError, EngineDeadError: the engine could not start; or it died while it served, after the open requests
             were answered with that error.
     """
-    stop = StopSignals()
-    stop.install()
     try:
         starting = asyncio.ensure_future(client.start())
         await _first(starting, stop.asked.wait())
@@ -161,19 +200,31 @@ async def _serve(
 ) -> None:
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     death = asyncio.ensure_future(client.died())
+    forced = asyncio.ensure_future(stop.forced.wait())
     await _first(serving, death, stop.asked.wait())
     if stop.asked.is_set():
-        await _drain(server, client, serving, death, stop.forced.wait())
+        await _drain(server, client, serving, death, forced)
     server.should_exit = True
-    await _first(serving, stop.forced.wait())
-    if not serving.done():
+    await _first(serving, forced)
+    if forced.done():
+        await _cut_off(server, client)
         process.kill()
-        await _cancelled(serving)
-        return
-    serving.result()
-    if death.done():
+    await serving
+    await _cancelled(forced)
+    if death.done() and not stop.forced.is_set():
         raise death.result()
     await _cancelled(death)
+
+
+async def _cut_off(server: HTTPServer, client: EngineClient) -> None:
+    """End everything now: whoever waits is told, as far as it takes no time."""
+    server.drain.begin()
+    client.cut_off(UnavailableError(MESSAGE))
+    for _ in range(2):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_REPLIES_S):
+                await server.drain.idle()
+        server.hang_up()
 
 
 async def _drain(
@@ -209,10 +260,13 @@ async def _cancelled(future: asyncio.Future[Any]) -> None:
     await asyncio.gather(future, return_exceptions=True)
 
 
-def end_process(process: BaseProcess) -> None:
+async def end_process(process: BaseProcess, stop: StopSignals) -> None:
     """Wait for the engine process, by force if it must be."""
-    process.join(ENGINE_EXIT_S)
-    if process.exitcode is None:
-        logger.warning("the engine process has not ended after %.0f s; killed", ENGINE_EXIT_S)
-        process.kill()
-        process.join()
+    deadline = asyncio.get_running_loop().time() + ENGINE_EXIT_S
+    while process.exitcode is None and not stop.forced.is_set():
+        if asyncio.get_running_loop().time() >= deadline:
+            logger.warning("the engine process has not ended after %.0f s; killed", ENGINE_EXIT_S)
+            break
+        await asyncio.sleep(EXIT_POLL_S)
+    process.kill()
+    process.join()

@@ -6,9 +6,14 @@ A client that sends slowly, endlessly or not at all holds a socket and some byte
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import resource
 import sys
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any, cast
 
 import h11
 import orjson
@@ -18,8 +23,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lorikeet.errors import RequestError
 from lorikeet.server.errors import error_body
 
+logger = logging.getLogger(__name__)
+
 # Request line and headers. A head that comes in one piece may be larger.
 MAX_HEAD = 64 * 1024
+# With fewer free ones than this the log is told, and again after so many seconds.
+SPARE_DESCRIPTORS = 16
+WARN_AGAIN_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +127,37 @@ class _Body:
             )
 
 
+class _Transport:
+    """A transport that is closed in another way."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport = transport
+        self.close = close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class _Warned:
+    """When the log was last told that descriptors run out."""
+
+    at = -math.inf
+
+
+def _warn_of_descriptors(transport: asyncio.Transport) -> None:
+    """Say so when the process is about to have no more: the event loop closes further connections without a word."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number: int = transport.get_extra_info("socket").fileno()  # the lowest that was free
+    now = time.monotonic()
+    if number >= most - SPARE_DESCRIPTORS and now - _Warned.at >= WARN_AGAIN_S:
+        _Warned.at = now
+        logger.warning(
+            "file descriptors run out: %d of %d are open, so new connections may be reset; allow more (ulimit -n)",
+            number,
+            most,
+        )
+
+
 class Connection(H11Protocol):
     """uvicorn's HTTP with a bound on the time of a head, and with errors in this server's form.
 
@@ -125,16 +166,43 @@ class Connection(H11Protocol):
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _is_lingering = False
+    _raw: asyncio.Transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
+        self._raw = transport
+        super().connection_made(cast("asyncio.Transport", _Transport(transport, self.close)))
         self._start_head_timer()
+        _warn_of_descriptors(transport)
+
+    def close(self) -> None:
+        """Close the connection; if the client still sends, first let it find the answer.
+
+        The system would throw an answer away that the client has not read, if the connection were closed while there
+        is something of the client's that nobody has read.
+        """
+        is_sending = self.conn.their_state in (h11.SEND_BODY, h11.ERROR)
+        if self._is_lingering or not is_sending or self._raw.is_closing():
+            self._raw.close()
+            return
+        self._is_lingering = True
+        self._start_head_timer()
+        self._raw.write_eof()
+        self._raw.resume_reading()
+
+    def shutdown(self) -> None:
+        """The server ends: nobody is waited for who has had an answer."""
+        cycle = self.cycle
+        self._is_lingering = not cycle or cycle.response_complete
+        super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_lingering:
+            return  # it is thrown away, until the client ends or its time is over
         self._start_head_timer()
         super().data_received(data)
 

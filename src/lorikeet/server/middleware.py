@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: the access line and the API key.
+"""What happens to every request before and after its route: the access line, who may call from where, the API key.
 
 Both are plain ASGI, so that a client's disconnect still reaches the route.
 """
@@ -10,10 +10,14 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorikeet.server.errors import error_response
+from lorikeet.server.replies import JSONReply
 
 logger = logging.getLogger("lorikeet.access")
 
@@ -81,6 +85,118 @@ class KeyRules:
         if path in self.admin_paths and self.admin_api_key is not None:
             return self.admin_api_key
         return self.api_key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OriginRules:
+    """From where the server may be called.
+
+    A browser sends what any web page tells it to, from behind every firewall and with this machine's own address as
+    its own. So what a page of another origin posts is refused, unless that origin is allowed; what changes the server
+    has to be JSON, which a page of another origin cannot send unasked; and where the server listens to this machine
+    alone, it has to be called by a name of this machine, since any page can let its own name point here.
+
+    Attributes:
+        origins: allowed ones, or ``*``.
+        hosts: names of this server besides those of this machine; None where it listens to others, too.
+        changing_paths: what changes the server.
+    """
+
+    origins: Collection[str]
+    hosts: Collection[str] | None
+    changing_paths: Collection[str]
+
+    @classmethod
+    def of(
+        cls, host: str, origins: Collection[str], hosts: Collection[str], paths: Collection[str]
+    ) -> OriginRules:
+        """The rules of a server that listens at ``host``."""
+        known = {host.lower(), *(name.lower() for name in hosts)}
+        known |= {urlsplit(origin).hostname or "" for origin in origins}
+        is_open = not _is_this_machine(host)
+        return cls(
+            origins=frozenset(origin.rstrip("/").lower() for origin in origins),
+            hosts=None if is_open else frozenset(known),
+            changing_paths=frozenset(paths),
+        )
+
+    def refusal(self, scope: Scope) -> JSONReply | None:
+        """Why a request is not taken, or None."""
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            return None  # they change nothing
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        is_changing = scope["path"] in self.changing_paths
+        if not self._allows_origin(origin, host, headers.get("sec-fetch-site")):
+            return _OTHER_ORIGIN
+        if (is_changing or origin is not None) and not self._allows_host(host, origin):
+            return _OTHER_HOST
+        if is_changing and _has_body(headers) and not _is_json(headers.get("content-type", "")):
+            return _NO_JSON
+        return None
+
+    def _allows_origin(self, origin: str | None, host: str, site: str | None) -> bool:
+        if "*" in self.origins or (origin is not None and origin.lower() in self.origins):
+            return True
+        if origin is None:
+            # Not a browser, or one that says that the page is the server's own.
+            return site in (None, "same-origin", "none")
+        return origin.lower().partition("://")[2] == host.lower()
+
+    def _allows_host(self, host: str, origin: str | None) -> bool:
+        if self.hosts is None or (origin is not None and origin.lower() in self.origins):
+            return True
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return name in self.hosts or _is_this_machine(name)
+
+
+def _is_this_machine(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
+
+
+class Origins:
+    """Refuses, by ``rules``, what a web page of somebody else may have sent."""
+
+    def __init__(self, app: ASGIApp, *, rules: OriginRules) -> None:
+        self._app = app
+        self._rules = rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._rules.refusal(scope) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
+
+
+_OTHER_ORIGIN = error_response(
+    "a web page of another origin may not call this server; allowed: origins that --allowed-origins names",
+    403,
+)
+_OTHER_HOST = error_response(
+    "the Host header names another server; allowed: localhost, loopback addresses, --host and names of --allowed-hosts",
+    403,
+)
+_NO_JSON = error_response(
+    "what changes the server has to say that it is JSON: send the header 'Content-Type: application/json'",
+    415,
+)
 
 
 class ApiKeys:

@@ -42,9 +42,7 @@ class NativeRoutes:
     async def generate(self, request: Request) -> Response:
         """Complete prompts, each with its own adapter."""
         data = await request.body()
-        body, batch = await read_large(data, self._read)
-        work = self._client.submit(batch.requests, _groups(body, batch))
-        stream = await until_disconnect(request.receive, work)
+        body, batch, stream = await until_disconnect(request.receive, self._begin(data))
         if body.stream:
             return EventStream(self._events(stream, batch), on_end=stream.close)
         try:
@@ -59,6 +57,10 @@ class NativeRoutes:
             raise RequestError("rid: give the id of a request, or abort_all: true", "rid")
         count = self._client.abort(None if body.abort_all else body.rid)
         return JSONReply({"aborted": count})
+
+    async def _begin(self, data: bytes) -> tuple[GenerateBody, RequestBatch, CompletionStream]:
+        body, batch = await read_large(data, self._read)
+        return body, batch, await self._client.submit(batch.requests, _groups(body, batch))
 
     def _read(self, data: bytes) -> tuple[GenerateBody, RequestBatch]:
         body = parse_body(GenerateBody, data)

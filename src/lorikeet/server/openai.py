@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,9 +11,9 @@ from fastapi.responses import Response
 
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
-from lorikeet.server.adapters import served_adapters
+from lorikeet.lora.registry import MAX_LISTED
 from lorikeet.server.errors import ModelNotFoundError
-from lorikeet.server.replies import JSONReply
+from lorikeet.server.replies import JSONReply, list_body
 
 Card = dict[str, Any]
 
@@ -25,6 +26,8 @@ class OpenAIRoutes:
         self._base = config.served_model_name or config.model_path
         self._root = config.model_path
         self._created = int(time.time())
+        # The list, and which state of the adapters it shows: clients poll it.
+        self._list: tuple[int, bytes] | None = None
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
@@ -35,30 +38,41 @@ class OpenAIRoutes:
 
     async def models(self) -> Response:
         """The base first, then every adapter."""
-        return JSONReply({"object": "list", "data": await self._cards()})
+        self._client.check_alive()
+        adapters = self._client.adapters
+        if self._list is None or self._list[0] != adapters.num_changes:
+            state, paths = adapters.num_changes, adapters.paths()
+            self._list = state, await list_body([(self._base, None), *paths.items()], self._card)
+        return Response(self._list[1], media_type=JSONReply.media_type)
 
     async def model(self, model_id: str) -> Response:
-        cards = await self._cards()
-        for card in cards:
-            if card["id"] == model_id:
-                return JSONReply(card)
-        known = ", ".join(card["id"] for card in cards)
-        raise ModelNotFoundError(f"the model {model_id!r} does not exist; known: {known}", "model")
+        self._client.check_alive()
+        adapters = self._client.adapters
+        if model_id == self._base:
+            return JSONReply(self._card((self._base, None)))
+        path = adapters.path(model_id)
+        if path is None:
+            raise ModelNotFoundError(
+                f"the model {model_id!r} does not exist; known: {self._known()}", "model"
+            )
+        return JSONReply(self._card((model_id, path)))
 
-    async def _cards(self) -> list[Card]:
-        base = self._card(self._base, root=self._root, parent=None)
-        return [base] + [
-            self._card(adapter["name"], root=adapter["path"], parent=self._base)
-            for adapter in await served_adapters(self._client)
-        ]
+    def _known(self) -> str:
+        """The base and the first adapters."""
+        paths = self._client.adapters.paths()
+        more = len(paths) - MAX_LISTED
+        listed = ", ".join([self._base, *islice(paths, MAX_LISTED)])
+        return f"{listed} and {more} more" if more > 0 else listed
 
-    def _card(self, name: str, *, root: str, parent: str | None) -> Card:
+    def _card(self, model: tuple[str, str | None]) -> Card:
+        """Of an adapter and its path, or of the base and None."""
+        name, path = model
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "lorikeet",
-            "root": root,
-            "parent": parent,
+            "root": self._root if path is None else path,
+            "parent": None if path is None else self._base,
             "max_model_len": self._client.info["context_length"],
         }

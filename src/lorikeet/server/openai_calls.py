@@ -6,18 +6,21 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import orjson
 
-from lorikeet.engine.chat_facts import read_facts
+from lorikeet.engine.chat import ChatTemplates, render_template
+from lorikeet.engine.chat_facts import TemplateFacts, read_facts
 from lorikeet.engine.client import EngineClient
-from lorikeet.engine.intake import RequestBatch
+from lorikeet.engine.intake import MAX_TEXT, RequestBatch
 from lorikeet.errors import RequestError
 from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody, OpenAIBody
 from lorikeet.server.openai_messages import plain_messages
 from lorikeet.server.openai_objects import check_keys, read_field, refusal
 from lorikeet.server.protocol import parse_body
+from lorikeet.server.reading import LARGE, run_sized
 from lorikeet.server.tools import ToolUse, read_tools
 
 # OpenAI's default for completions; a chat goes on to the end of the context.
@@ -191,14 +194,18 @@ class CallReader:
         call = self._call(body, "cmpl", native, limit, _COMPLETION_NAMES)
         return self._with_echo(call, body) if body.echo else call
 
-    def chat(self, body: ChatBody) -> Call:
-        """Read the body of ``POST /v1/chat/completions``.
+    async def chat(self, body: ChatBody, size: int) -> Call:
+        """Read the body of ``POST /v1/chat/completions``, which had ``size`` bytes.
 
         Raises:
             RequestError: names the field, its value and what is allowed.
         """
-        token_ids, tools = self._render(body)
-        native: dict[str, Any] = {"input_ids": token_ids}
+        text, tools = await self._render(body, size)
+        return await run_sized(max(size, len(text)), partial(self._read_chat, body, text, tools))
+
+    def _read_chat(self, body: ChatBody, text: str, tools: ToolUse | None) -> Call:
+        """The call for a rendered conversation."""
+        native: dict[str, Any] = {"input_ids": self._encode(text)}
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs: is only allowed with logprobs: true", "top_logprobs")
         if body.logprobs:
@@ -217,28 +224,46 @@ class CallReader:
         call = self._call(body, "chatcmpl", native, limit, names, structural_tag=grammar)
         return replace(call, tools=tools)
 
-    def _render(self, body: ChatBody) -> tuple[list[int], ToolUse | None]:
-        """The messages and the tools as tokens."""
+    async def _render(self, body: ChatBody, size: int) -> tuple[str, ToolUse | None]:
+        """The messages and the tools as text."""
         adapter = self._names.adapter_of(body)
         own = None if adapter is None else self._client.adapter_templates.get(adapter)
-        tokenizer = self._client.tokenizer
-        templates = tokenizer.chat_templates(own)
+        templates = self._client.tokenizer.chat_templates(own)
         source = templates.pick(has_tools=bool(body.tools))
+        whose = f"the chat template of the adapter {adapter!r}" if own else "the chat template"
+        sandbox = self._client.templates
+        # Who started the server has chosen the base's template.
+        facts = await sandbox.facts(source, whose) if own else read_facts(source)
+        work = partial(self._prepare, body, templates, source, facts)
+        context, tools = await run_sized(size, work)
+        if own or size > LARGE:
+            text = await sandbox.render(source, context, whose=whose, most=MAX_TEXT)
+        else:
+            text = render_template(source, context)
+        return text, tools
+
+    def _prepare(
+        self, body: ChatBody, templates: ChatTemplates, source: str, facts: TemplateFacts
+    ) -> tuple[dict[str, Any], ToolUse | None]:
+        """What the template sees, and what the model may call."""
         tools = read_tools(body, self._tool_call_parser, source)
-        facts = read_facts(source)
         if tools is not None and not facts.reads_tools:
             raise RequestError("tools: the model's chat template does not read tools", "tools")
-        text = templates.render(
+        context = templates.context(
             plain_messages(body.messages, facts),
             add_generation_prompt=True,
             tools=None if tools is None else tools.prompt,
-            chat_template=source,
         )
-        # The template has written BOS and the like itself.
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        return context, tools
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            token_ids = self._client.intake.encode_rendered(text)
+        except RequestError as error:
+            raise in_own_words(error, _CHAT_NAMES) from error
         if not token_ids:
             raise RequestError("messages: the chat template makes no token of them", "messages")
-        return token_ids, tools
+        return token_ids
 
     def _call(
         self,
@@ -251,7 +276,7 @@ class CallReader:
     ) -> Call:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
-        sampling = {
+        sampling: dict[str, Any] = self._client.info["sampling_defaults"] | {
             native_name: value
             for name, native_name in _SAMPLING.items()
             if (value := getattr(body, name)) is not None

@@ -6,7 +6,6 @@ from lorikeet.core.request import FinishReason
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.stream import CompletionStream, finish_error
 from lorikeet.errors import RequestError
-from lorikeet.server.adapters import served_adapters
 from lorikeet.server.errors import ModelNotFoundError
 from lorikeet.server.openai_calls import ModelCall
 
@@ -26,17 +25,13 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
         return await client.submit(requests, groups, markers=markers)
     except RequestError as error:
         # The engine says why, not which field: it may be the adapter, or a grammar.
-        if call.adapter is None or await _is_served(client, call.adapter):
+        if call.adapter is None or client.adapters.path(call.adapter) is not None:
             raise call.in_own_words(error) from error
         if not call.named_by_model:
             raise RequestError(f"lora_path: {error}", "lora_path") from error
         raise ModelNotFoundError(
             f"the model {call.model!r} does not exist: {error}", "model"
         ) from error
-
-
-async def _is_served(client: EngineClient, adapter: str) -> bool:
-    return adapter in [item["name"] for item in await served_adapters(client)]
 
 
 def check_finish(finish: FinishReason) -> None:

@@ -7,9 +7,9 @@ not have are ignored: clients of the native API send many. (Those of ``openai_bo
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import msgspec
@@ -19,12 +19,10 @@ from pydantic_core import ErrorDetails
 
 from lorikeet.core.request import RANGES, SamplingParams
 from lorikeet.errors import RequestError
+from lorikeet.server.reading import check_values, run_sized
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _Read = TypeVar("_Read")
-
-# Bytes of a body whose reading, with its tokenising, other requests would notice.
-LARGE_BODY = 16 * 1024
 
 # Longest quotation of a wrong value in a message.
 MAX_QUOTE = 60
@@ -146,8 +144,9 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
     """Read a JSON body.
 
     Raises:
-        RequestError: it is not JSON, not an object, or a field has the wrong type.
+        RequestError: it is not JSON, not an object, has too many values, or a field has the wrong type.
     """
+    check_values(data)
     try:
         value: object = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -163,7 +162,7 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
 
 async def read_large(data: bytes, read: Callable[[bytes], _Read]) -> _Read:
     """``read(data)``; of a large body on a thread, so that other requests need not wait for it."""
-    return await asyncio.to_thread(read, data) if len(data) > LARGE_BODY else read(data)
+    return await run_sized(len(data), partial(read, data))
 
 
 def body_schema(model: type[BaseModel]) -> dict[str, Any]:

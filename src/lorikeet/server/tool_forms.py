@@ -149,7 +149,8 @@ _FORMS = {
 }
 # Jinja strings may have escaped quotes.
 _ARGUMENTS = re.compile(r'\\?"arguments\\?":')
-_NAME_AND_PARAMETERS = re.compile(r'\{\\?"name\\?":.*\\?"parameters\\?":', re.DOTALL)
+_NAME = re.compile(r'\{\\?"name\\?":')
+_PARAMETERS = re.compile(r'\\?"parameters\\?":')
 
 
 def find_form(parser: str | None, template: str) -> ToolForm | None:
@@ -171,6 +172,12 @@ def _detect(template: str) -> str | None:
     # Others put XML between these tags.
     if "<tool_call>" in template:
         return "hermes" if _ARGUMENTS.search(template) else None
-    if "<|python_tag|>" in template or _NAME_AND_PARAMETERS.search(template):
+    if "<|python_tag|>" in template or _has_both(template):
         return "llama3"
     return None
+
+
+def _has_both(template: str) -> bool:
+    """A name, and parameters somewhere behind it. In one expression it would be quadratic."""
+    name = _NAME.search(template)
+    return name is not None and _PARAMETERS.search(template, name.end()) is not None

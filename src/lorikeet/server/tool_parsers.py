@@ -3,8 +3,9 @@
 A parser reads the text as far as it is there and says what is certain. What it says does not depend on how the text was
 cut into pieces. Three rules:
 
-- A call is told once its name has been read and is that of a tool; from then on its arguments are told as they are
-  written, character by character as the model wrote them.
+- A call is told once its name has been read and is that of a tool, and its arguments have begun; from then on they are
+  told as they are written, character by character as the model wrote them. One without arguments, which has ``{}``, is
+  told when it is complete.
 - What turns out to be no call is text. A call that breaks after it was told ends as :class:`Broken`.
 - White space between text and a call, and between calls, belongs to neither.
 """
@@ -152,6 +153,11 @@ class ToolCallParser(TextReader, ABC):
         self._start = end
 
     def _end(self) -> None:
+        if not self._has_begun:
+            # The function has no parameters, and the model left them out.
+            assert self._name is not None
+            self._begin(self._name)
+            self._events.append(Arguments("{}"))
         self._has_begun = False
         self._start = self._call_end = self.pos
         self._events.append(End())
@@ -166,7 +172,8 @@ class ToolCallParser(TextReader, ABC):
         return isinstance((yield from self.value(self._tell_arguments)), dict)
 
     def _object(self) -> Step[bool]:
-        """Read a call as an object with ``name`` and ``arguments``; ``id`` and ``type`` may be there, nothing else."""
+        """Read a call as an object with ``name`` and, unless it has none, ``arguments`` or ``parameters``; ``id`` and
+        ``type`` may be there, nothing else."""
         self._name, self._early = None, None
         if not (yield from self.literal("{")):
             return False
@@ -181,7 +188,7 @@ class ToolCallParser(TextReader, ABC):
                 return False
             yield from self.space()
             if (yield from self.literal("}")):
-                return self._has_begun
+                return self._name is not None
             if not (yield from self.literal(",")):
                 return False
 

@@ -1,120 +1,124 @@
-"""Grammars that an output must obey: compiled once by XGrammar, then followed token by token.
+"""Grammars that outputs must obey: tried out in processes that may die, compiled by XGrammar, followed token by token.
 
-Nothing here imports XGrammar or the tokenizer library until a request asks for a grammar, so a server that is never
-asked starts without them. That is also why a broken installation shows up as an error of that request.
+What a client sends meets XGrammar in a process of a sandbox first, under limits of time and memory (``grammar_work``).
+What has compiled there, and costs little to follow, is compiled again on a thread of this process (``grammar_backend``);
+equal grammars once, for all requests that wait for them. ``grammar_masks`` follows the outputs.
+
+Nothing here starts a process, or imports XGrammar, until a request asks for a grammar.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import hashlib
+import heapq
+import itertools
 import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
+from weakref import WeakValueDictionary
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from lorikeet.core.request import SamplingParams
-from lorikeet.errors import RequestError
-from lorikeet.worker.grammar_check import (
-    check_regex,
-    checked_json_schema,
-    checked_structural_tag,
+from lorikeet.core.request import SamplingParams, check_grammar_length
+from lorikeet.errors import EngineFault, LorikeetError, UnavailableError
+from lorikeet.sandbox import Job, LimitError, Limits, Sandbox
+from lorikeet.worker.grammar_backend import GrammarBackend, Prepared, Vocabulary, reason, refuse
+from lorikeet.worker.grammar_masks import (
+    CompiledGrammar,
+    GrammarMatcher,
+    MaskFiller,
+    start_thread,
 )
 
-if TYPE_CHECKING:
-    import xgrammar
+__all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarMatcher"]
 
-__all__ = ["GrammarCompiler", "GrammarMatcher"]
+# Of processor time: first a little for everybody, so that what is quick waits for nothing that is slow.
+_FIRST = Limits(wall_seconds=5, cpu_seconds=0.5, memory_bytes=192 * 2**20, answer_bytes=2**22)
+_LIMITS = Limits(wall_seconds=40, cpu_seconds=15, memory_bytes=192 * 2**20, answer_bytes=2**22)
+# Threads, each with one process at a time, for first and second tries.
+_NUM_THREADS = 2
+_MAX_WAITING = 256
+_MAX_WAIT_SECONDS = 60.0
+# Compiled grammars in this process: of requests that are open, and of earlier ones.
+_MAX_OPEN_BYTES = 2**30
+_MAX_IDLE_BYTES = 256 * 2**20
+_NICENESS = 10
 
-_CACHE_BYTES = 256 * 2**20
-# Enough for pretty-printed JSON, and a bound on models that would otherwise write spaces for ever.
-_MAX_WHITESPACE = 64
-_MAX_REASON = 400
-# XGrammar's messages begin with a time, a source file and, for failed checks, the C++ condition.
-_MESSAGE_PREFIX = re.compile(r"^\[[\d:]+\] [^ ]+:\d+: (Check failed: \(.*?\) is false: )?")
-
-
-# Control characters other than the line ends, which XGrammar itself keeps out of strings.
-_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
-
-
-# Parts of structural tags in which only the JSON varies.
-_JSON_TAGS = ("structural_tag", "sequence", "tag", "tags_with_separator", "const_string")
+_Key = tuple[str, bool, bytes]
 
 
-class _Vocabulary(NamedTuple):
-    """Which tokens a kind of grammar may use at all."""
+class _Compilation:
+    """A grammar on its way, and the requests that wait for it."""
 
-    special: bool
-    control: bool
-
-
-class GrammarMatcher:
-    """How far one sequence's output has got in its grammar.
-
-    After the text is complete only end-of-sequence tokens may follow, and after one of those only more of them: a
-    grammar ends the output whatever ``ignore_eos`` and ``min_new_tokens`` say, because there is nothing left that
-    it admits.
-    """
-
-    def __init__(
-        self, matcher: xgrammar.GrammarMatcher, vocab_size: int, eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self._matcher = matcher
-        self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
-        self._eos_bits_W = _token_bits(eos_token_ids, vocab_size)
-        self._avoided: tuple[int, ...] = ()
-        self._avoided_bits_W: Tensor | None = None
+    def __init__(self, key: _Key, source: str) -> None:
+        self.key = key
+        self.kind, self.skip_special_tokens, _ = key
+        self.source = source
+        self.since = time.monotonic()
+        self.waiting: list[Future[CompiledGrammar]] = []
+        self.job: Job | None = None
 
     @property
-    def is_terminated(self) -> bool:
-        """True once an end-of-sequence token was accepted."""
-        return self._matcher.is_terminated()
+    def is_cancelled(self) -> bool:
+        """True if nobody waits any more."""
+        return all(future.cancelled() for future in self.waiting)
 
-    def fill(self, bits_GW: Tensor, row: int, avoid: tuple[int, ...] = ()) -> None:
-        """Write the tokens that may come next into ``bits_GW[row]``: bit t % 32 of word t // 32.
+    def cancel_if_unwanted(self) -> None:
+        job = self.job
+        if job is not None and self.is_cancelled:
+            job.cancel()
 
-        Args:
-            bits_GW: int32 on the CPU, contiguous, W = ceil(vocab_size / 32).
-            avoid: tokens to leave out, unless that leaves nothing (min_new_tokens; the grammar wins).
-        """
-        if self._matcher.is_terminated():
-            bits_GW[row] = self._eos_bits_W
-            return
-        if not self._matcher.fill_next_token_bitmask(bits_GW, row):
-            bits_GW[
-                row
-            ] = -1  # False: every token is admitted, and the row may not have been written
-        if not avoid:
-            return
-        if self._avoided_bits_W is None or avoid != self._avoided:
-            self._avoided, self._avoided_bits_W = avoid, _token_bits(avoid, self._vocab_size)
-        left_W = bits_GW[row] & ~self._avoided_bits_W
-        if left_W.any():
-            bits_GW[row] = left_W
 
-    def accept(self, token_id: int) -> bool:
-        """Advance by one token; False, and nothing changes, if the grammar does not admit it here."""
-        if self._matcher.is_terminated():
-            return token_id in self._eos_token_ids
-        return self._matcher.accept_token(token_id)
+class _Lane:
+    """Compilations that wait for one of some threads; short ones go first."""
+
+    def __init__(self, name: str, work: Callable[[_Compilation], None]) -> None:
+        self._name = name
+        self._work = work
+        self._condition = threading.Condition()
+        self._heap: list[tuple[int, int, _Compilation]] = []
+        self._numbers = itertools.count()
+        self._num_threads = 0
+        self._is_closed = False
+
+    def put(self, compilation: _Compilation) -> None:
+        """Raises UnavailableError if too many wait."""
+        with self._condition:
+            if self._is_closed:
+                raise EngineFault("the engine is closed")
+            self._heap = [entry for entry in self._heap if not entry[2].is_cancelled]
+            heapq.heapify(self._heap)
+            if len(self._heap) >= _MAX_WAITING:
+                raise UnavailableError(
+                    f"{len(self._heap)} grammars wait to be compiled, which is as many as may; try again later"
+                )
+            heapq.heappush(self._heap, (len(compilation.source), next(self._numbers), compilation))
+            self._condition.notify()
+            if self._num_threads < _NUM_THREADS:
+                self._num_threads += 1
+                start_thread(f"{self._name}-{self._num_threads}", self._run, _NICENESS)
+
+    def close(self) -> None:
+        with self._condition:
+            self._is_closed = True
+            self._heap.clear()
+            self._condition.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                while not self._heap and not self._is_closed:
+                    self._condition.wait()
+                if self._is_closed:
+                    return
+                compilation = heapq.heappop(self._heap)[2]
+            self._work(compilation)
 
 
 class GrammarCompiler:
     """Compiles the grammars of requests for one tokenizer. Safe to use from several threads.
-
-    The constrained text is the text that the client sees: with ``skip_special_tokens`` a special token can not be
-    part of it, so the grammar does not admit any (a model could otherwise write ``<|im_start|>`` into a JSON string
-    and the reply would lack it). Structural tags are the exception, since they are there to name such tokens.
-
-    JSON has no raw control characters but line ends and tabs between its elements. XGrammar admits the others and tabs
-    in strings of limited length, so tokens that contain them are left out for ``json_schema``, and for structural tags
-    in which there is nothing but JSON between constants: no tabs for indentation.
 
     Args:
         tokenizer_dir: directory that holds ``tokenizer.json``.
@@ -126,198 +130,202 @@ class GrammarCompiler:
         self, tokenizer_dir: str | Path, vocab_size: int, eos_token_ids: tuple[int, ...]
     ) -> None:
         self.vocab_size = vocab_size
+        self.masks = MaskFiller()
         self._tokenizer_file = Path(tokenizer_dir) / "tokenizer.json"
         # An id beyond the vocabulary can not be produced, so that it ends nothing.
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
+        self._backend = GrammarBackend(
+            self._tokenizer_file, vocab_size, self._eos_token_ids, cached=False
+        )
+        self._sandbox = Sandbox(
+            "lorikeet.worker.grammar_work:setup",
+            {
+                "tokenizer_file": str(self._tokenizer_file.absolute()),
+                "vocab_size": vocab_size,
+                "eos_token_ids": list(self._eos_token_ids),
+            },
+            limits=_LIMITS,
+            num_workers=2 * _NUM_THREADS,
+            num_spares=1,
+            name="grammar-process",
+        )
+        self._first = _Lane("grammar", lambda compilation: self._try(compilation, _FIRST))
+        self._second = _Lane("large-grammar", lambda compilation: self._try(compilation, _LIMITS))
         self._lock = threading.Lock()
-        self._backends: dict[_Vocabulary, xgrammar.GrammarCompiler] = {}
+        self._compiling: dict[_Key, _Compilation] = {}
+        self._known: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
+        self._recent: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
 
-    def compile(self, sampling: SamplingParams) -> None:
-        """Check and compile a request's grammar, so that ``matcher`` finds it in the cache.
+    def request(self, sampling: SamplingParams) -> Future[CompiledGrammar]:
+        """Check and compile a request's grammar, on other threads and in other processes.
 
-        Takes milliseconds for most grammars and seconds for the largest, with the GIL released: call it from a
-        thread that may wait. Does nothing for a request without a grammar.
-
-        Raises:
-            RequestError: names json_schema, regex, ebnf or structural_tag and says what is wrong with it.
+        Returns:
+            the grammar, which ``matcher`` finds while somebody holds it. Whoever does not wait any more cancels the
+            future; when all have, the work ends. Its exception may be a ``RequestError`` that names json_schema, regex,
+            ebnf or structural_tag and says what is wrong with it, an ``UnavailableError`` if too much is to be done, or
+            an ``EngineFault``.
         """
-        if sampling.grammar is not None:
-            self._compiled(sampling)
-
-    def matcher(self, sampling: SamplingParams) -> GrammarMatcher:
-        """A matcher at the beginning of the request's grammar (compiled now, if it is not in the cache).
-
-        Raises:
-            RequestError: as ``compile``.
-        """
-        import xgrammar
-
-        matcher = xgrammar.GrammarMatcher(self._compiled(sampling))
-        return GrammarMatcher(matcher, self.vocab_size, self._eos_token_ids)
-
-    def _compiled(self, sampling: SamplingParams) -> xgrammar.CompiledGrammar:
         assert sampling.grammar is not None
         kind, source = sampling.grammar
-        if not self._eos_token_ids:
-            raise _refuse(kind, "the model has no end-of-sequence token that could end the output")
+        future: Future[CompiledGrammar] = Future()
         try:
-            vocabulary = _vocabulary(kind, source, skip_special_tokens=sampling.skip_special_tokens)
-            compiled = _COMPILE[kind](self._backend(kind, vocabulary), source)
-        except (ValueError, RecursionError) as error:
-            raise _refuse(kind, str(error)) from error
-        except RuntimeError as error:  # what XGrammar raises for everything it refuses
-            raise _refuse(kind, _MESSAGE_PREFIX.sub("", str(error)).strip()) from error
-        if not _admits_anything(compiled, self.vocab_size):
-            raise _refuse(kind, "it admits no output at all")
-        return compiled
+            key = self._checked(kind, source, skip_special_tokens=sampling.skip_special_tokens)
+            with self._lock:
+                if (known := self._known.get(key)) is not None:
+                    self._note_use(key, known)
+                    future.set_result(known)
+                    return future
+                compilation = self._compiling.get(key)
+                if compilation is None or compilation.is_cancelled:
+                    compilation = _Compilation(key, source)
+                    compilation.waiting.append(future)
+                    self._first.put(compilation)
+                    self._compiling[key] = compilation
+                else:
+                    compilation.waiting.append(future)
+        except LorikeetError as error:
+            future.set_exception(error)
+            return future
+        future.add_done_callback(lambda _: compilation.cancel_if_unwanted())
+        return future
 
-    def _backend(self, kind: str, vocabulary: _Vocabulary) -> xgrammar.GrammarCompiler:
-        """XGrammar's compiler, which also holds the cache (thread-safe; one compilation of equal grammars)."""
-        import xgrammar
+    def compile(self, sampling: SamplingParams) -> CompiledGrammar | None:
+        """``request``, and wait for it; None for a request without a grammar.
 
+        Raises:
+            RequestError, UnavailableError, EngineFault: as there.
+        """
+        return None if sampling.grammar is None else self.request(sampling).result()
+
+    def matcher(self, sampling: SamplingParams) -> GrammarMatcher:
+        """A matcher at the beginning of the request's grammar, which is compiled now unless somebody holds it.
+
+        Raises:
+            RequestError, UnavailableError, EngineFault: as ``request``.
+        """
+        return GrammarMatcher(self.request(sampling).result(), self.vocab_size, self._eos_token_ids)
+
+    def close(self) -> None:
+        """End all threads and processes; what is not compiled yet fails."""
+        self._first.close()
+        self._second.close()
+        self._sandbox.close()
+        self.masks.close()
         with self._lock:
-            if vocabulary not in self._backends:
-                if not self._tokenizer_file.is_file():
-                    raise _refuse(
-                        kind, f"grammars need {self._tokenizer_file}, which does not exist"
-                    )
-                self._backends[vocabulary] = xgrammar.GrammarCompiler(
-                    self._tokenizer_info(vocabulary),
-                    max_threads=min(8, os.cpu_count() or 1),
-                    cache_limit_bytes=_CACHE_BYTES,
+            compilations = list(self._compiling.values())
+            self._compiling.clear()
+            self._recent.clear()
+        for compilation in compilations:
+            _finish(compilation, EngineFault("the engine is closed"))
+
+    def _checked(self, kind: str, source: str, *, skip_special_tokens: bool) -> _Key:
+        """What is refused without a look into the grammar, and its key."""
+        if not self._eos_token_ids:
+            raise refuse(kind, "the model has no end-of-sequence token that could end the output")
+        check_grammar_length(kind, source)
+        try:
+            encoded = source.encode()
+        except UnicodeEncodeError:
+            raise refuse(
+                kind, "half of a surrogate pair stands alone, which is not Unicode"
+            ) from None
+        if not self._tokenizer_file.is_file():
+            raise refuse(kind, f"grammars need {self._tokenizer_file}, which does not exist")
+        return kind, skip_special_tokens, hashlib.sha256(encoded).digest()
+
+    def _try(self, compilation: _Compilation, limits: Limits) -> None:
+        """Body of a thread, for one compilation: its end is told to whoever waits, or it comes to the second lane."""
+        try:
+            if compilation.is_cancelled:
+                raise CancelledError
+            waited = time.monotonic() - compilation.since
+            if waited > _MAX_WAIT_SECONDS:
+                raise UnavailableError(
+                    f"its grammar has waited for {waited:.0f} s to be compiled; try again later"
                 )
-            return self._backends[vocabulary]
+            result: CompiledGrammar | BaseException = self._compile(compilation, limits)
+        except LimitError as error:
+            if limits is _FIRST and error.limit in ("cpu", "time"):
+                try:
+                    self._second.put(compilation)
+                except LorikeetError as full:
+                    self._end(compilation, full)
+                return
+            result = refuse(compilation.kind, _limit_text(error, limits))
+        except BaseException as error:  # noqa: BLE001  # a thread that ended would take its requests along
+            result = error
+        self._end(compilation, result)
 
-    def _tokenizer_info(self, vocabulary: _Vocabulary) -> xgrammar.TokenizerInfo:
-        import xgrammar
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast
+    def _compile(self, compilation: _Compilation, limits: Limits) -> CompiledGrammar:
+        work = [compilation.kind, compilation.source, compilation.skip_special_tokens]
+        job = compilation.job = self._sandbox.submit(work, limits)
+        compilation.cancel_if_unwanted()
+        answer: dict[str, Any] = job.future.result()
+        if compilation.is_cancelled:
+            raise CancelledError
+        prepared = Prepared(compilation.kind, answer["text"], Vocabulary(*answer["vocabulary"]))
+        try:
+            grammar = self._backend.compile(prepared)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise refuse(compilation.kind, reason(error)) from error
+        return CompiledGrammar(grammar, grammar.memory_size_bytes + len(compilation.source))
 
-        tokenizer = Tokenizer.from_file(str(self._tokenizer_file))
-        # Made from tokenizer.json alone, not by AutoTokenizer, so that it is what the server itself decodes with.
-        info = xgrammar.TokenizerInfo.from_huggingface(
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer),
-            vocab_size=self.vocab_size,
-            stop_token_ids=list(self._eos_token_ids),
-        )
-        hidden: set[int] = set()
-        if not vocabulary.special:
-            added = tokenizer.get_added_tokens_decoder()
-            hidden |= {token_id for token_id, token in added.items() if token.special}
-        if not vocabulary.control:
-            texts = enumerate(info.decoded_vocab)
-            hidden |= {token_id for token_id, text in texts if _CONTROL.search(text)}
-        if not hidden:
-            return info
-        # XGrammar never admits a token without text.
-        encoded = [""] * self.vocab_size
-        for text, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-            if token_id < self.vocab_size and token_id not in hidden:
-                encoded[token_id] = text
-        return xgrammar.TokenizerInfo(
-            encoded,
-            info.vocab_type,
-            vocab_size=self.vocab_size,
-            stop_token_ids=list(self._eos_token_ids),
-            add_prefix_space=info.add_prefix_space,
-        )
+    def _end(self, compilation: _Compilation, result: CompiledGrammar | BaseException) -> None:
+        key = compilation.key
+        with self._lock:
+            if self._compiling.get(key) is compilation:
+                del self._compiling[key]
+            if isinstance(result, CompiledGrammar):
+                try:
+                    self._keep(key, result)
+                except UnavailableError as error:
+                    result = error
+        _finish(compilation, result)
 
+    def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
+        self._drop_idle(_MAX_IDLE_BYTES - compiled.num_bytes)
+        taken = sum(known.num_bytes for known in self._known.values())
+        if taken + compiled.num_bytes > _MAX_OPEN_BYTES + _MAX_IDLE_BYTES:
+            raise UnavailableError(
+                f"the grammars of open requests take {taken / 2**20:,.0f} MB, and no more is allowed; try again later"
+            )
+        self._known[key] = compiled
+        self._note_use(key, compiled)
 
-def _vocabulary(kind: str, source: str, *, skip_special_tokens: bool) -> _Vocabulary:
-    special = kind == "structural_tag" or not skip_special_tokens
-    is_json = kind == "json_schema" or (kind == "structural_tag" and _is_json(_parse_json(source)))
-    return _Vocabulary(special=special, control=not is_json)
+    def _note_use(self, key: _Key, compiled: CompiledGrammar) -> None:
+        self._recent[key] = compiled
+        self._recent.move_to_end(key)
+        self._drop_idle(_MAX_IDLE_BYTES)
 
-
-def _is_json(tag: object) -> bool:
-    """Whether a structural tag, or a part of it, has no free text."""
-    if isinstance(tag, list):
-        return all(map(_is_json, tag))
-    if not isinstance(tag, dict):
-        return True
-    if tag.get("type") == "json_schema":
-        return tag.get("style", "json") == "json"
-    return tag.get("type") in _JSON_TAGS and all(map(_is_json, tag.values()))
-
-
-def _compile_json_schema(backend: xgrammar.GrammarCompiler, source: str) -> Any:
-    schema = json.dumps(checked_json_schema(_parse_json(source)), ensure_ascii=False)
-    return backend.compile_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
-
-
-def _compile_regex(backend: xgrammar.GrammarCompiler, source: str) -> Any:
-    check_regex(source)
-    return backend.compile_regex(source)
+    def _drop_idle(self, most_bytes: int) -> None:
+        """Forget the grammars that were used least recently; those that requests hold stay known."""
+        total = sum(compiled.num_bytes for compiled in self._recent.values())
+        while self._recent and total > most_bytes:
+            total -= self._recent.popitem(last=False)[1].num_bytes
 
 
-def _compile_ebnf(backend: xgrammar.GrammarCompiler, source: str) -> Any:
-    return backend.compile_grammar(source)
+def _finish(compilation: _Compilation, result: CompiledGrammar | BaseException) -> None:
+    for future in compilation.waiting:
+        if future.done() or not future.set_running_or_notify_cancel():
+            continue
+        if isinstance(result, CompiledGrammar):
+            future.set_result(result)
+        else:
+            future.set_exception(result)
 
 
-def _compile_structural_tag(backend: xgrammar.GrammarCompiler, source: str) -> Any:
-    tag = _parse_json(source)
-    if isinstance(tag, dict) and "structures" in tag:
-        tag = _from_structures(tag)
-    return backend.compile_structural_tag(
-        json.dumps(checked_structural_tag(tag), ensure_ascii=False)
-    )
-
-
-_COMPILE = {
-    "json_schema": _compile_json_schema,
-    "regex": _compile_regex,
-    "ebnf": _compile_ebnf,
-    "structural_tag": _compile_structural_tag,
-}
-
-
-def _from_structures(tag: dict[str, Any]) -> dict[str, Any]:
-    """The older form ``{"structures": [{begin, schema, end}], "triggers": [...]}`` that clients still send."""
-    unknown = sorted(set(tag) - {"type", "structures", "triggers"})
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; allowed: type, structures, triggers")
-    structures = tag["structures"]
-    if not isinstance(structures, list) or not all(
-        isinstance(item, dict) and set(item) == {"begin", "schema", "end"} for item in structures
-    ):
-        raise ValueError("structures must be a list of objects with begin, schema and end")
-    tags = [
-        {
-            "begin": item["begin"],
-            "content": {"type": "json_schema", "json_schema": item["schema"]},
-            "end": item["end"],
-        }
-        for item in structures
-    ]
-    triggers = tag.get("triggers", [])
-    return {
-        "type": "structural_tag",
-        "format": {"type": "triggered_tags", "triggers": triggers, "tags": tags},
-    }
-
-
-def _parse_json(source: str) -> Any:
-    try:
-        return json.loads(source)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-
-
-def _admits_anything(compiled: xgrammar.CompiledGrammar, vocab_size: int) -> bool:
-    import xgrammar
-
-    bits_1W = torch.zeros((1, (vocab_size + 31) // 32), dtype=torch.int32)
-    xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(bits_1W)
-    return bool(bits_1W.any())
-
-
-def _token_bits(token_ids: tuple[int, ...], vocab_size: int) -> Tensor:
-    """Int32 words [W] with the bits of the given tokens set."""
-    bits_V = np.zeros((vocab_size + 31) // 32 * 32, dtype=np.uint8)
-    bits_V[list(token_ids)] = 1
-    return torch.from_numpy(np.packbits(bits_V, bitorder="little").view(np.int32))
-
-
-def _refuse(kind: str, reason: str) -> RequestError:
-    shown = reason if len(reason) <= _MAX_REASON else reason[:_MAX_REASON] + " …"
-    return RequestError(f"sampling_params.{kind}: {shown}", kind)
+def _limit_text(error: LimitError, limits: Limits) -> str:
+    match error.limit:
+        case "memory":
+            return (
+                f"compiling it takes more than {limits.memory_bytes / 2**20:,.0f} MB of memory, "
+                "which is what one grammar may take"
+            )
+        case "cpu":
+            return (
+                f"compiling it takes more than {limits.cpu_seconds:g} s of processor time, "
+                "which is what one grammar may take"
+            )
+        case "time":
+            return f"compiling it takes longer than {limits.wall_seconds:g} s, which is what one grammar may take"
+    return f"it is nested too deeply, or repeats too much, for the compiler ({error})"

@@ -10,14 +10,22 @@ annotations (as JSON Schema itself says).
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator
-from typing import Any
+import reprlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
-__all__ = ["check_regex", "checked_json_schema", "checked_structural_tag"]
+import regex
+
+from lorikeet.worker.grammar_patterns import checked_json_pattern, checked_regex, shown
+from lorikeet.worker.schema_overlap import overlap
+
+__all__ = ["checked_json_schema", "checked_structural_tag"]
 
 # The compiler's time grows steeply with depth (40 s for 1000 levels), and nobody's schema is this deep.
 MAX_SCHEMA_DEPTH = 64
+# It goes down along references, too: some thousands of them overflow its stack.
+MAX_REFERENCE_DEPTH = 500
 
 _IGNORED_BY_COMPILER = (
     "not", "if", "then", "else", "contains", "minContains", "maxContains", "dependentRequired",
@@ -52,32 +60,66 @@ _SUBSCHEMAS = (
 _SUBSCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SUBSCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
-_REGEX_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
-_KNOWN_LETTER_ESCAPES = frozenset(
-    "dDwWsSnrtfv0xuc" + "bBpPk"
-)  # the last five the compiler refuses itself
-_JSON_ESCAPES = r'"|\\\\|\\"|\\[nrtfv0]|\\c.|\\(?:x|u00)(?:[01].|22|5[cC])|[\x00-\x1f]'
-_NEEDS_JSON_ESCAPE = re.compile(_JSON_ESCAPES)
-_ONLY_JSON_ESCAPES = re.compile(f"(?:{_JSON_ESCAPES})+")
+_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
+_LARGEST = 2**63
+_SEARCH_SECONDS = 1.0
 
 
-def check_regex(pattern: str) -> None:
-    """Raises:
-    ValueError: an anchor in the middle or an escape that the compiler would ignore.
-    """
-    tokens = [match.group() for match in _REGEX_TOKEN.finditer(pattern)]
-    for index, token in enumerate(tokens):
-        if token == "^" and index > 0 and tokens[index - 1] not in ("|", "("):
-            raise ValueError(f"^ in the middle of {pattern!r} is not supported")
-        if token == "$" and index + 1 < len(tokens) and tokens[index + 1] not in ("|", ")"):
-            raise ValueError(f"$ in the middle of {pattern!r} is not supported")
-        for escape in re.findall(r"\\(.)", token, re.DOTALL):
-            if escape.isascii() and escape.isalpha() and escape not in _KNOWN_LETTER_ESCAPES:
-                raise ValueError(f"the escape \\{escape} in {pattern!r} is not supported")
+def _is_schema(value: object) -> bool:
+    return isinstance(value, bool | dict)
+
+
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and -_LARGEST <= cast(float, value) <= _LARGEST
+
+
+def _is_type(value: object) -> bool:
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(isinstance(name, str) and name in _TYPES for name in names)
+
+
+def _is_map_of_schemas(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_list_of_strings(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_string, value))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+_COUNTS = (*_LENGTHS, "minItems", "maxItems", "minProperties", "maxProperties")
+# (keywords, whether a value is right, what is): XGrammar answers wrong ones with failed assertions, or with nothing.
+_FORMS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
+    (("type",), _is_type, f"one of {', '.join(_TYPES)}, or a list of them"),
+    (("pattern", "format", "$ref"), _is_string, "a string"),
+    (_COUNTS, _is_count, "a whole number from 0 to 2147483647"),
+    (_NUMBER_RANGE, _is_number, "a number from -2^63 to 2^63"),
+    (("multipleOf",), _is_number, "a number up to 2^63"),
+    (("properties", "patternProperties", "$defs", "definitions"), _is_map_of_schemas, "an object"),
+    (("required",), _is_list_of_strings, "a list of strings"),
+    (("enum",), _is_list, "a list that must not be empty"),
+    (("anyOf", "oneOf", "allOf"), _is_list, "a list of schemas that must not be empty"),
+    (("prefixItems",), lambda value: isinstance(value, list), "a list of schemas"),
+    (("items",), _is_schema, "a schema (a list of them is written as prefixItems)"),
+    (("additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames"),
+     _is_schema, "a schema"),
+)  # fmt: skip
 
 
 def checked_json_schema(schema: object) -> object:
-    """The schema to give the compiler: a copy in which ``format: email`` has become a pattern.
+    """The schema to give the compiler: a copy in which patterns, and ``format: email``, are written so that it enforces them.
 
     Args:
         schema: parsed JSON.
@@ -85,14 +127,21 @@ def checked_json_schema(schema: object) -> object:
     Raises:
         ValueError: names the place (a JSON pointer) and what cannot be enforced there.
     """
-    _check_node(schema, "#", 0)
     copied = copy.deepcopy(schema)
-    _replace_email(copied)
+    nodes = list(_nodes(copied))
+    for where, node in nodes:
+        for reason in _problems(node):
+            raise ValueError(f"{where}: {reason}")
+    for where, node in nodes:
+        try:
+            _rewrite(node)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     return copied
 
 
 def checked_structural_tag(tag: object) -> object:
-    """The same for every schema inside a structural tag (parsed JSON), and ``check_regex`` for every pattern.
+    """The same for every schema inside a structural tag (parsed JSON), and ``checked_regex`` for every pattern.
 
     Raises:
         ValueError: as above.
@@ -104,30 +153,73 @@ def checked_structural_tag(tag: object) -> object:
     if tag.get("type") in ("json_schema", "qwen_xml_parameter"):
         return {**tag, "json_schema": checked_json_schema(tag.get("json_schema"))}
     if tag.get("type") == "regex" and isinstance(tag.get("pattern"), str):
-        check_regex(tag["pattern"])
+        return {**tag, "pattern": checked_regex(tag["pattern"])}
     return {key: checked_structural_tag(value) for key, value in tag.items()}
 
 
-def _check_node(node: object, where: str, depth: int) -> None:
-    if depth > MAX_SCHEMA_DEPTH:
-        raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
-    if isinstance(node, bool):
-        return
-    if not isinstance(node, dict):
-        raise ValueError(f"{where}: a schema must be an object or a boolean")
-    for reason in _problems(node):
-        raise ValueError(f"{where}: {reason}")
-    for path, child in _children(node):
-        _check_node(child, f"{where}/{path}", depth + 1)
+def _nodes(schema: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every schema object that the compiler comes to, once, with its place: written inside another or referred to."""
+    waiting: list[tuple[str, object, int, int]] = [("#", schema, 0, 0)]
+    seen: set[int] = set()
+    while waiting:
+        where, node, depth, length = waiting.pop()
+        if isinstance(node, bool) or id(node) in seen:
+            continue
+        if depth > MAX_SCHEMA_DEPTH:
+            raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+        if length > MAX_REFERENCE_DEPTH:
+            raise ValueError(f"references nest the schema deeper than {MAX_REFERENCE_DEPTH} levels")
+        if not isinstance(node, dict):
+            raise ValueError(f"{where}: a schema must be an object or a boolean")
+        seen.add(id(node))
+        _check_forms(where, node)
+        yield where, node
+        waiting += [
+            (f"{where}/{path}", child, depth + 1, length + 1) for path, child in _children(node)
+        ]
+        if "$ref" in node:
+            waiting.append((node["$ref"], _resolved(schema, where, node["$ref"]), 0, length + 1))
 
 
-def _replace_email(node: object) -> None:
-    if isinstance(node, dict):
-        if node.get("format") == "email":
-            del node["format"]
-            node["pattern"] = _EMAIL
-        for _, child in _children(node):
-            _replace_email(child)
+def _check_forms(where: str, node: dict[str, Any]) -> None:
+    for keywords, is_right, allowed in _FORMS:
+        for keyword in keywords:
+            if keyword in node and not is_right(node[keyword]):
+                raise ValueError(
+                    f"{where}: {keyword} is {shown_value(node[keyword])}; allowed: {allowed}"
+                )
+
+
+def _resolved(schema: object, where: str, ref: str) -> object:
+    if ref != "#" and not ref.startswith("#/"):
+        raise ValueError(
+            f"{where}: $ref {shown(ref)} is not supported; allowed: '#' and '#/...' within the schema"
+        )
+    node = schema
+    for part in ref.split("/")[1:]:
+        if not isinstance(node, dict) or part not in node:
+            raise ValueError(f"{where}: $ref {shown(ref)} names nothing that is in the schema")
+        node = node[part]
+    return node
+
+
+def _rewrite(node: dict[str, Any]) -> None:
+    if node.get("format") == "email":
+        del node["format"]
+        node["pattern"] = _EMAIL
+    if "pattern" in node:
+        node["pattern"] = checked_json_pattern(node["pattern"])
+    if "patternProperties" in node:
+        patterns = node["patternProperties"]
+        written = {checked_json_pattern(name): child for name, child in patterns.items()}
+        if len(written) < len(patterns):
+            raise ValueError("two patterns of patternProperties mean the same")
+        node["patternProperties"] = written
+
+
+def shown_value(value: object) -> str:
+    """A client's JSON as part of a message."""
+    return shown(value) if isinstance(value, str) else reprlib.repr(value)
 
 
 def _children(node: dict[str, Any]) -> Iterator[tuple[str, object]]:
@@ -135,11 +227,9 @@ def _children(node: dict[str, Any]) -> Iterator[tuple[str, object]]:
         if key in node:
             yield key, node[key]
     for key in _SUBSCHEMA_LISTS:
-        if isinstance(node.get(key), list):
-            yield from ((f"{key}/{index}", child) for index, child in enumerate(node[key]))
+        yield from ((f"{key}/{index}", child) for index, child in enumerate(node.get(key, ())))
     for key in _SUBSCHEMA_MAPS:
-        if isinstance(node.get(key), dict):
-            yield from ((f"{key}/{name}", child) for name, child in node[key].items())
+        yield from ((f"{key}/{name}", child) for name, child in node.get(key, {}).items())
 
 
 def _problems(node: dict[str, Any]) -> Iterator[str]:
@@ -161,11 +251,10 @@ def _combinator_problems(node: dict[str, Any]) -> Iterator[str]:
     beside = [key for key in ("type", "enum", "const", "format", *_CONSTRAINTS) if key in node]
     if len(used) > 1 or (used and beside):
         yield f"{used[0]} beside {[*used[1:], *beside][0]} is not supported; put it inside {used[0]}"
-    if isinstance(node.get("allOf"), list) and len(node["allOf"]) > 1:
+    if len(node.get("allOf", ())) > 1:
         yield "allOf with more than one schema is not supported"
-    ref = node.get("$ref")
-    if isinstance(ref, str) and ref != "#" and not ref.startswith("#/"):
-        yield f"$ref {ref!r} is not supported; allowed: '#' and '#/...' within the schema"
+    if twice := overlap(node.get("oneOf", [])):
+        yield f"oneOf: {twice}, so nothing that obeys both is exactly one of them; use anyOf"
 
 
 def _value_problems(node: dict[str, Any]) -> Iterator[str]:
@@ -180,10 +269,9 @@ def _value_problems(node: dict[str, Any]) -> Iterator[str]:
         return
     types = node.get("type", [])
     types = [types] if isinstance(types, str) else types
-    values = node["enum"] if fixed == ["enum"] and isinstance(node["enum"], list) else []
-    for value in [node["const"]] if "const" in node else values:
+    for value in [node["const"]] if "const" in node else node["enum"]:
         if types and not any(_is_of_type(value, name) for name in types):
-            yield f"the value {value!r} is not of type {' or '.join(map(str, types))}"
+            yield f"the value {shown_value(value)} is not of type {' or '.join(types)}"
 
 
 def _is_of_type(value: object, name: object) -> bool:
@@ -218,42 +306,17 @@ def _string_problems(node: dict[str, Any]) -> Iterator[str]:
     parts += [key for key in _LENGTHS if key in node]
     if len(parts) > 1 and parts[0] not in _LENGTHS:
         yield f"{parts[0]} beside {parts[1]} is not supported"
-    if isinstance(node.get("pattern"), str):
-        yield from _pattern_problems(node["pattern"])
-
-
-def _pattern_problems(pattern: str) -> Iterator[str]:
-    """A pattern inside a JSON string: it must not ask for a character that JSON writes as an escape."""
-    try:
-        check_regex(pattern)
-    except ValueError as error:
-        yield str(error)
-    for match in _REGEX_TOKEN.finditer(pattern):
-        token = match.group()
-        if token.startswith("[^"):
-            continue
-        if token.startswith("["):
-            # The compiler leaves such characters out of a class, unless nothing else is in it.
-            unsafe = _ONLY_JSON_ESCAPES.fullmatch(token[1:-1].replace("-", ""))
-        else:
-            unsafe = _NEEDS_JSON_ESCAPE.match(pattern, match.start())
-        if unsafe:
-            yield f"the pattern {pattern!r} asks for a quote, backslash or control character, which is not supported"
-            return
 
 
 def _object_problems(node: dict[str, Any]) -> Iterator[str]:
-    properties = node.get("properties")
-    known = properties if isinstance(properties, dict) else {}
-    required = node.get("required")
-    for name in required if isinstance(required, list) else []:
+    known = node.get("properties", {})
+    required = node.get("required", [])
+    for name in required:
         if name not in known:
-            yield f"required names {name!r}, which properties does not describe"
-    yield from _count_problems(node, len(required) if isinstance(required, list) else 0)
-    patterns = node.get("patternProperties")
-    for pattern in patterns if isinstance(patterns, dict) else {}:
-        yield from _pattern_problems(pattern)
-        yield from _overlaps(pattern, known)
+            yield f"required names {shown(name)}, which properties does not describe"
+    yield from _count_problems(node, len(required))
+    patterns = node.get("patternProperties", {})
+    yield from _overlaps(patterns, known)
     if "propertyNames" in node and (known or patterns):
         yield "propertyNames beside properties or patternProperties is not supported"
 
@@ -267,12 +330,26 @@ def _count_problems(node: dict[str, Any], num_required: int) -> Iterator[str]:
         yield "minProperties is not supported for properties that are not declared"
 
 
-def _overlaps(pattern: str, names: dict[str, Any]) -> Iterator[str]:
-    try:
-        found = [name for name in names if re.search(pattern, name)]
-    except re.error:
-        # Possibly a pattern of another dialect; the compiler has the last word on its syntax.
-        yield f"the pattern {pattern!r} beside properties is not a Python regular expression"
+def _overlaps(patterns: Iterable[str], names: dict[str, Any]) -> Iterator[str]:
+    """Patterns that match a property that is described, too; JSON Schema's patterns may match anywhere in a name."""
+    if not names:
         return
-    if found:
-        yield f"the pattern {pattern!r} of patternProperties also matches the property {found[0]!r}"
+    deadline = time.monotonic() + _SEARCH_SECONDS
+    for pattern in patterns:
+        try:
+            compiled = regex.compile(pattern)
+            for name in names:
+                # Backtracks, but not for ever, and not in the engine's process.
+                if compiled.search(name, timeout=max(deadline - time.monotonic(), 0.001)):
+                    yield f"the pattern {shown(pattern)} of patternProperties also matches the property {shown(name)}"
+                    return
+        except TimeoutError:
+            yield (
+                f"matching the patterns of patternProperties with the names of properties takes longer than "
+                f"{_SEARCH_SECONDS:g} s"
+            )
+            return
+        except (regex.error, OverflowError, ValueError, RecursionError, MemoryError):
+            # Possibly a pattern of another dialect; the compiler has the last word on its syntax.
+            yield f"the pattern {shown(pattern)} beside properties is not a Python regular expression"
+            return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorikeet.ops import sampling as ops
+from lorikeet.worker.grammar_masks import GrammarMatcher, MaskFiller
 from lorikeet.worker.sampling_state import SamplingState
 from lorikeet.worker.staging import upload
 
@@ -20,9 +21,10 @@ from lorikeet.worker.staging import upload
 class LogitRules:
     """Applies each rule to the rows that use it, in the order of ``ops/sampling.py``."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, masks: MaskFiller) -> None:
         self._vocab_size = vocab_size
         self._device = device
+        self._masks = masks
 
     def apply(self, raw_NV: Tensor, states: Sequence[SamplingState]) -> Tensor:
         """The logits after penalties, bias, min_new_tokens and grammar; ``raw_NV`` itself if no row has any."""
@@ -108,10 +110,15 @@ class LogitRules:
         self, final_NV: Tensor, rows: list[int], users: list[SamplingState]
     ) -> None:
         bits_MW = torch.zeros((len(users), (self._vocab_size + 31) // 32), dtype=torch.int32)
-        for row, user in enumerate(users):
-            # A sequence whose grammar has failed keeps all bits 0: no token, and its own error is reported.
-            if user.matcher is not None and user.error is None:
-                user.matcher.fill(bits_MW, row, user.early_stops if user.is_early else ())
+        wanted: list[tuple[GrammarMatcher, tuple[int, ...]]] = []
+        for user in users:
+            assert user.matcher is not None
+            user.matcher.error = user.matcher.error or user.error
+            wanted.append((user.matcher, user.early_stops if user.is_early else ()))
+        # A sequence that has failed has only zeros: no token, and its own error is reported.
+        bits_MW = self._masks.fill(bits_MW, wanted)
+        for user, (matcher, _) in zip(users, wanted, strict=True):
+            user.error = matcher.error
         rows_M = self._ints(rows)
         part_MV = final_NV[rows_M]
         ops.apply_bitmask_(part_MV, upload(bits_MW.numpy(), self._device))

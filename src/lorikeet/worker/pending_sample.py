@@ -38,7 +38,7 @@ class PendingSample:
         self._tokens: list[SampledToken] | None = None
 
     def finish(self) -> list[SampledToken]:
-        """Wait for the tokens; grammars advance by them. A second call returns the same."""
+        """Wait for the tokens; grammars will advance by them. A second call returns the same."""
         if self._tokens is None:
             self._tokens = [] if self._download is None else self._read(self._download)
         return self._tokens
@@ -68,9 +68,8 @@ def _row_error(peak: float, score: float) -> str | None:
 def _finish_row(
     state: SamplingState, token: int, logprobs: TokenLogprobs | None, error: str | None
 ) -> SampledToken:
-    if error is None and not state.accept(token):
-        error = f"the grammar does not admit the sampled token {token}"
     if error is not None:
         state.error = error
         return SampledToken(seq=state.seq, token_id=_PLACEHOLDER, error=error)
+    state.note(token)
     return SampledToken(seq=state.seq, token_id=token, logprobs=logprobs)

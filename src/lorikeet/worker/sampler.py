@@ -20,10 +20,11 @@ from torch import Tensor
 
 from lorikeet.core.plan import SampledToken, SequenceStart
 from lorikeet.core.request import SamplingParams, TokenLogprobs
-from lorikeet.errors import RequestError
+from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.ops import sampling as ops
 from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.worker.grammar import GrammarCompiler, GrammarMatcher
+from lorikeet.worker.grammar_masks import MaskFiller
 from lorikeet.worker.logit_rules import LogitRules
 from lorikeet.worker.logprobs import PendingLogprobs, PendingPrompt
 from lorikeet.worker.pending_sample import PendingSample
@@ -70,13 +71,14 @@ class Sampler:
         self._device = torch.device(device)
         self._grammars = grammars
         self._draw_tokens = draw
-        self._rules = LogitRules(vocab_size, self._device)
+        masks = MaskFiller() if grammars is None else grammars.masks
+        self._rules = LogitRules(vocab_size, self._device, masks)
         self._states: dict[int, SamplingState] = {}
 
     def start(self, start: SequenceStart) -> None:
         """Open the state of a sequence; its ``token_ids`` beyond the prompt count as sampled already.
 
-        A grammar that does not compile (``GrammarCompiler.compile`` finds that before the request is admitted) fails
+        A grammar that does not compile (``GrammarCompiler.request`` finds that before the request is admitted) fails
         this sequence alone: each of its rows gets the reason as ``SampledToken.error``. So does one whose penalties, bias
         or stop tokens find no memory on the device.
 
@@ -88,7 +90,7 @@ class Sampler:
         matcher, error = None, None
         try:
             matcher = self._matcher(start.sampling)
-        except RequestError as refusal:
+        except LorikeetError as refusal:
             error = str(refusal)
         self._states[start.seq] = self._make_state(start, matcher, error)
 

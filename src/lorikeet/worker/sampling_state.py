@@ -110,19 +110,16 @@ class SamplingState:
         if self.seen_V is not None:
             self.seen_V.index_fill_(0, token_1, value=True)
 
-    def accept(self, token_id: int) -> bool:
-        """The host knows the token. False, and nothing changes, if the grammar does not admit it."""
-        return self.matcher is None or self.matcher.accept(token_id)
+    def note(self, token_id: int) -> None:
+        """The host knows the token; the grammar follows when the next mask is wanted."""
+        if self.matcher is not None:
+            self.matcher.note(token_id)
 
     def _replay(self, outputs: list[int]) -> None:
         """After a preemption; the histories have them already."""
         self.num_outputs = len(outputs)
-        if self.matcher is None:
-            return
-        for index, token in enumerate(outputs):
-            if not self.matcher.accept(token):
-                self.error = f"the grammar does not admit output token {token} at position {index}"
-                return
+        for token in outputs if self.matcher is not None else ():
+            self.note(token)
 
 
 def _histories(

@@ -1,0 +1,23 @@
+"""The command ``lorikeet``, and ``python -m lorikeet``: what signals do first, and then everything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lorikeet import signals
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; see ``lorikeet/cli.py``, whose import takes a while."""
+    try:
+        signals.exit_on_stop()
+        from lorikeet.cli import main as run
+
+        return run(argv)
+    except KeyboardInterrupt:
+        return 130  # in that import; the commands say so themselves
+
+
+if __name__ == "__main__":
+    sys.exit(main())

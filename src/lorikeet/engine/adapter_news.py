@@ -1,0 +1,123 @@
+"""What has changed about the adapters since it was last told, in the form of ``engine/adapter_views.py``.
+
+Every change costs what it changes: a name that came or went is described again, and a version whose tier or use has
+changed says so in a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
+from lorikeet.engine.adapter_records import Known, Load, Unload
+from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
+from lorikeet.lora.residency import Residency
+
+
+class AdapterNews:
+    """Notes changes, and describes what they are about when it is asked.
+
+    Args:
+        known: versions that the registry knows; shared with the store, as are the next two.
+        loads: name -> load under way.
+        unloads: names that are hidden and whose versions are in use.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: AdapterRegistry,
+        residency: Residency,
+        known: Mapping[int, Known],
+        loads: Mapping[str, Load],
+        unloads: Iterable[Unload],
+    ) -> None:
+        self._registry = registry
+        self._residency = residency
+        self._known = known
+        self._loads = loads
+        self._unloads = unloads
+        self._names: dict[str, None] = {}
+        self._versions: set[int] = set()
+
+    def name(self, name: str) -> None:
+        """``name`` has come or gone, or means something else, or is about to."""
+        self._names[name] = None
+
+    def version(self, version: int) -> None:
+        """A request has begun or ended to use a version."""
+        self._versions.add(version)
+
+    def take(self) -> AdaptersChanged | None:
+        """What has changed since the last call; None if nothing has."""
+        versions = self._versions.union(self._residency.take_moved())
+        names, self._names, self._versions = self._names, {}, set()
+        if not names and not versions:
+            return None
+        return AdaptersChanged(
+            names=self._described(names), uses={version: self.use(version) for version in versions}
+        )
+
+    def views(self, name: str | None = None) -> list[AdapterView]:
+        """All adapters, or those called ``name``: what is loaded, unloading and loading, in this order."""
+        if name is not None:
+            return self._described([name])[name]
+        views = [self._loaded(info) for info in self._registry.loaded().values()]
+        views.extend(self._unloading(unload) for unload in self._unloads)
+        views.extend(_loading(load) for load in self._loads.values())
+        return views
+
+    def use(self, version: int) -> AdapterUse | None:
+        """Where a version is, and who uses it; None if it is gone."""
+        known = self._known.get(version)
+        if known is None:
+            return None
+        return AdapterUse(
+            tier=self._residency.tier(version).value,
+            in_flight=len(known.holders),
+            last_use=known.last_use,
+            reason=self._residency.failure(version),
+        )
+
+    def _described(self, names: Iterable[str]) -> dict[str, list[AdapterView]]:
+        found: dict[str, list[AdapterView]] = {name: [] for name in names}
+        for name, views in found.items():
+            info = self._registry.get(name)
+            if info is not None:
+                views.append(self._loaded(info))
+        for unload in self._unloads:
+            if unload.name in found:
+                found[unload.name].append(self._unloading(unload))
+        for name, views in found.items():
+            load = self._loads.get(name)
+            if load is not None:
+                views.append(_loading(load))
+        return found
+
+    def _loaded(self, info: AdapterInfo) -> AdapterView:
+        return self._of_version(info.name, info.path, info, state="loaded", pinned=info.pinned)
+
+    def _unloading(self, unload: Unload) -> AdapterView:
+        info = self._registry.info(unload.version)
+        return self._of_version(unload.name, unload.path, info, state="unloading", pinned=False)
+
+    def _of_version(
+        self, name: str, path: str, info: AdapterInfo, *, state: str, pinned: bool
+    ) -> AdapterView:
+        return AdapterView(
+            name=name,
+            path=path,
+            state=state,
+            pinned=pinned,
+            version=info.version,
+            rank=info.rank,
+            targets=list(info.targets),
+            nbytes=info.nbytes,
+            report=msgspec.json.encode(self._known[info.version].report),
+        )
+
+
+def _loading(load: Load) -> AdapterView:
+    return AdapterView(name=load.name, path=load.path, state="loading", pinned=load.pinned)

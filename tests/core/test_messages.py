@@ -1,0 +1,121 @@
+"""Messages hold values of strangers: each can be sent, and what cannot be read says for whom it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorikeet.core.messages import (
+    AdapterTemplates,
+    Command,
+    Outputs,
+    Reply,
+    Submit,
+    Unreadable,
+    decode_to_client,
+    decode_to_engine,
+    encode,
+)
+from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
+
+
+def reply(result: object) -> Any:
+    """What arrives of a result."""
+    message = decode_to_client(encode(Reply(1, result)))
+    assert isinstance(message, Reply)
+    return message.result
+
+
+@pytest.mark.parametrize(
+    ("value", "arrives"),
+    [
+        ("a\ud800b", "a\ufffdb"),
+        ("\ud83d\ude00", "\U0001f600"),  # JSON's way to write one character
+        ({"\udfff": ["\ud800"]}, {"\ufffd": ["\ufffd"]}),
+        (2**64 - 1, 2**64 - 1),
+        (10**59, str(10**59)),
+        (-(2**63) - 1, str(-(2**63) - 1)),
+        ([2**99999], ["<an integer of 100000 bits>"]),
+        ({2**70: 1}, {str(2**70): 1}),
+        ({1, 2}, [1, 2]),
+        (object(), "<object>"),
+        ({("a", "\ud800"): 1}, {"<tuple>": 1}),
+        ([None, True, 1.5, b"\xff", ("\ud800",)], [None, True, 1.5, b"\xff", ["\ufffd"]]),
+    ],
+)
+def test_every_value_has_a_form(value: object, arrives: object) -> None:
+    assert reply(value) == arrives
+
+
+def test_nesting_is_cut_off_where_it_cannot_be_followed() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    found = reply(deep)
+    depth = 0
+    while isinstance(found, list):
+        found, depth = found[0], depth + 1
+    assert (found, depth > 100) == ("…", True)
+
+
+def test_the_other_parts_of_a_message_stay_what_they_are() -> None:
+    sampling = SamplingParams(json_schema='{"\ud800": 1}', stop=("a",), logit_bias={3: 1.0})
+    request = Request(rid="r", prompt_token_ids=[1, 2], sampling=sampling)
+    arrived = decode_to_engine(encode(Submit([request])))
+    assert isinstance(arrived, Submit)
+    assert arrived.requests[0].sampling.json_schema == '{"\ufffd": 1}'
+    assert arrived.requests[0].sampling.logit_bias == {3: 1.0}
+    assert arrived.requests[0].prompt_token_ids == [1, 2]
+    finish = FinishReason(kind="abort", message="\ud800", status_code=400)
+    ends = Outputs([RequestOutput(rid=rid, token_ids=[7], finish=finish) for rid in "ab"])
+    back = decode_to_client(encode(ends))
+    assert isinstance(back, Outputs)
+    assert [(o.rid, o.token_ids, o.finish and o.finish.message) for o in back.outputs] == [
+        ("a", [7], "\ufffd"),
+        ("b", [7], "\ufffd"),
+    ]
+    news = decode_to_client(encode(AdapterTemplates({"a": {"\ud800": "x"}, "b": None})))
+    assert news == AdapterTemplates({"a": {"\ufffd": "x"}, "b": None})
+
+
+plain = st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers() | st.binary()
+texts = st.text(st.characters(codec=None))  # lone surrogates, too
+values = st.recursive(
+    plain | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts | st.integers(), inner),
+    max_leaves=20,
+)
+
+
+@given(values)
+def test_any_value_can_be_sent_in_both_directions(value: object) -> None:
+    assert isinstance(decode_to_client(encode(Reply(1, value))), Reply)
+    assert isinstance(decode_to_engine(encode(Command(1, "x", {"value": value}))), Command)
+
+
+def test_what_cannot_be_read_says_for_whom_it_was() -> None:
+    wrong: Any = "no tokens"
+    request = Request(rid="r", prompt_token_ids=wrong, sampling=SamplingParams())
+    found = decode_to_engine(encode(Submit([request])))
+    assert isinstance(found, Unreadable)
+    assert (found.rids, found.command) == (["r"], None)
+    assert "prompt_token_ids" in found.reason
+    found = decode_to_engine(encode(Command(7, "info", wrong)))
+    assert isinstance(found, Unreadable)
+    assert (found.rids, found.command) == ([], 7)
+    found = decode_to_client(encode(Outputs([RequestOutput(rid="s", token_ids=wrong)])))
+    assert isinstance(found, Unreadable)
+    assert found.rids == ["s"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x01", b"\xc1", b"\x91" * 100_000, b"\x80", b"\x81\xa2id\xc0"]
+)
+def test_bytes_that_are_no_message_tell_nothing(data: bytes) -> None:
+    for decode in (decode_to_engine, decode_to_client):
+        found = decode(data)
+        assert isinstance(found, Unreadable)
+        assert (found.rids, found.command) == ([], None)
