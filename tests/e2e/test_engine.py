@@ -7,12 +7,16 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorikeet import LLM
-from lorikeet.errors import RequestError
+from lorikeet.errors import EngineFault, RequestError
+from tests.support.peft_adapters import make_adapter
+from tests.support.tiny_models import make_tiny_model
 
 GREEDY = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
 MakeLLM = Callable[..., LLM]
@@ -227,6 +231,47 @@ def test_no_new_tokens_computes_the_prompt_alone(make_llm: MakeLLM) -> None:
     assert reply["output_ids"] == []
     assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 0}
     assert [entry[1] for entry in reply["meta_info"]["input_token_logprobs"]] == [8, 9]
+
+
+def test_an_adapter_that_makes_logits_that_are_not_finite(tmp_path: Path) -> None:
+    """Each row of it fails with its name, once; the rows beside it and the next calls are as if it were not there."""
+    model = make_tiny_model(tmp_path)
+    adapter = make_adapter(model, tmp_path / "huge")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * 1e19 for name, tensor in tensors.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    with LLM(str(model), lora_paths={"huge": str(adapter)}, max_total_tokens=512) as llm:
+        ids = [[*range(40)], [*range(40)], [5, 6, 7]]
+        alone = llm.generate(input_ids=ids[0], sampling_params=GREEDY)["output_ids"]
+        for _ in range(3):
+            bad, good, other = llm.generate(
+                input_ids=ids, sampling_params=GREEDY, lora_path=["huge", None, "huge"]
+            )
+            assert good["output_ids"] == alone
+            assert good["meta_info"]["finish_reason"]["type"] == "length"
+            for reply in (bad, other):
+                reason = reply["meta_info"]["finish_reason"]
+                assert (reason["type"], reason["status_code"]) == ("abort", 500)
+                assert "not finite" in reason["message"]
+                assert "adapter 'huge'" in reason["message"]
+            assert bad["meta_info"]["cached_tokens"] == 0, "what it computed is not found again"
+            with pytest.raises(EngineFault, match="adapter 'huge'"):
+                llm.generate(input_ids=ids[0], sampling_params=GREEDY, lora_path="huge")
+        llm._core.check_integrity()
+
+
+def test_min_new_tokens_with_every_token_forbidden(tmp_path: Path) -> None:
+    with LLM(str(make_tiny_model(tmp_path)), max_total_tokens=512) as llm:
+        size = llm.info["vocab_size"]
+        params = {"min_new_tokens": 1, "stop_token_ids": [*range(size)]}
+        with pytest.raises(RequestError, match=f"all {size} tokens: none may come first"):
+            llm.generate(input_ids=[5], sampling_params=params)
+        most = llm.generate(
+            input_ids=[5], sampling_params=params | {"stop_token_ids": [*range(1, size)]}
+        )
+        assert most["output_ids"][0] == 0
 
 
 @pytest.mark.parametrize("place", ["plan", "commit"])

@@ -3,6 +3,7 @@ same on a GPU."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from lorikeet import LLM
-from lorikeet.errors import EngineFault
 from tests.support.failing_steps import fail_steps, first, worker_of
 from tests.support.tiny_models import make_tiny_model
 
@@ -86,7 +86,7 @@ def test_overlap_changes_nothing(tmp_path: Path, options: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) -> None:
-    """Once: the step is repeated. Twice: its prompts are aborted with an error, and the engine goes on."""
+    """Once: the step is repeated. Twice: its largest prompt is aborted with an error, and everything else goes on."""
     with engine(make_tiny_model(tmp_path)) as llm:
         wanted = replies(llm)
         llm.flush_cache()
@@ -94,8 +94,13 @@ def test_an_allocation_that_fails(tmp_path: Path, monkeypatch, failures: int) ->
         if failures == 1:
             assert_same(replies(llm), wanted)
         else:
-            with pytest.raises(EngineFault, match=r"no memory for a step of .* says the test"):
-                replies(llm)
+            found = replies(llm)
+            lost = [row for row, reply in enumerate(found) if reply[1]["type"] == "abort"]
+            assert lost == [3], "the youngest of the largest"
+            reason = found.pop(3)[1]
+            assert reason["status_code"] == 500
+            assert re.search(r"no memory for a step of .* says the test", reason["message"])
+            assert_same(found, wanted[:3] + wanted[4:])
         assert_same(replies(llm), wanted)
         llm._core.check_integrity()
 

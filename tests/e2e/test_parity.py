@@ -9,6 +9,7 @@ import pytest
 
 from lorikeet import LLM
 from tests.e2e.conftest import KINDS, World
+from tests.support.failing_steps import worker_of
 from tests.support.peft_adapters import make_adapter, peft_generate
 from tests.support.tiny_models import FAMILIES, make_tiny_model
 
@@ -118,3 +119,48 @@ def test_prompt_logprobs_equal_peft(world: World, make_llm: Callable[..., LLM]) 
     assert [entry[0] for entry in ours[1:]] == pytest.approx(expected, abs=2e-3)
     tops = reply["meta_info"]["input_top_logprobs"]
     assert [entry[1] for entry in tops[5]] == rows[4].topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize("kind", ["head", "all"])
+def test_prompt_logprobs_in_pieces(
+    kind: str, make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of many positions are computed a few rows at a time, with each row's own adapter, for the same results."""
+    llm = make_llm(kind, "qv", max_running_requests=4, disable_radix_cache=True)
+    worker = worker_of(llm)
+    assert worker._max_logits_rows == 64
+    ids = [*prompts(3, low=60, high=90), [7]]
+
+    def replies() -> list[dict]:
+        return llm.generate(
+            input_ids=ids,
+            sampling_params=GREEDY,
+            lora_path=[kind, None, "qv", kind],
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=3,
+        )
+
+    sizes: list[int] = []
+    head = worker._network.head
+    monkeypatch.setattr(
+        worker._network, "head", lambda x_ND, batch: (sizes.append(len(x_ND)), head(x_ND, batch))[1]
+    )
+    pieces = replies()
+    num_wanted = sum(len(prompt) - 1 for prompt in ids)
+    # Rows that decode beside them come with the rows that are sampled from.
+    assert sum(sizes) >= num_wanted + len(ids)
+    assert max(sizes) == 64
+    worker._max_logits_rows = None
+    for one, other, prompt in zip(pieces, replies(), ids, strict=True):
+        assert one["output_ids"] == other["output_ids"]
+        for key in ("input_token_logprobs", "output_token_logprobs"):
+            found, wanted = one["meta_info"][key], other["meta_info"][key]
+            assert [entry[1] for entry in found] == [entry[1] for entry in wanted]
+            values = [entry[0] and pytest.approx(entry[0], abs=1e-4) for entry in wanted]
+            assert [entry[0] for entry in found] == values
+        tops = [one["meta_info"]["input_top_logprobs"], other["meta_info"]["input_top_logprobs"]]
+        assert len(tops[0]) == len(prompt)
+        assert [[e and e[1] for e in top or ()] for top in tops[0]] == [
+            [e and e[1] for e in top or ()] for top in tops[1]
+        ]

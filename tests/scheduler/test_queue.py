@@ -7,9 +7,11 @@ from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 
 
-def make(seq_id: int, version: int = 0) -> Sequence:
+def make(seq_id: int, version: int = 0, length_class: int = 0) -> Sequence:
     request = Request(prompt_token_ids=[1], sampling=SamplingParams())
-    return Sequence(seq_id, request, version, seed=0)
+    seq = Sequence(seq_id, request, version, seed=0)
+    seq.length_class = length_class
+    return seq
 
 
 def filled(*versions: int) -> tuple[WaitingQueue, list[Sequence]]:
@@ -59,13 +61,12 @@ def test_idle_heads_in_order() -> None:
     queue.check_integrity(())
 
 
-def test_a_popped_head_comes_back_when_it_is_offered() -> None:
+def test_a_head_that_is_set_aside_comes_back_when_it_is_offered() -> None:
     queue, seqs = filled(3, 4)
     queue.offer(3)
     assert queue.peek_idle(()) is seqs[0]
-    queue.pop_idle()
-    assert queue.peek_idle(()) is seqs[1], "offered twice, but taken off the list once and for all"
-    queue.pop_idle()
+    assert queue.peek_idle((), {3}) is seqs[1], "offered twice, but off the list once and for all"
+    assert queue.peek_idle((), {3, 4}) is None
     assert queue.peek_idle(()) is None
     queue.offer(3)
     assert queue.peek_idle(()) is seqs[0]
@@ -76,9 +77,34 @@ def test_the_base_model_is_never_among_the_idle_heads() -> None:
     assert queue.peek_idle(()) is None
 
 
+def test_length_classes_are_lanes_of_their_own() -> None:
+    queue = WaitingQueue()
+    kinds = ((3, 2), (3, 0), (4, 1), (3, 0), (0, 1), (4, 0))
+    seqs = [make(index, *kind) for index, kind in enumerate(kinds)]
+    for seq in seqs:
+        queue.push(seq)
+    assert sorted(queue.length_classes) == [0, 1, 2]
+    assert [queue.head(version, most=0) for version in (3, 4, 0)] == [seqs[1], seqs[5], None]
+    assert list(queue.first(3, 2)) == seqs[:2]
+    assert list(queue.first(3, 9, most=1)) == [seqs[1], seqs[3]]
+    assert queue.of_version(3) == [seqs[0], seqs[1], seqs[3]]
+    assert (queue.peek_idle(()), queue.peek_idle((), most=1)) == (seqs[0], seqs[1])
+    assert queue.peek_idle((), {3}, most=0) is seqs[5]
+    assert queue.peek_idle((), {3}) is seqs[2]
+    queue.offer(3)
+    queue.check_integrity(())
+    queue.remove(seqs[0])
+    assert (queue.versions(9), queue.head(3), list(queue.length_classes)) == (
+        [3, 4],
+        seqs[1],
+        [0, 1],
+    )
+    queue.check_integrity(())
+
+
 def test_integrity_check_finds_a_head_that_is_not_listed() -> None:
     queue, _ = filled(3)
-    queue.pop_idle()
+    queue.peek_idle({3})
     queue.check_integrity({3})
     with pytest.raises(AssertionError, match="head of version 3 is not listed"):
         queue.check_integrity(())
@@ -93,6 +119,7 @@ def test_running_set_keeps_the_order_of_admission() -> None:
     running.start_decoding(seqs[0])
     running.start_decoding(seqs[1])
     assert (running.youngest(), running.sequences(), len(running)) == (seqs[2], seqs, 3)
+    assert (running.decoding(), running.first_prefilling()) == (seqs[:2], seqs[2])
     assert not running.remove(seqs[2])
     assert running.youngest() is seqs[1]
     assert running.remove(seqs[1])

@@ -187,23 +187,24 @@ def test_a_step_that_was_not_executed() -> None:
     rig = Rig(max_running=2)
     rig.residency.set_pinned(1, pinned=True)
     rig.step()
-    running = [rig.add(10, version=1), rig.add(10)]
+    largest, other = rig.add(11, version=1), rig.add(10)
     waiting = rig.add(10, version=1)
     plan = rig.plan()
     rig.scheduler.fail(plan, "out of memory")
     rig.collect()
-    for seq in running:
-        assert rig.end_of(seq) == FinishReason(
-            kind="abort", message="out of memory", status_code=500
-        )
+    assert rig.end_of(largest) == FinishReason(
+        kind="abort", message="out of memory", status_code=500
+    )
     assert rig.kv.match(1, waiting.tokens, 9) == 0, "nothing was computed"
-    rig.worker.ignored = {seq.id for seq in running}
+    rig.worker.ignored = {largest.id, other.id}
+    assert [start.seq for start in rig.step().starts] == [other.id, waiting.id]
     rig.run()
+    assert rig.tokens_of(other) == alone(10, 4), "it lost nothing but time"
     assert rig.end_of(waiting).kind == "length"
     assert rig.kv.num_available == 32
 
 
-def test_a_step_without_memory_ends_the_prompts_and_no_sequence_that_decodes() -> None:
+def test_a_step_without_memory_ends_its_largest_prompt_and_no_sequence_that_decodes() -> None:
     rig = Rig(num_pages=64, max_step_tokens=58)
     old = [rig.add(6, max_new=9), rig.add(7, max_new=9)]
     rig.step()

@@ -62,10 +62,14 @@ def test_anything_goes(start: int) -> None:
 @pytest.mark.parametrize("popularity", ["uniform", "zipf"])
 @pytest.mark.parametrize("max_loras", [2, 4, 8])
 @pytest.mark.parametrize("host_factor", [1, 2])
+@pytest.mark.parametrize(("max_step_tokens", "max_reads"), [(200, 1), (32, 4)])
 def test_more_adapters_than_device_and_host_hold(
-    popularity: str, max_loras: int, host_factor: int
+    popularity: str, max_loras: int, host_factor: int, max_step_tokens: int, max_reads: int
 ) -> None:
-    """Everybody gets a turn, after at most one read: what came for a request stays until it ran."""
+    """Everybody gets a turn, after at most one read: what came for a request stays until it ran.
+
+    What came for one that passed a longer one may have to make room for that and come again.
+    """
     simulation = Simulation(
         Scenario(
             seed=23,
@@ -79,6 +83,8 @@ def test_more_adapters_than_device_and_host_hold(
             read_steps=8,
             copy_steps=2,
             max_running=16,
+            max_step_tokens=max_step_tokens,
+            max_prefill_tokens=max_step_tokens,
             arrivals_per_step=1.5,
             base_share=0.1,
             max_passes=8,
@@ -90,7 +96,7 @@ def test_more_adapters_than_device_and_host_hold(
     )
     assert 0 < simulation.max_passed <= 8
     assert sum(simulation.host.num_reads.values()) > 20
-    assert simulation.max_reads_waited == 1
+    assert 1 <= simulation.max_reads_waited <= max_reads
 
 
 def test_two_crowds_do_not_starve_each_other() -> None:

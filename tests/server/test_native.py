@@ -259,13 +259,21 @@ async def test_a_refused_request_of_a_batch_aborts_the_others(make_api: MakeApi)
     assert api.engine.aborted == [0]
 
 
-async def test_one_that_fails_later_fails_a_whole_call(make_api: MakeApi) -> None:
+async def test_one_that_fails_later_fails_in_its_place(make_api: MakeApi) -> None:
     api: Api = await make_api(fail_token=ord("x"))
     reply = await api.generate(text="ax", sampling_params=FOUR)
     assert reply.status_code == 500
     assert message(reply) == "out of memory"
-    reply = await api.generate(text=["ax", "a"], sampling_params={"max_new_tokens": 500})
-    assert reply.status_code == 500
+    reply = await api.generate(text=["ax", "a"], sampling_params=FOUR)
+    assert reply.status_code == 200
+    failed, whole = reply.json()
+    assert failed["meta_info"]["finish_reason"] == {
+        "type": "abort",
+        "message": "out of memory",
+        "status_code": 500,
+    }
+    assert whole["text"] == "aaaa"
+    assert whole["meta_info"]["finish_reason"]["type"] == "length"
     assert (await api.generate(text="a", sampling_params=FOUR)).status_code == 200
 
 

@@ -37,6 +37,7 @@ def fail_steps(
 
     monkeypatch.setattr(network, "forward", failing(network.forward))
     monkeypatch.setattr(network, "forward_pooled", failing(network.forward_pooled))
+    monkeypatch.setattr(network, "wanted_states", failing(network.wanted_states))
 
 
 def fail_attention(

@@ -49,6 +49,7 @@ class Scenario:
     read_failure_rate: float = 0.0
     copy_steps: int = 0
     unload_rate: float = 0.0
+    even_length: int | None = None
     max_reads: int = 64
 
 

@@ -72,6 +72,7 @@ class Simulation:
             eos_token_ids=frozenset({EOS}),
             policy=s.policy,
             max_passes=s.max_passes,
+            even_length=s.even_length,
         )
         self.scheduler = Scheduler(self.limits, self.kv, self.residency)
         self.worker = FakeWorker(
@@ -92,6 +93,7 @@ class Simulation:
         self.admitted: set[int] = set()
         self.max_passed = 0
         self.num_passed_moving = 0
+        self.num_passed_by_shorter = 0
         self.max_reads_waited = 0
         self._reads_waited: dict[int, int] = {}
         self._next_id = 0
@@ -172,7 +174,7 @@ class Simulation:
             order = self._first_order(version)
             if order is not None:
                 self._reads_waited[order] = self._reads_waited.get(order, 0) + 1
-        self.max_reads_waited = max(self._reads_waited.values(), default=0)
+        self.max_reads_waited = max(self.max_reads_waited, *self._reads_waited.values(), 0)
 
     def _first_order(self, version: int) -> int | None:
         """Place in the queue of the first sequence that waits for a version."""
@@ -198,9 +200,23 @@ class Simulation:
             newcomer = by_id[start.seq]
             for seq in waiting:
                 if seq.id not in self.admitted and seq.arrival < newcomer.arrival:
-                    self._count_pass(seq, newcomer)
+                    self._count_pass(plan, seq, newcomer)
+                if seq.version == newcomer.version:
+                    # What came for the version was used; it need not stay.
+                    self._reads_waited.pop(seq.order, None)
 
-    def _count_pass(self, seq: Sequence, newcomer: Sequence) -> None:
+    def _older_have_their_half(self, plan: StepPlan, seq: Sequence) -> bool:
+        """True if prompts before this one in the queue got half of what a step computes of prompts, or more."""
+        budget = min(self.limits.max_step_tokens - len(plan.rows), self.limits.max_prefill_tokens)
+        spent = sum(
+            self.limits.price(position)
+            for chunk in plan.chunks
+            if self._sequences[chunk.seq].order < seq.order
+            for position in range(chunk.start, chunk.end)
+        )
+        return spent >= budget - budget // 2
+
+    def _count_pass(self, plan: StepPlan, seq: Sequence, newcomer: Sequence) -> None:
         if seq.version and not newcomer.version:
             # What a request of the base model takes is no adapter's room.
             return
@@ -210,8 +226,13 @@ class Simulation:
             # It waits for its own adapter or for its turn to be read, not for room.
             self.num_passed_moving += 1
             return
+        is_shorter = newcomer.length_class < seq.length_class
+        if is_shorter and self._older_have_their_half(plan, seq):
+            # What it waits for is its turn, and the half of the steps that go in order are not touched.
+            self.num_passed_by_shorter += 1
+            return
         if self.limits.policy == "fcfs":
-            assert seq.version, "a request of the base model was passed"
+            assert seq.version or is_shorter, "a request of the base model was passed"
         self.passes[seq.id] = self.passes.get(seq.id, 0) + 1
         self.max_passed = max(self.max_passed, self.passes[seq.id])
         assert self.passes[seq.id] <= self.limits.max_passes, "the bound on passes is broken"

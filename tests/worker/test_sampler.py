@@ -12,8 +12,10 @@ import torch
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
+from lorikeet.worker import sampling_state
 from lorikeet.worker.logit_rules import LogitRules
 from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.staging import upload
 
 VOCAB = 64
 EOS = (3, 9)
@@ -48,6 +50,65 @@ def one_token(logits_V: torch.Tensor, **params) -> int:
     (result,) = sampler.sample(logits_V[None], [1])
     assert result.error is None
     return result.token_id
+
+
+def test_bias_and_bans_are_made_once_and_not_touched_on_the_host(monkeypatch):
+    """A step costs the host the same whatever number of tokens they name."""
+    sizes: list[int] = []
+    ints = LogitRules._ints
+    monkeypatch.setattr(
+        LogitRules, "_ints", lambda self, values: (sizes.append(len(values)), ints(self, values))[1]
+    )
+    sampler = make_sampler()
+    bias = dict.fromkeys(range(50), 1.0)
+    for seq in range(3):
+        sampler.start(
+            start(seq, min_new_tokens=5, logit_bias=bias, stop_token_ids=tuple(range(40)))
+        )
+    logits_NV = random_logits(3)
+    tokens = [result.token_id for result in sampler.sample(logits_NV, [0, 1, 2])]
+    assert min(tokens) >= 40
+    assert max(sizes) == 3
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_a_start_without_memory_fails_its_own_sequence(monkeypatch, num_failures):
+    failures = iter([True] * num_failures)
+
+    def upload_if_there_is_memory(array, device):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no memory, says the test")
+        return upload(array, device)
+
+    monkeypatch.setattr(sampling_state, "upload", upload_if_there_is_memory)
+    sampler = make_sampler()
+    sampler.start(start(0, temperature=0.0, logit_bias={5: 100.0}))
+    sampler.start(start(1, temperature=0.0))
+    rich, plain = sampler.sample(random_logits(2), [0, 1])
+    assert plain.error is None
+    if num_failures == 1:
+        assert (rich.error, rich.token_id) == (None, 5)
+    else:
+        assert rich.error is not None
+        assert "no memory for penalties, logit_bias or stop tokens" in rich.error
+
+
+def test_a_launch_that_fails_and_is_repeated_counts_its_token_once(monkeypatch):
+    logits_NV = random_logits(2)
+    sampler, other = make_sampler(), make_sampler()
+    for each in (sampler, other):
+        for seq in range(2):
+            each.start(start(seq, frequency_penalty=1.0, repetition_penalty=1.1, seed=seq, top=2))
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory, says the test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorikeet.worker.sampler.PendingSample", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.sample(logits_NV, [0, 1])
+    for _ in range(5):
+        assert sampler.sample(logits_NV, [0, 1]) == other.sample(logits_NV, [0, 1])
 
 
 # --- greedy ---

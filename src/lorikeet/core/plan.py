@@ -16,6 +16,11 @@ import msgspec
 
 from lorikeet.core.request import Pooling, SamplingParams, TokenLogprobs
 
+NOT_FINITE_LOGITS = "the model returned logits that are not finite (NaN or infinity)"
+NOT_FINITE_STATES = "the model returned states that are not finite (NaN or infinity)"
+NOT_FINITE = frozenset({NOT_FINITE_LOGITS, NOT_FINITE_STATES})
+"""Errors of sequences that come of an adapter's weights, or the model's."""
+
 
 class SequenceStart(msgspec.Struct, array_like=True, kw_only=True):
     """A sequence begins (or begins anew after a preemption) to run.

@@ -60,6 +60,8 @@ class Sequence:
         arrival: number among all requests, in order of arrival.
         serial: number among the requests that name an adapter; -1 for the base model.
         order: place in the queue: ``arrival``, or below zero after a preemption.
+        length_class: how long what was to be computed of its prompt was when it came into the queue; see
+            ``SchedulerLimits.length_class``.
         last_step: newest plan that computes something for it; -1 if none does.
     """
 
@@ -80,6 +82,7 @@ class Sequence:
     arrival: int = field(init=False, default=-1)
     serial: int = field(init=False, default=-1)
     order: int = field(init=False, default=-1)
+    length_class: int = field(init=False, default=0)
     last_step: int = field(init=False, default=-1)
 
     def __post_init__(self) -> None:

@@ -97,11 +97,13 @@ class LLM:
                 ``top_logprobs_num``, ``return_text_in_logprobs``, ``rid``.
 
         Returns:
-            The reply of ``POST /generate``: a dict for one prompt, a list of them, in order, for a list.
+            The reply of ``POST /generate``: a dict for one prompt, a list of them, in order, for a list. One of a list that
+            fails when it has begun is an entry whose ``finish_reason`` says so: ``{"type": "abort", "message",
+            "status_code"}``.
 
         Raises:
             RequestError: a field is wrong, an adapter is unknown, a grammar does not compile; nothing is generated.
-            EngineFault: the engine failed; this object can no longer be used.
+            EngineFault: the engine failed, and this object can no longer be used; or the only completion of the call failed.
         """
         if unknown := options.keys() - _GENERATE_OPTIONS:
             raise RequestError(
@@ -116,7 +118,7 @@ class LLM:
                 **options,
             }
         )
-        completions = self._complete(batch)
+        completions = self._complete(batch, each=batch.is_list)
         text = self.tokenizer.token_text if batch.return_text_in_logprobs else None
         replies = [native_reply(c.snapshot(), token_text=text) for c in completions]
         return replies if batch.is_list else replies[0]
@@ -231,27 +233,35 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
-    def _complete(self, batch: RequestBatch) -> list[Completion]:
-        """The completions of a call, finished, in order."""
+    def _complete(self, batch: RequestBatch, *, each: bool = False) -> list[Completion]:
+        """The completions of a call, finished, in order.
+
+        Args:
+            each: one that fails when it has begun is returned like the others; else it fails the call.
+        """
         completions = [
             batch.completion(index, self.tokenizer) for index in range(batch.num_completions)
         ]
         try:
-            self._run(batch, completions)
+            self._run(batch, completions, each=each)
         except BaseException:
             self._abandon()
             raise
         return completions
 
-    def _run(self, batch: RequestBatch, completions: Sequence[Completion]) -> None:
+    def _run(self, batch: RequestBatch, completions: Sequence[Completion], *, each: bool) -> None:
         with interrupt_later():
             first_id, *_ = [self._core.submit(request) for request in batch.requests]
+        begun: set[int] = set()
         while not self._core.is_idle:
-            for output in self._step():
+            outputs = self._step()
+            begun.update(self._core.take_accepted())
+            for output in outputs:
                 completion = completions[output.id - first_id]
                 if completion.add(output):
                     self._core.abort(output.id, "ended by a stop string")
-                _raise_error(completion)
+                if not each or output.id not in begun:
+                    _raise_error(completion)
             self._core.wait_for_threads()
 
     def _step(self) -> list[RequestOutput]:

@@ -169,7 +169,23 @@ def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> Sched
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
+        vocab_size=spec.vocab_size,
+        even_length=_even_length(spec),
     )
+
+
+def _even_length(spec: ModelSpec) -> int | None:
+    """The context at which attention takes as many operations for a token as the layers' weights do.
+
+    A weight is multiplied and added once; a head's feature of a key once for the score and once for the sum of values.
+    None if every layer has a window: then attention costs the same wherever a token stands.
+    """
+    num_full = sum(window is None for window in spec.sliding_windows)
+    if num_full == 0:
+        return None
+    tables = 1 if spec.tie_word_embeddings else 2
+    num_weights = spec.num_parameters - tables * spec.vocab_size * spec.hidden_size
+    return max(1, num_weights // (2 * num_full * spec.q_size))
 
 
 def _seed_source(random_seed: int | None) -> Callable[[], int]:

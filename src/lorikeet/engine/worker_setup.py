@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_LEAST_LOGITS_ROWS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -75,6 +77,12 @@ class Target:
     def max_running(self) -> int:
         assert self.config.max_running_requests is not None
         return self.config.max_running_requests
+
+    @property
+    def max_logits_rows(self) -> int:
+        """Rows of logits that are there at a time: one for each running sequence. The log-probabilities of prompts are
+        computed in pieces of as many, but not of so few that reading the LM head's weights is all that they do."""
+        return max(self.max_running, _LEAST_LOGITS_ROWS)
 
     @property
     def kv_head_dim(self) -> int:
@@ -196,8 +204,7 @@ def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
     assert config.chunked_prefill_size is not None
     assert config.max_prefill_tokens is not None
     num_tokens = min(config.chunked_prefill_size, config.max_prefill_tokens)
-    # Each running sequence may have one row; a prompt's log-probabilities come in blocks of their own.
-    num_rows = target.max_running
+    num_rows = target.max_logits_rows
     activations = measure_step(
         model,
         target.attention,
@@ -265,6 +272,7 @@ def make_worker(
             grammars=grammars,
             draw=draw,
         ),
+        max_logits_rows=target.max_logits_rows,
         copier=Copier(lora.pool, lora.host.get) if lora else None,
         graphs=graphs,
         # A CPU computes a step while it is submitted: another one ahead would only delay its tokens.

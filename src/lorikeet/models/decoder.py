@@ -113,6 +113,24 @@ class Decoder(nn.Module):
         ``batch.kv``."""
         return self.lm_head(self._states(batch, batch.logits_rows_N), batch)
 
+    def wanted_states(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What :meth:`head` makes logits of, [N, D], and the states of the rows that are pooled, [P, D], if there are any.
+
+        Together with :meth:`head` this is :meth:`forward`, for steps whose logits are computed in pieces.
+        """
+        if batch.pooled_rows_P is None:
+            return self._states(batch, batch.logits_rows_N), None
+        assert batch.logits_rows_N is not None
+        x_TD = self._states(batch)
+        return (
+            x_TD.index_select(0, batch.logits_rows_N),
+            x_TD.index_select(0, batch.pooled_rows_P),
+        )
+
+    def head(self, x_ND: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """Logits of states behind the final norm, [N, D] -> [N, V]; of ``batch`` only ``lora.logits`` counts."""
+        return self.lm_head(x_ND, batch)
+
     def forward_pooled(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`forward`, and the states behind the final norm of the rows that are pooled, [P, D]."""
         assert batch.logits_rows_N is not None

@@ -14,8 +14,8 @@ blocked one. Another is admitted before it only if ``serial <= b.serial + max_pa
 ``c.serial >= b.serial``, so whoever passes c has a serial in ``(c.serial, c.serial + max_passes]`` or came before it:
 **while a request waits for room, no more than max_passes later ones that name an adapter pass it**, however often it
 becomes blocked. When that window is used up, running sequences end one after the other until there is room, and b is
-first in line for it. What was read or copied for it stays until it ran (``lora/residency.py``), so it is on its way
-no more than once per tier.
+first in line for it. What was read or copied for it stays until it ran, unless one that stands before it needs the room
+(``lora/residency.py``); since that one was asked first, unless it was waiting for its turn then, it seldom comes again.
 
 **Draining.** So that b seldom waits that long, one adapter, the one with the fewest running sequences, stops admitting
 requests later than ``b.serial + max_passes // 8``. It falls idle soon and b takes its place, while the other adapters
@@ -23,8 +23,15 @@ keep their rows full.
 
 **Longest prefix first** (``lpm``) reorders only among sequences that could run now, and within the same kind of window:
 let o be the one that ``fcfs`` would choose. Another goes before it only if ``arrival <= o.arrival + max_passes``. So no
-request that could run is passed by more than max_passes later ones of any kind. Preempted sequences keep their place
-in front.
+request that could run is passed by more than max_passes later ones of its length class or a longer one. Preempted
+sequences keep their place in front.
+
+**Shorter ones first.** For half of a step the scheduler asks for the shortest length class alone (``next(most)``;
+``scheduler/scheduler.py`` says why nobody starves by that). Those that pass then wait for room like everybody else, and
+the rules above hold for them. They take neither the last row nor pages that somebody was refused: the last row is for
+the first in line; and when pages were short for p, only shorter classes than p's are asked, and of those only
+``arrival <= p.arrival + max_passes``, and nobody if p was preempted. So **while a request waits for pages, no more than
+max_passes later ones pass it**; then running sequences end, or are preempted by older ones, until it fits.
 """
 
 from __future__ import annotations
@@ -65,6 +72,9 @@ class Admission:
 
     Those that are read, or stand in line for it, are off the queue's list of heads until something has changed for them,
     so that a step costs nothing for the hundreds of them that a burst brings.
+
+    Attributes:
+        off: versions that are off the list.
     """
 
     def __init__(
@@ -80,43 +90,40 @@ class Admission:
         self.running = running
         self.match = match
         self.adapters = adapters
+        self.off: set[int] = set()
         self._draining = 0
-        self._reading: set[int] = set()
-        # (order, version) of heads whose adapters are on disk and stand in line for being read.
+        # (order, version) of those whose adapters are on disk and stand in line for being read.
         self._unread: list[tuple[int, int]] = []
 
     def note_reads(self) -> None:
         """List those again whose adapters are not being read any more, and those that may be read now."""
         for version in self.adapters.take_ended_reads():
-            self._reading.discard(version)
-            self.queue.offer(version)
-        self._offer_unread()
-
-    def open_round(self, budget: StepBudget) -> Round:
-        return Round(self, budget)
+            self._offer(version)
+        num_free = self.adapters.num_free_reads
+        while num_free > 0 and self._unread:
+            _, version = heapq.heappop(self._unread)
+            # Otherwise it is listed already.
+            if version in self.off and self.queue.head(version) is not None:
+                num_free -= self.adapters.tier(version) is Tier.DISK
+            self._offer(version)
 
     def waits_for_read(self, version: int) -> None:
-        """A version, whose head is off the list, is being read or has to wait until others are."""
+        """A version that waits is being read or has to wait until others are: take it off the list."""
         head = self.queue.head(version)
-        if self.adapters.tier(version) is Tier.READING:
-            self._reading.add(version)
-        elif head is not None:
+        self.off.add(version)
+        if self.adapters.tier(version) is not Tier.READING and head is not None:
             heapq.heappush(self._unread, (head.order, version))
 
     def is_off(self, version: int) -> bool:
-        """True if the head of a version is off the queue's list, to be offered again later."""
-        return version in self._reading or any(version == unread for _, unread in self._unread)
+        """True if the heads of a version are off the queue's list, to be offered again later."""
+        return version in self.off
 
-    def _offer_unread(self) -> None:
-        """List as many of those that stand in line for being read as may be read now."""
-        num_free = self.adapters.num_free_reads
-        while num_free > 0 and self._unread:
-            order, version = heapq.heappop(self._unread)
-            head = self.queue.head(version)
-            # Otherwise its head is listed already, or it is read ahead.
-            if head is not None and head.order == order:
-                self.queue.offer(version)
-                num_free -= self.adapters.tier(version) is Tier.DISK
+    def _offer(self, version: int) -> None:
+        self.off.discard(version)
+        self.queue.offer(version)
+
+    def open_round(self, budget: StepBudget) -> Round:
+        return Round(self, budget)
 
     def draining(self) -> int:
         """The adapter that gives its place to a blocked sequence; chosen again when it has fallen idle."""
@@ -135,32 +142,35 @@ class Round:
         self._queue = admission.queue
         self._running = admission.running
         self._budget = budget
+        # Adapters that are not to be asked for in this round, and those of them that come back into line at its end.
+        self._out: set[int] = set(admission.off)
         self._aside: list[int] = []
         self._blocked: Sequence | None = None
         self._num_refused = 0
         self._lengths: dict[int, int] = {}
+        # For whom pages were short.
+        self._short: list[Sequence] = []
 
-    def next(self) -> Sequence | None:
-        """The waiting sequence to try next; None if nobody may run."""
-        idle = self._next_idle()
-        blocked = self._blocked
-        if self._budget.adapters <= 0 and blocked is None:
-            blocked = idle
-        if self._budget.adapters <= 0 or self._num_refused >= _MAX_REFUSALS:
-            idle = None
-        heads = [self._queue.head(0), idle]
-        heads.extend(self._queue.head(version) for version in self._running.num_of_version)
-        eligible = [h for h in heads if h is not None and self._may_pass(h, blocked)]
-        if not eligible:
-            return None
-        oldest = min(eligible, key=lambda seq: seq.order)
-        if self._limits.policy == "fcfs" or oldest.order < 0:
-            return oldest
-        return self._longest_match(eligible, oldest, blocked)
+    def next(self, most: int | None = None) -> Sequence | None:
+        """The waiting sequence to try next, of the length classes up to ``most`` (None: all); None if nobody may run."""
+        if most is not None and self._budget.sequences == 1:
+            first = self.next()
+            return first if first is not None and first.length_class <= most else None
+        if not self._short:
+            return self._pick(most)
+        # Those that pages were short for hold nobody who stands before them; behind them only shorter ones may pass.
+        found = self._pick(most)
+        if found is None or found.order < min(seq.order for seq in self._short):
+            return found
+        shorter = min(-1 if seq.order < 0 else seq.length_class - 1 for seq in self._short)
+        return self._pick(shorter if most is None else min(most, shorter))
 
     def refuse(self, seq: Sequence) -> None:
         """There is no room for the adapter of ``seq``, which ``next`` returned."""
-        self._blocked = self._blocked or seq
+        # All who wait for that adapter are blocked, longer ones included.
+        head = self._queue.head(seq.version) or seq
+        if self._blocked is None or head.order < self._blocked.order:
+            self._blocked = head
         self._num_refused += 1
         self._set_aside(seq)
 
@@ -170,40 +180,72 @@ class Round:
             self._set_aside(seq)
             self._budget.adapters -= 1
         else:
-            self._queue.pop_idle()
+            self._out.add(seq.version)
             self._admission.waits_for_read(seq.version)
+
+    def short_of_pages(self, seq: Sequence) -> None:
+        """There are no pages for ``seq``, which waits."""
+        self._short.append(seq)
 
     def close(self) -> None:
         """Put those that were set aside back in line."""
         for version in self._aside:
             self._queue.offer(version)
 
-    def _next_idle(self) -> Sequence | None:
+    def _pick(self, most: int | None) -> Sequence | None:
+        blocked = self._blocked
+        if self._budget.adapters <= 0:
+            waiting = [seq for seq in (blocked, self._next_idle(None)) if seq is not None]
+            blocked = min(waiting, key=lambda seq: seq.order, default=None)
+        idle = None
+        if self._budget.adapters > 0 and self._num_refused < _MAX_REFUSALS:
+            idle = self._next_idle(most)
+            # The place of the last adapter may have gone to one that is being copied.
+            if self._budget.adapters <= 0:
+                return self._pick(most)
+        heads = [self._queue.head(0, most), idle]
+        heads.extend(self._queue.head(version, most) for version in self._running.num_of_version)
+        eligible = [h for h in heads if h is not None and self._may_pass(h, blocked)]
+        if not eligible:
+            return None
+        oldest = min(eligible, key=lambda seq: seq.order)
+        if self._limits.policy == "fcfs" or oldest.order < 0:
+            return oldest
+        return self._longest_match(eligible, oldest, blocked, most)
+
+    def _next_idle(self, most: int | None) -> Sequence | None:
         """First in order among those whose adapter neither runs nor is on its way."""
-        while (idle := self._queue.peek_idle(self._running.num_of_version)) is not None:
+        running = self._running.num_of_version
+        while (idle := self._queue.peek_idle(running, self._out, most)) is not None:
             if self._admission.adapters.tier(idle.version) not in _ON_ITS_WAY:
                 return idle
             self.park(idle)
         return None
 
     def _set_aside(self, seq: Sequence) -> None:
-        self._queue.pop_idle()
+        self._out.add(seq.version)
         self._aside.append(seq.version)
 
     def _may_pass(self, seq: Sequence, blocked: Sequence | None) -> bool:
+        window = self._limits.max_passes
+        if any(seq.order > s.order and seq.arrival > s.arrival + window for s in self._short):
+            return False
         if blocked is None or seq.version == 0 or seq.order <= blocked.order:
             return True
-        window = self._limits.max_passes
         if seq.version == self._admission.draining():
             window //= 8
         return seq.serial <= blocked.serial + window
 
     def _longest_match(
-        self, heads: list[Sequence], oldest: Sequence, blocked: Sequence | None
+        self,
+        heads: list[Sequence],
+        oldest: Sequence,
+        blocked: Sequence | None,
+        most: int | None,
     ) -> Sequence:
         best, best_length = oldest, self._match(oldest)
         for head in heads:
-            for seq in self._queue.first(head.version, _LPM_WINDOW):
+            for seq in self._queue.first(head.version, _LPM_WINDOW, most):
                 if seq.arrival > oldest.arrival + self._limits.max_passes:
                     break
                 if self._may_pass(seq, blocked) and self._match(seq) > best_length:

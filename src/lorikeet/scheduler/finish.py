@@ -15,7 +15,8 @@ def prepare(seq: Sequence, limits: SchedulerLimits, kv: KVManager) -> None:
     ``max_new_tokens=None`` means as many as the context and the K/V pool hold.
 
     Raises:
-        RequestError: the prompt alone, or with the tokens it asks for, is longer than the context or the pool.
+        RequestError: the prompt alone, or with the tokens it asks for, is longer than the context or the pool; or
+            min_new_tokens forbids every token.
     """
     wanted = seq.sampling.max_new_tokens
     # The last token is sampled but never computed, so it takes no room in the pool.
@@ -43,6 +44,21 @@ def prepare(seq: Sequence, limits: SchedulerLimits, kv: KVManager) -> None:
     ignored = seq.sampling.ignore_eos and seq.sampling.grammar is None
     eos = frozenset[int]() if ignored else limits.eos_token_ids
     seq.stop_tokens = eos.union(seq.sampling.stop_token_ids)
+    _check_first_token(seq, limits)
+
+
+def _check_first_token(seq: Sequence, limits: SchedulerLimits) -> None:
+    sampling, size = seq.sampling, limits.vocab_size
+    if sampling.min_new_tokens == 0 or size is None:
+        return
+    # End-of-sequence tokens are forbidden, too, whether they are ignored or not.
+    ends = limits.eos_token_ids.union(sampling.stop_token_ids)
+    if sum(token < size for token in ends) == size:
+        raise RequestError(
+            f"min_new_tokens is {sampling.min_new_tokens} and stop_token_ids and the end-of-sequence tokens are all "
+            f"{size} tokens: none may come first; allowed: min_new_tokens 0, or fewer stop_token_ids",
+            "min_new_tokens",
+        )
 
 
 def finish_reason(seq: Sequence, token: int) -> FinishReason | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
@@ -12,27 +12,36 @@ from lorikeet.core.sequence import Sequence, SequenceState
 
 
 class WaitingQueue:
-    """Sequences that wait, in order, one list per adapter version.
+    """Sequences that wait, in order, one lane per adapter version and length class.
 
-    One list per version, because whatever keeps the first sequence of a version from running for lack of room for
-    its adapter keeps the others of that version, too: planning looks at heads and never walks over a queue full of
-    sequences that cannot run. Order is that of arrival; preempted sequences stand in front of all others.
+    By version, because whatever keeps the first sequence of a version from running for lack of room for its adapter
+    keeps the others of that version, too: planning looks at heads and never walks over a queue full of sequences that
+    cannot run. By length class, because short prompts may pass long ones. Order is that of arrival; preempted
+    sequences stand in front of all others.
+
+    Where a method takes ``most``, sequences of longer classes do not count; None counts everybody.
     """
 
     def __init__(self) -> None:
-        self._by_version: dict[int, OrderedDict[int, Sequence]] = {}
-        # (order, version) of heads. Entries go stale; every waiting version has at least its present one, except
-        # while it is taken out by an admission round.
-        self._heads: list[tuple[int, int]] = []
+        self._lanes: dict[int, dict[int, OrderedDict[int, Sequence]]] = {}
+        # By length class: (order, version) of the heads of lanes. Entries go stale; each lane of a waiting adapter
+        # version has at least its present one, except while it is taken out by an admission round.
+        self._heads: dict[int, list[tuple[int, int]]] = {}
         # (order, version) of the head of each waiting adapter version, sorted, never stale.
         self._line: list[tuple[int, int]] = []
         self._num_waiting = 0
+        self._num_of_class: dict[int, int] = {}
         self._next_arrival = 0
         self._next_serial = 0
         self._next_front = -1
 
     def __len__(self) -> int:
         return self._num_waiting
+
+    @property
+    def length_classes(self) -> Collection[int]:
+        """Those of the waiting sequences, in no order."""
+        return self._num_of_class.keys()
 
     def push(self, seq: Sequence) -> None:
         """A new request; gives it its number of arrival and, if it names an adapter, its serial number."""
@@ -41,80 +50,71 @@ class WaitingQueue:
         if seq.version != 0:
             seq.serial = self._next_serial
             self._next_serial += 1
-        self._lane(seq.version)[seq.id] = seq
-        self._num_waiting += 1
-        if len(self._by_version[seq.version]) == 1:
-            self._enter_line(seq)
-            self.offer(seq.version)
+        self._insert(seq, in_front=False)
 
     def push_front(self, seq: Sequence) -> None:
         """A preempted sequence. Victims come youngest first, so the oldest ends up in front."""
         seq.order = self._next_front
         self._next_front -= 1
-        lane = self._lane(seq.version)
-        self._leave_line(seq.version)
-        self._enter_line(seq)
-        lane[seq.id] = seq
-        lane.move_to_end(seq.id, last=False)
-        self._num_waiting += 1
-        self.offer(seq.version)
+        self._insert(seq, in_front=True)
 
     def remove(self, seq: Sequence) -> None:
-        lane = self._by_version[seq.version]
-        was_head = next(iter(lane)) == seq.id
-        if was_head:
-            self._leave_line(seq.version)
-        del lane[seq.id]
+        lanes = self._lanes[seq.version]
+        before = self.head(seq.version)
+        del lanes[seq.length_class][seq.id]
+        if not lanes[seq.length_class]:
+            del lanes[seq.length_class]
+        if not lanes:
+            del self._lanes[seq.version]
         self._num_waiting -= 1
-        if not lane:
-            del self._by_version[seq.version]
-        elif was_head:
-            self._enter_line(next(iter(lane.values())))
-            self.offer(seq.version)
+        self._num_of_class[seq.length_class] -= 1
+        if not self._num_of_class[seq.length_class]:
+            del self._num_of_class[seq.length_class]
+        self._list_head(seq.version, seq.length_class)
+        self._move_in_line(seq.version, before)
 
     def num_of_version(self, version: int) -> int:
         """Waiting sequences of a version."""
-        return len(self._by_version.get(version, ()))
+        return sum(map(len, self._lanes.get(version, {}).values()))
 
     def of_version(self, version: int) -> list[Sequence]:
         """All waiting sequences of a version, in order."""
-        lane = self._by_version.get(version)
-        return list(lane.values()) if lane else []
+        return list(self.first(version, self._num_waiting))
 
-    def head(self, version: int) -> Sequence | None:
+    def head(self, version: int, most: int | None = None) -> Sequence | None:
         """First in order among the sequences of a version."""
-        lane = self._by_version.get(version)
-        return next(iter(lane.values())) if lane else None
+        return next(self.first(version, 1, most), None)
 
-    def first(self, version: int, count: int) -> Iterator[Sequence]:
+    def first(self, version: int, count: int, most: int | None = None) -> Iterator[Sequence]:
         """The first ``count`` sequences of a version, in order."""
-        lane = self._by_version.get(version)
-        return islice(lane.values(), count) if lane else iter(())
+        lanes = [
+            lane.values()
+            for length_class, lane in self._lanes.get(version, {}).items()
+            if most is None or length_class <= most
+        ]
+        merged = lanes[0] if len(lanes) == 1 else heapq.merge(*lanes, key=lambda seq: seq.order)
+        return islice(merged, count)
 
     def offer(self, version: int) -> None:
-        """List the head of a version (again) for ``pop_idle``."""
-        head = self.head(version)
-        if head is not None and version != 0:
-            heapq.heappush(self._heads, (head.order, version))
+        """List the heads of a version (again) for ``peek_idle``."""
+        for length_class in self._lanes.get(version, ()):
+            self._list_head(version, length_class)
 
-    def peek_idle(self, running: Collection[int]) -> Sequence | None:
-        """First in order among the heads of adapter versions that are listed and not in ``running``.
+    def peek_idle(
+        self, running: Collection[int], aside: Collection[int] = (), most: int | None = None
+    ) -> Sequence | None:
+        """First in order among the heads of adapter versions that are listed and neither in ``running`` nor ``aside``.
 
-        Heads of versions in ``running`` are taken off the list; ``offer`` them when they stop running.
+        Heads of versions in these two are taken off the list; ``offer`` them when they leave.
         """
-        while self._heads:
-            order, version = self._heads[0]
-            head = self.head(version)
-            if head is not None and head.order == order and version not in running:
-                return head
-            heapq.heappop(self._heads)
-        return None
-
-    def pop_idle(self) -> None:
-        """Take what ``peek_idle`` returned off the list, until it is offered again."""
-        entry = heapq.heappop(self._heads)
-        while self._heads and self._heads[0] == entry:
-            heapq.heappop(self._heads)
+        best = None
+        for length_class, heads in self._heads.items():
+            if most is not None and length_class > most:
+                continue
+            head = self._first_listed(length_class, heads, running, aside)
+            if head is not None and (best is None or head.order < best.order):
+                best = head
+        return best
 
     def versions(self, count: int) -> list[int]:
         """At most ``count`` waiting adapter versions, in the order of their heads."""
@@ -123,16 +123,17 @@ class WaitingQueue:
     @property
     def num_versions(self) -> int:
         """Distinct adapter versions that wait."""
-        return len(self._by_version) - (0 in self._by_version)
+        return len(self._lanes) - (0 in self._lanes)
 
     def sequences(self) -> Iterator[Sequence]:
-        for lane in self._by_version.values():
-            yield from lane.values()
+        for lanes in self._lanes.values():
+            for lane in lanes.values():
+                yield from lane.values()
 
     def check_integrity(
         self, running: Collection[int], is_off: Callable[[int], bool] = lambda version: False
     ) -> None:
-        """Compare counts, orders and the list of heads.
+        """Compare counts, orders and the lists of heads.
 
         Args:
             is_off: tells of a version whether somebody keeps it to offer it again.
@@ -141,70 +142,101 @@ class WaitingQueue:
             AssertionError: names what does not match.
         """
         found = list(self.sequences())
-        if len(found) != self._num_waiting:
+        classes = Counter(seq.length_class for seq in found)
+        if len(found) != self._num_waiting or classes != self._num_of_class:
             raise AssertionError(f"{self._num_waiting} waiting counted, {len(found)} found")
-        listed = set(self._heads)
-        line = sorted((head.order, v) for v in self._by_version if v and (head := self.head(v)))
+        line = sorted((head.order, v) for v in self._lanes if v and (head := self.head(v)))
         if line != self._line:
             raise AssertionError(f"the line of versions is {self._line}, not {line}")
-        for version, lane in self._by_version.items():
-            orders = [seq.order for seq in lane.values()]
-            if not orders or orders != sorted(orders):
-                raise AssertionError(f"version {version} waits in the order {orders}")
-            if version in running or version == 0 or is_off(version):
-                continue
-            if (orders[0], version) not in listed:
-                raise AssertionError(f"the head of version {version} is not listed")
+        for version, lanes in self._lanes.items():
+            for length_class, lane in lanes.items():
+                orders = [seq.order for seq in lane.values()]
+                if not orders or orders != sorted(orders):
+                    raise AssertionError(f"version {version} waits in the order {orders}")
+                listed = (orders[0], version) in self._heads.get(length_class, ())
+                is_out = version in running or version == 0 or is_off(version)
+                if not is_out and not listed:
+                    raise AssertionError(f"the head of version {version} is not listed")
         for seq in found:
             if seq.state not in (SequenceState.WAITING, SequenceState.PREEMPTED):
                 raise AssertionError(f"sequence {seq.id} waits in state {seq.state}")
 
-    def _enter_line(self, head: Sequence) -> None:
-        if head.version:
-            insort(self._line, (head.order, head.version))
+    def _insert(self, seq: Sequence, *, in_front: bool) -> None:
+        before = self.head(seq.version)
+        lane = self._lanes.setdefault(seq.version, {}).setdefault(seq.length_class, OrderedDict())
+        lane[seq.id] = seq
+        if in_front:
+            lane.move_to_end(seq.id, last=False)
+        self._num_waiting += 1
+        self._num_of_class[seq.length_class] = self._num_of_class.get(seq.length_class, 0) + 1
+        if in_front or len(lane) == 1:
+            self._list_head(seq.version, seq.length_class)
+        self._move_in_line(seq.version, before)
 
-    def _leave_line(self, version: int) -> None:
+    def _list_head(self, version: int, length_class: int) -> None:
+        lane = self._lanes.get(version, {}).get(length_class)
+        if lane and version != 0:
+            head = next(iter(lane.values()))
+            heapq.heappush(self._heads.setdefault(length_class, []), (head.order, version))
+
+    def _first_listed(
+        self,
+        length_class: int,
+        heads: list[tuple[int, int]],
+        running: Collection[int],
+        aside: Collection[int],
+    ) -> Sequence | None:
+        while heads:
+            order, version = heads[0]
+            lane = self._lanes.get(version, {}).get(length_class)
+            head = next(iter(lane.values())) if lane else None
+            is_out = version in running or version in aside
+            if head is not None and head.order == order and not is_out:
+                return head
+            heapq.heappop(heads)
+        return None
+
+    def _move_in_line(self, version: int, before: Sequence | None) -> None:
+        """The head of a version was ``before``, and may be another one now."""
         head = self.head(version)
-        if head is not None and version:
-            del self._line[bisect_left(self._line, (head.order, version))]
-
-    def _lane(self, version: int) -> OrderedDict[int, Sequence]:
-        return self._by_version.setdefault(version, OrderedDict())
+        if version == 0 or head is before:
+            return
+        if before is not None:
+            del self._line[bisect_left(self._line, (before.order, version))]
+        if head is not None:
+            insort(self._line, (head.order, version))
 
 
 class RunningSet:
     """Sequences that hold pages, in order of admission, and the adapters they use.
 
     Attributes:
-        prefilling: part of the prompt is still to be planned. All of these were admitted after all of ``decoding``,
-            because prompts are planned in order of admission.
-        decoding: each step plans one token.
+        prefilling: part of the prompt is still to be planned; the others decode, each step plans one token of them.
         num_of_version: adapter version -> running sequences; the base model is not listed.
     """
 
     def __init__(self) -> None:
+        self._by_id: dict[int, Sequence] = {}
         self.prefilling: dict[int, Sequence] = {}
-        self.decoding: dict[int, Sequence] = {}
         self.num_of_version: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self.prefilling) + len(self.decoding)
+        return len(self._by_id)
 
     def add(self, seq: Sequence) -> None:
         seq.enter(SequenceState.PREFILLING)
-        self.prefilling[seq.id] = seq
+        self._by_id[seq.id] = self.prefilling[seq.id] = seq
         if seq.version:
             self.num_of_version[seq.version] = self.num_of_version.get(seq.version, 0) + 1
 
     def start_decoding(self, seq: Sequence) -> None:
         seq.enter(SequenceState.DECODING)
         del self.prefilling[seq.id]
-        self.decoding[seq.id] = seq
 
     def remove(self, seq: Sequence) -> bool:
         """Returns True if its adapter runs in no other sequence."""
-        if self.prefilling.pop(seq.id, None) is None:
-            del self.decoding[seq.id]
+        del self._by_id[seq.id]
+        self.prefilling.pop(seq.id, None)
         if not seq.version:
             return False
         self.num_of_version[seq.version] -= 1
@@ -215,8 +247,19 @@ class RunningSet:
 
     def youngest(self) -> Sequence:
         """The sequence admitted last: the victim that loses least work, and never one that others wait behind."""
-        return next(reversed((self.prefilling or self.decoding).values()))
+        return next(reversed(self._by_id.values()))
+
+    def first_prefilling(self, most: int | None = None) -> Sequence | None:
+        """First in the order of the queue among those whose prompt is under way, of length classes up to ``most``."""
+        found = [
+            seq for seq in self.prefilling.values() if most is None or seq.length_class <= most
+        ]
+        return min(found, key=lambda seq: seq.order, default=None)
+
+    def decoding(self) -> list[Sequence]:
+        """Those that decode, in order of admission."""
+        return [seq for seq in self._by_id.values() if seq.id not in self.prefilling]
 
     def sequences(self) -> list[Sequence]:
         """All of them, in order of admission."""
-        return [*self.decoding.values(), *self.prefilling.values()]
+        return list(self._by_id.values())

@@ -9,11 +9,27 @@ until the last step that computes with it is *committed*.
 
 A sequence that turns out to be finished when the step after it is planned already has one row too many there; whatever
 that row samples is dropped.
+
+**Long prompts do not hold short ones.** What decoding leaves of a step is shared among the prompts, those under way and
+those that wait. One half goes to them in order, first come first served (or as ``lpm`` has it). The other half goes to
+the shortest *length class* first, and within a class in order again. A prompt is in class 0 if it fits in half of a step,
+in class k if it takes up to 2^k such halves; what the prefix cache holds of it when it comes does not count. What one half
+has no use for the other takes, so a step is full whenever there are prompts for it. Where all are of one class, as short
+prompts are, everything goes in order.
+
+*The bound.* Let h be half of what decoding leaves of a step. Longer classes get nothing of the second half before a
+prompt of class k is done, so it is computed after at most ceil(W / h) steps that are planned since it came, where W counts
+the tokens to compute of the prompts up to class k that came before it, of those of shorter classes that came since, and of
+itself: whatever longer prompts there are. In the first half nobody passes at all, so it also is computed after at most
+ceil(V / h) steps, where V counts the prompts that came before it and itself: nobody starves, and nobody waits longer than
+twice what first come first served would take. Both hold for prompts that have room: a row, pages, their adapter
+(``scheduler/admission.py``).
 """
 
 from __future__ import annotations
 
 from lorikeet.core.plan import (
+    NOT_FINITE,
     DecodeRow,
     PooledVector,
     PrefillChunk,
@@ -31,7 +47,7 @@ from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.finish import adapter_failure, failure, finish_reason, prepare
-from lorikeet.scheduler.state import State
+from lorikeet.scheduler.state import PageWait, State
 from lorikeet.scheduler.stats import SchedulerStats
 
 # Eviction looks this far into the queue; farther away, the order will have changed before it matters.
@@ -46,11 +62,13 @@ class Scheduler:
         self.limits = limits
         self._kv = kv
         self._residency = residency
-        self._state = State(kv, residency)
+        self._state = State(limits, kv, residency)
         self._queue = self._state.queue
         self._running = self._state.running
         self._counters = self._state.counters
-        self._admission = Admission(limits, self._queue, self._running, self._match, residency)
+        self._admission = Admission(
+            limits, self._queue, self._running, self._state.num_cached, residency
+        )
         self._freed_slots: list[int] = []
         # `Residency.num_changes` when there was nothing to plan; until something moves there is nothing again.
         self._stalled_at = -1
@@ -105,6 +123,7 @@ class Scheduler:
         prepare(seq, self.limits, self._kv)
         self._stalled_at = -1
         self._state.sequences[seq.id] = seq
+        self._state.classify(seq)
         self._queue.push(seq)
 
     def abort(self, seq_id: int, reason: FinishReason) -> None:
@@ -143,13 +162,8 @@ class Scheduler:
             num_running=len(self._running),
             num_adapters=len(self._running.num_of_version),
         )
-        for seq in list(self._running.prefilling.values()):
-            if budget.tokens == 0:
-                break
-            self._plan_chunk(plan, seq, [], budget)
         # Whoever lost its pages in this step must not be given them back in the same step.
-        if num_preemptions == self._counters.preemptions:
-            self._admit_waiting(plan, budget)
+        self._plan_prompts(plan, budget, admits=num_preemptions == self._counters.preemptions)
         plan.ended, self._state.ended = self._state.ended, []
         freed_slots, plan.copies = self._residency.take_decisions()
         plan.freed_slots, self._freed_slots = [*self._freed_slots, *freed_slots], []
@@ -200,7 +214,7 @@ class Scheduler:
     def fail(self, plan: StepPlan, message: str) -> None:
         """A step had no memory and was not executed: end as few sequences as possible, with an error.
 
-        Those are the sequences whose prompts it was to compute, since prompts are what takes memory; in a step that
+        That is the one of which it was to compute most of a prompt, since prompts are what takes memory; in a step that
         only decodes, the youngest. The others that it would have advanced go back to the queue, in front, and lose
         nothing but time. The prefix cache is emptied, because it lists pages that this step was to fill. The next plan
         repeats ``ended`` and ``freed_slots`` of this one; workers ignore what they have cleaned up already.
@@ -237,18 +251,15 @@ class Scheduler:
         """
         self._kv.check_integrity()
         self._residency.check_integrity()
-        self._state.check_integrity(self.limits, self._admission.is_off)
+        self._state.check_integrity(self._admission.is_off)
 
     # -- planning ------------------------------------------------------------------------------------------------
-
-    def _match(self, seq: Sequence) -> int:
-        return self._kv.match(seq.version, seq.tokens, seq.max_cacheable)
 
     def _plan_rows(self, plan: StepPlan) -> None:
         """One row for each decoding sequence, oldest first, so that victims of a shortage have no row yet."""
         page_size = self._kv.page_size
         step, rows = plan.step, plan.rows
-        for seq in list(self._running.decoding.values()):
+        for seq in self._running.decoding():
             position = seq.num_scheduled
             if position + 1 >= seq.max_tokens or seq.state is not SequenceState.DECODING:
                 # Its last token is on its way, or an older sequence has just taken its pages.
@@ -273,23 +284,67 @@ class Scheduler:
                 return None
         return pages
 
+    def _plan_prompts(self, plan: StepPlan, budget: StepBudget, *, admits: bool) -> None:
+        """Divide what is left of the step among the prompts under way and, if it ``admits``, those that wait."""
+        self._admission.note_reads()
+        prefilling = self._running.prefilling.values()
+        classes = {*self._queue.length_classes, *(seq.length_class for seq in prefilling)}
+        if not classes or budget.tokens <= 0:
+            return
+        round_ = self._open_round(budget) if admits else None
+        second = budget.tokens // 2 if len(classes) > 1 else 0
+        budget.tokens -= second
+        self._fill(plan, budget, round_, None)
+        # The price of the last token of a half may be more than what was left of it; the other half does not pay for that.
+        budget.tokens = max(0, budget.tokens) + second
+        for most in sorted(classes):
+            self._fill(plan, budget, round_, most)
+        self._fill(plan, budget, round_, None)
+        if round_ is not None:
+            round_.close()
+
+    def _open_round(self, budget: StepBudget) -> Round:
+        round_ = self._admission.open_round(budget)
+        wait = self._state.page_wait
+        if wait is not None:
+            if self._headroom() <= wait.headroom and wait.num_changes == self._kv.num_changes:
+                for seq in wait.refused:
+                    round_.short_of_pages(seq)
+            else:
+                self._state.page_wait = None
+        return round_
+
+    def _fill(
+        self, plan: StepPlan, budget: StepBudget, round_: Round | None, most: int | None
+    ) -> None:
+        """Spend the budget on prompts of length classes up to ``most`` (None: all), in order."""
+        while budget.tokens > 0:
+            running = self._running.first_prefilling(most)
+            waiting = round_.next(most) if round_ is not None and budget.can_admit else None
+            is_next = running is None or (waiting is not None and waiting.order < running.order)
+            if is_next and waiting is not None and round_ is not None:
+                self._admit(plan, waiting, budget, round_)
+            elif running is not None:
+                self._plan_chunk(plan, running, [], budget)
+            else:
+                return
+
     def _plan_chunk(
         self, plan: StepPlan, seq: Sequence, new_pages: list[int], budget: StepBudget
     ) -> None:
         start = seq.num_scheduled
-        end = min(seq.num_tokens, start + budget.tokens)
+        end = start + budget.take(seq.num_tokens - start, self.limits.price(start))
         is_last = end == seq.num_tokens
-        plan.chunks.append(
-            PrefillChunk(
-                seq=seq.id,
-                start=start,
-                end=end,
-                new_page_ids=new_pages,
-                sample=is_last and seq.request.pooling is None,
-                pool=is_last and seq.request.pooling is not None,
+        if seq.last_step == plan.step:
+            chunk = next(chunk for chunk in plan.chunks if chunk.seq == seq.id)
+        else:
+            chunk = PrefillChunk(
+                seq=seq.id, start=start, end=end, new_page_ids=new_pages, sample=False
             )
-        )
-        budget.tokens -= end - start
+            plan.chunks.append(chunk)
+        chunk.end = end
+        chunk.sample = is_last and seq.request.pooling is None
+        chunk.pool = is_last and seq.request.pooling is not None
         seq.num_scheduled = end
         seq.last_step = plan.step
         self._kv.commit(seq.id, seq.tokens, end)
@@ -297,35 +352,19 @@ class Scheduler:
             seq.num_pending += 1
             self._running.start_decoding(seq)
 
-    def _admit_waiting(self, plan: StepPlan, budget: StepBudget) -> None:
-        self._admission.note_reads()
-        if not budget.can_admit or not len(self._queue):
-            return
-        if self._state.page_wait is not None:
-            headroom, num_changes = self._state.page_wait
-            if self._headroom() <= headroom and num_changes == self._kv.num_changes:
-                return
-            self._state.page_wait = None
-        candidates = self._admission.open_round(budget)
-        while budget.can_admit:
-            seq = candidates.next()
-            if seq is None or not self._admit(plan, seq, budget, candidates):
-                break
-        candidates.close()
-
     def _headroom(self) -> int:
         """Pages left if each running sequence took one more: admitting beyond that would only end in preemption."""
         return self._kv.num_available - len(self._running)
 
-    def _admit(self, plan: StepPlan, seq: Sequence, budget: StepBudget, round_: Round) -> bool:
-        """Admit ``seq`` if there is room. False if pages are short: then nobody behind it is admitted either."""
+    def _admit(self, plan: StepPlan, seq: Sequence, budget: StepBudget, round_: Round) -> None:
+        """Admit ``seq`` if there is room, or let the round know what is missing."""
         version, limit = seq.version, seq.max_cacheable
         if not self._residency.is_resident(version):
             self._fetch(seq, round_)
-            return True
+            return
         if not self._kv.fits(version, seq.tokens, limit, reserve=len(self._running)):
-            self._state.page_wait = (self._headroom(), self._kv.num_changes)
-            return False
+            self._wait_for_pages(seq, round_)
+            return
         self._residency.admit(version)
         self._queue.remove(seq)
         if version and version not in self._running.num_of_version:
@@ -354,7 +393,12 @@ class Scheduler:
             )
         )
         self._plan_chunk(plan, seq, admitted.new_pages, budget)
-        return True
+
+    def _wait_for_pages(self, seq: Sequence, round_: Round) -> None:
+        if self._state.page_wait is None:
+            self._state.page_wait = PageWait(self._headroom(), self._kv.num_changes, [])
+        self._state.page_wait.refused.append(seq)
+        round_.short_of_pages(seq)
 
     def _fetch(self, seq: Sequence, round_: Round) -> None:
         """Ask for the adapter of ``seq``, which is not on the device."""
@@ -375,13 +419,25 @@ class Scheduler:
         seq.num_pending -= 1
         reason = FinishReason(kind="length", length=0)
         if vector.error is not None:
-            reason = failure(vector.error)
+            reason = self._row_failure(seq, vector.error)
         self._state.end(seq, reason, [], None, vector.values or None)
+
+    def _row_failure(self, seq: Sequence, error: str) -> FinishReason:
+        """The end of a sequence that failed alone."""
+        if error not in NOT_FINITE:
+            return failure(error)
+        # Its K/V may be no better; nobody shall find it.
+        self._kv.drop_version(seq.version)
+        if seq.request.adapter is None:
+            return failure(error)
+        return failure(
+            f"{error} with the adapter {seq.request.adapter!r}: its weights or its lora_alpha are too large for this model"
+        )
 
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.num_pending -= 1
         if token.error is not None:
-            self._state.end(seq, failure(token.error), [], None)
+            self._state.end(seq, self._row_failure(seq, token.error), [], None)
             return
         if seq.max_tokens == seq.num_prompt:
             # max_new_tokens is 0. Only the prompt was to be computed; the token that its last position samples was not asked for.

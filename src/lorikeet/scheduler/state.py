@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lorikeet.core.plan import SampledToken, StepPlan
 from lorikeet.core.request import FinishReason, RequestOutput
@@ -14,6 +15,21 @@ from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 from lorikeet.scheduler.stats import Counters, SchedulerStats
 
 
+@dataclass(slots=True)
+class PageWait:
+    """Who waits for pages. There is no use in asking for them again before one of the numbers has moved.
+
+    Attributes:
+        headroom: pages that there were for those who are admitted.
+        num_changes: ``KVManager.num_changes`` at that time.
+        refused: for whom they were too few.
+    """
+
+    headroom: int
+    num_changes: int
+    refused: list[Sequence]
+
+
 class State:
     """What the scheduler knows between two calls.
 
@@ -22,11 +38,11 @@ class State:
         outputs: made since the last drain.
         ended: sequences whose worker state the next plan drops.
         in_flight: step of each plan that is not committed, oldest first -> adapters to release once it is.
-        page_wait: (headroom, ``KVManager.num_changes``) when the first in line did not fit; there is no use in asking
-            again before one of them has moved.
+        page_wait: set if pages were short for somebody who waits.
     """
 
-    def __init__(self, kv: KVManager, residency: Residency) -> None:
+    def __init__(self, limits: SchedulerLimits, kv: KVManager, residency: Residency) -> None:
+        self.limits = limits
         self.kv = kv
         self.residency = residency
         self.sequences: dict[int, Sequence] = {}
@@ -35,14 +51,25 @@ class State:
         self.outputs: list[RequestOutput] = []
         self.ended: list[int] = []
         self.in_flight: dict[int, list[int]] = {}
-        self.page_wait: tuple[int, int] | None = None
+        self.page_wait: PageWait | None = None
         self.counters = Counters()
+
+    def num_cached(self, seq: Sequence) -> int:
+        """Tokens of a sequence that waits whose K/V is there."""
+        return self.kv.match(seq.version, seq.tokens, seq.max_cacheable)
+
+    def classify(self, seq: Sequence) -> None:
+        """Give a sequence that comes into the queue its length class."""
+        seq.length_class = self.limits.length_class(seq.num_tokens)
+        if seq.length_class:
+            seq.length_class = self.limits.length_class(seq.num_tokens - self.num_cached(seq))
 
     def preempt(self, seq: Sequence) -> None:
         """Back to the queue, in front, with all its tokens; what it computed stays findable for a while."""
         self._leave(seq)
         seq.enter(SequenceState.PREEMPTED)
         seq.num_scheduled = 0
+        self.classify(seq)
         self.queue.push_front(seq)
         self.counters.preemptions += 1
 
@@ -93,14 +120,22 @@ class State:
         return [*running, *self.queue.of_version(version)]
 
     def give_up(self, plan: StepPlan, reason: FinishReason) -> None:
-        """A plan was not executed: end the sequences of its prompts, or its youngest row; the other rows are preempted."""
-        victims = [chunk.seq for chunk in plan.chunks] or [row.seq for row in plan.rows[-1:]]
-        for seq in filter(None, map(self.sequences.get, victims)):
-            self.end(seq, reason, [], None)
+        """A plan was not executed: end the sequence of its largest chunk, or its youngest row, and preempt the others."""
+        lengths = {chunk.seq: chunk.end - chunk.start for chunk in plan.chunks}
+        lengths = {seq: length for seq, length in lengths.items() if seq in self.sequences}
+        victim = max(lengths, key=lambda seq: (lengths[seq], seq), default=None)
+        if victim is None and plan.rows:
+            victim = plan.rows[-1].seq
+        if victim in self.sequences:
+            self.end(self.sequences[victim], reason, [], None)
+        for part in (*plan.rows, *(chunk for chunk in plan.chunks if chunk.sample or chunk.pool)):
+            if part.seq in self.sequences:
+                self.sequences[part.seq].num_pending -= 1
         # The youngest first: whoever is put in front last stays in front.
-        for seq in filter(None, (self.sequences.get(row.seq) for row in reversed(plan.rows))):
-            seq.num_pending -= 1
-            self.preempt(seq)
+        lost = {part.seq for part in (*plan.rows, *plan.chunks)}
+        for seq in reversed(self.running.sequences()):
+            if seq.id in lost:
+                self.preempt(seq)
 
     def _leave(self, seq: Sequence) -> None:
         """A running sequence gives back its row, its pages, its adapter and the worker's state."""
@@ -136,7 +171,7 @@ class State:
             total_adapter_device_evictions=self.residency.num_device_evictions,
         )
 
-    def check_integrity(self, limits: SchedulerLimits, is_off: Callable[[int], bool]) -> None:
+    def check_integrity(self, is_off: Callable[[int], bool]) -> None:
         """Compare the sets of sequences with each other and with what the managers hold.
 
         Args:
@@ -154,9 +189,9 @@ class State:
             raise AssertionError("a sequence is in no set or in two")
         if self.kv.sequences() != {seq.id for seq in running}:
             raise AssertionError("page tables are not those of the running sequences")
-        if len(running) > limits.max_running:
+        if len(running) > self.limits.max_running:
             raise AssertionError(f"{len(running)} sequences run")
-        if len(self.running.num_of_version) > limits.max_loras_per_batch:
+        if len(self.running.num_of_version) > self.limits.max_loras_per_batch:
             raise AssertionError(f"{len(self.running.num_of_version)} adapters run")
         self._check_sequences(running)
 
@@ -172,7 +207,7 @@ class State:
             least = self.kv.pages_for(seq.num_scheduled)
             if not least <= len(self.kv.page_table(seq.id)) <= self.kv.pages_for(reach):
                 raise AssertionError(f"sequence {seq.id}: the page table does not fit its tokens")
-            decoding = seq.id in self.running.decoding
+            decoding = seq.id not in self.running.prefilling
             if decoding and seq.num_scheduled != seq.num_tokens + seq.num_pending - 1:
                 raise AssertionError(f"sequence {seq.id}: {seq.num_scheduled} tokens scheduled")
             if not self.in_flight and seq.num_pending:

@@ -13,7 +13,7 @@ from lorikeet.engine.completion import Snapshot
 from lorikeet.engine.intake import RequestBatch
 from lorikeet.engine.reply import TokenText, native_reply
 from lorikeet.engine.stream import CompletionStream, finish_error
-from lorikeet.errors import EngineFault, RequestError
+from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
 from lorikeet.server.replies import LARGE_REPLY, JSONReply, build_reply, until_disconnect
@@ -70,13 +70,17 @@ class NativeRoutes:
         return body, self._client.intake.make_requests(fields)
 
     async def _whole(self, stream: CompletionStream, batch: RequestBatch) -> JSONReply:
-        """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
+        """The reply once everything has finished.
+
+        One of a list that fails is an entry whose finish reason says so, and the others go on. A call for one completion
+        fails with it, and so does any call that an engine which is not available cuts off.
+        """
         finished: dict[int, Snapshot] = {}
         async for index, completion in stream:
             if completion.finish is None:
                 continue
             error = finish_error(completion.finish)
-            if error is not None:
+            if error is not None and (not batch.is_list or isinstance(error, UnavailableError)):
                 raise error
             finished[index] = completion.snapshot()
         num_logprobs = sum(snapshot.num_logprobs for snapshot in finished.values())

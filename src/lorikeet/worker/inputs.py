@@ -6,7 +6,7 @@ table, M rows of T whose logits are wanted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -189,6 +189,19 @@ class InputBuilder:
             sampled_L=self.lanes.sampled_L,
         )
         return batch, rest[: len(more)]
+
+    def head_batch(
+        self, layout: StepLayout, batch: ForwardBatch, begin: int, end: int
+    ) -> ForwardBatch:
+        """The batch of a step as the LM head sees it that computes rows ``[begin, end)`` of the logits alone."""
+        if batch.lora is None or self._lora is None:
+            return batch
+        rows = layout.logits_rows[begin:end]
+        plan = self._lora.plan(layout.slots, layout.lengths_N.tolist(), rows)
+        assert plan is not None
+        arrays = plan.arrays
+        tensors = Upload(arrays, self._device).tensors() if arrays else []
+        return replace(batch, lora=plan.batch(tensors))
 
     def attention_arrays(self, layout: StepLayout) -> list[np.ndarray]:
         """What attention needs on the device beside the places: page tables, query starts, lengths."""

@@ -90,19 +90,21 @@ class LogitRules:
 
     def _bias_(self, final_NV: Tensor, rows: list[int], users: list[SamplingState]) -> None:
         biases = [user.bias for user in users if user.bias is not None]
-        rows_E = [row for row, bias in zip(rows, biases, strict=True) for _ in range(len(bias[0]))]
-        tokens_E = torch.cat([tokens_E for tokens_E, _ in biases])
+        rows_E, tokens_E = self._entries(rows, [tokens_E for tokens_E, _ in biases])
         values_E = torch.cat([values_E for _, values_E in biases])
-        ops.add_bias_(final_NV, self._ints(rows_E), tokens_E, values_E)
+        ops.add_bias_(final_NV, rows_E, tokens_E, values_E)
 
     def _ban_stops_(self, final_NV: Tensor, rows: list[int], users: list[SamplingState]) -> None:
-        pairs = [
-            (row, token)
-            for row, user in zip(rows, users, strict=True)
-            for token in user.early_stops
-        ]
-        rows_E, tokens_E = ([pair[side] for pair in pairs] for side in (0, 1))
-        ops.ban_(final_NV, self._ints(rows_E), self._ints(tokens_E))
+        banned = [user.banned_E for user in users if user.banned_E is not None]
+        ops.ban_(final_NV, *self._entries(rows, banned))
+
+    def _entries(self, rows: list[int], lists: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(row, token) entries from a list of tokens for each row, without touching them on the host."""
+        counts_M = self._ints([len(tokens_E) for tokens_E in lists])
+        tokens_E = torch.cat(lists)
+        # Told how long the result is, it need not ask the device.
+        rows_E = torch.repeat_interleave(self._ints(rows), counts_M, output_size=len(tokens_E))
+        return rows_E, tokens_E
 
     def _apply_grammar_(
         self, final_NV: Tensor, rows: list[int], users: list[SamplingState]

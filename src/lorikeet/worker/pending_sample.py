@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lorikeet.core.plan import SampledToken
+from lorikeet.core.plan import NOT_FINITE_LOGITS, SampledToken
 from lorikeet.core.request import TokenLogprobs
 from lorikeet.worker.logprobs import PendingLogprobs
 from lorikeet.worker.sampling_state import SamplingState
@@ -59,7 +59,7 @@ class PendingSample:
 def _row_error(peak: float, score: float) -> str | None:
     """Why a row has no token, from its largest raw logit and the chosen token's final logit."""
     if math.isnan(peak) or peak == math.inf:
-        return "the model returned logits that are not finite (NaN or infinity)"
+        return NOT_FINITE_LOGITS
     if score == -math.inf:
         return "no token is possible: logits, stop tokens and grammar together exclude all of them"
     return None

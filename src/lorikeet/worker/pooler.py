@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorikeet.core.plan import PooledVector
+from lorikeet.core.plan import NOT_FINITE_STATES, PooledVector
 from lorikeet.core.request import Pooling
 from lorikeet.worker.inputs import PooledPart
 from lorikeet.worker.staging import Download
@@ -55,9 +55,7 @@ class PendingVectors:
         return [
             PooledVector(seq=seq, values=vector_D.numpy().astype("<f4").tobytes())
             if bool(vector_D.isfinite().all())
-            else PooledVector(
-                seq=seq, error="the model returned states that are not finite (NaN or infinity)"
-            )
+            else PooledVector(seq=seq, error=NOT_FINITE_STATES)
             for seq, vector_D in zip(self._seqs, vectors_KD, strict=True)
         ]
 

@@ -10,8 +10,10 @@ sparse (row, token) list, W words of a token bitmask, L lanes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -77,7 +79,8 @@ class Sampler:
         """Open the state of a sequence; its ``token_ids`` beyond the prompt count as sampled already.
 
         A grammar that does not compile (``GrammarCompiler.request`` finds that before the request is admitted) fails
-        this sequence alone: each of its rows gets the reason as ``SampledToken.error``.
+        this sequence alone: each of its rows gets the reason as ``SampledToken.error``. So does one whose penalties, bias
+        or stop tokens find no memory on the device.
 
         Raises:
             ValueError: the sequence is open already.
@@ -89,14 +92,7 @@ class Sampler:
             matcher = self._matcher(start.sampling)
         except LorikeetError as refusal:
             error = str(refusal)
-        self._states[start.seq] = SamplingState(
-            start,
-            vocab_size=self._vocab_size,
-            eos_token_ids=self._eos_token_ids,
-            matcher=matcher,
-            error=error,
-            device=self._device,
-        )
+        self._states[start.seq] = self._make_state(start, matcher, error)
 
     def end(self, seq: int) -> None:
         """Drop the state of a sequence. Raises KeyError if it is not open."""
@@ -159,9 +155,11 @@ class Sampler:
             tokens_N, scores_N2 = self._by_rules(real_NV.to(torch.float32), states)
             _note_tokens(sampled_L, inputs[-1], tokens_N)
         logprobs = self._chosen_logprobs(real_NV, tokens_N, states)
+        pending = PendingSample(states, (tokens_N, scores_N2), logprobs)
+        # Last: what finds no memory is tried again, and must not count a token twice.
         for row, state in enumerate(states):
             state.launched(tokens_N[row : row + 1])
-        return PendingSample(states, (tokens_N, scores_N2), logprobs)
+        return pending
 
     def prompt_logprobs(
         self, logits_TV: Tensor, seq: int, first_position: int
@@ -198,6 +196,27 @@ class Sampler:
             tokens_T = upload(tokens, rows_TV.device)
             blocks.append(PendingLogprobs(rows_TV, tokens_T, max(state.num_top, 0)))
         return PendingPrompt(known, blocks)
+
+    def _make_state(
+        self, start: SequenceStart, matcher: GrammarMatcher | None, error: str | None
+    ) -> SamplingState:
+        make = functools.partial(
+            SamplingState,
+            vocab_size=self._vocab_size,
+            eos_token_ids=self._eos_token_ids,
+            device=self._device,
+        )
+        try:
+            return make(start, matcher=matcher, error=error)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        try:
+            return make(start, matcher=matcher, error=error)
+        except torch.OutOfMemoryError as shortage:
+            # Without any of what takes memory; it never gets a token.
+            bare = msgspec.structs.replace(start, sampling=SamplingParams())
+            error = f"the device has no memory for penalties, logit_bias or stop tokens: {shortage}"
+            return make(bare, matcher=None, error=error)
 
     def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
         if sampling.grammar is None:

@@ -37,13 +37,15 @@ class SamplingState:
         seen_V: bool, True for tokens of prompt and output, or None without repetition penalty.
         bias: (token ids int64, values float32), or None.
         early_stops: ids that may not be sampled before ``min_new_tokens``.
+        banned_E: the same on the device, or None if there are none or they need no ban: ``min_new_tokens`` is reached, or
+            a grammar sees to it.
         matcher: the grammar, or None.
         error: why this sequence can not go on; None while it can.
     """
 
     __slots__ = (
-        "bias", "counts_V", "early_stops", "error", "logprob_start", "matcher", "num_outputs", "num_top", "prompt",
-        "sampling", "seed", "seen_V", "seq", "temperature",
+        "_one", "banned_E", "bias", "counts_V", "early_stops", "error", "logprob_start", "matcher", "num_outputs",
+        "num_top", "prompt", "sampling", "seed", "seen_V", "seq", "temperature",
     )  # fmt: skip
 
     def __init__(
@@ -71,7 +73,11 @@ class SamplingState:
         outputs = start.token_ids[start.num_prompt :]
         self.counts_V, self.seen_V = _histories(start, outputs, vocab_size, device)
         self.bias = _bias(sampling, device)
+        self._one = torch.ones(1, device=device)
         self._replay(outputs)
+        self.banned_E = None
+        if self.is_early and matcher is None:
+            self.banned_E = upload(np.asarray(self.early_stops, np.int64), device)
 
     @property
     def is_early(self) -> bool:
@@ -97,10 +103,10 @@ class SamplingState:
         )
 
     def launched(self, token_1: Tensor) -> None:
-        """The sequence samples this token, which only the device may know yet."""
+        """The sequence samples this token, which only the device may know yet. Needs no memory, so it cannot fail."""
         self.num_outputs += 1
         if self.counts_V is not None:
-            self.counts_V.index_add_(0, token_1, self.counts_V.new_ones(1))
+            self.counts_V.index_add_(0, token_1, self._one)
         if self.seen_V is not None:
             self.seen_V.index_fill_(0, token_1, value=True)
 

@@ -37,7 +37,7 @@ class _Flight:
 
     plan: StepPlan
     sample: PendingSample | None = None
-    prompts: dict[int, PendingPrompt] = field(default_factory=dict)
+    prompts: dict[int, list[PendingPrompt]] = field(default_factory=dict)
     vectors: PendingVectors | None = None
 
 
@@ -47,6 +47,10 @@ class Network(Protocol):
     def forward(self, batch: ForwardBatch, /) -> torch.Tensor: ...
 
     def forward_pooled(self, batch: ForwardBatch, /) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def wanted_states(self, batch: ForwardBatch, /) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+    def head(self, x_ND: torch.Tensor, batch: ForwardBatch, /) -> torch.Tensor: ...
 
 
 class Graphs(Protocol):
@@ -73,6 +77,7 @@ class Worker:
         sampler: logits to tokens.
         copier: brings adapters to the device; None when LoRA is off.
         graphs: captured steps, asked in this order; what none of them runs runs eagerly.
+        max_logits_rows: rows of logits that are there at a time, at least as many as sequences run; None is any number.
         overlap: a step may be submitted before the one before it is collected.
     """
 
@@ -85,8 +90,10 @@ class Worker:
         sampler: Sampler,
         copier: Copier | None,
         graphs: Sequence[Graphs] = (),
+        max_logits_rows: int | None = None,
         overlap: bool = False,
     ) -> None:
+        self._max_logits_rows = max_logits_rows
         self.max_ahead = 1 if overlap else 0
         self._network = network
         self._attention = attention
@@ -145,8 +152,8 @@ class Worker:
         """
         flight = self._flights.popleft()
         result = StepResult(step=flight.plan.step)
-        for seq, pending in flight.prompts.items():
-            result.prompt_logprobs[seq] = pending.finish()
+        for seq, parts in flight.prompts.items():
+            result.prompt_logprobs[seq] = [entry for part in parts for entry in part.finish()]
         if flight.sample is not None:
             result.tokens = flight.sample.finish()
         if flight.vectors is not None:
@@ -199,22 +206,69 @@ class Worker:
                 ) from error
 
     def _queue(self, layout: StepLayout, flight: _Flight) -> None:
-        """Queue a step's work: inputs, network, sampling."""
+        """Queue a step's work: inputs, network, sampling. What a first attempt left of it is made anew."""
+        flight.prompts = {}
         arrays = self._sampler.arrays(layout.sampled, layout.sampled_lanes)
-        logits_MV, drawing = self._run_network(layout, arrays, flight)
-        first = 0
-        for seq, position, num_rows in layout.prompt_rows:
-            rows = logits_MV[first : first + num_rows]
-            flight.prompts[seq] = self._sampler.launch_prompt(rows, seq, position)
-            first += num_rows
+        most = self._max_logits_rows
+        if most is None or len(layout.logits_rows) <= most:
+            logits_MV, drawing = self._run_network(layout, arrays, flight)
+            num_prompt_rows = len(layout.logits_rows) - len(layout.sampled)
+            self._launch_prompts(layout, flight, logits_MV[:num_prompt_rows], 0)
+            logits_NV = logits_MV[num_prompt_rows : len(layout.logits_rows)]
+        else:
+            logits_NV, drawing = self._run_in_pieces(layout, arrays, flight, most)
         if not layout.sampled:
             return
         if self._flights and self._sampler.needs_tokens(layout.sampled):
             self._finish_samples()
-        end = first + len(layout.sampled)
         flight.sample = self._sampler.launch(
-            logits_MV[first:end], layout.sampled, drawing, self._inputs.lanes.sampled_L
+            logits_NV, layout.sampled, drawing, self._inputs.lanes.sampled_L
         )
+
+    def _run_in_pieces(
+        self, layout: StepLayout, arrays: list[np.ndarray], flight: _Flight, most: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A step that wants the logits of many prompt positions: ``most`` rows at a time.
+
+        All of them at once would be gigabytes where prompts and vocabulary are large.
+
+        Returns:
+            Logits of the rows that are sampled from, and ``arrays`` on the device.
+        """
+        batch, drawing = self._inputs.stage(layout, arrays)
+        self._attention.prepare(batch.attn)
+        states_MD, pooled_PD = self._network.wanted_states(batch)
+        if pooled_PD is not None:
+            flight.vectors = self._pooler.launch(pooled_PD, layout.pooled)
+
+        def logits(begin: int, end: int) -> torch.Tensor:
+            piece = self._inputs.head_batch(layout, batch, begin, end)
+            return self._network.head(states_MD[begin:end], piece)
+
+        num_rows = len(layout.logits_rows)
+        num_prompt_rows = num_rows - len(layout.sampled)
+        for begin in range(0, num_prompt_rows, most):
+            end = min(begin + most, num_prompt_rows)
+            self._launch_prompts(layout, flight, logits(begin, end), begin)
+        if not layout.sampled:
+            return states_MD[:0], drawing
+        return logits(num_prompt_rows, num_rows), drawing
+
+    def _launch_prompts(
+        self, layout: StepLayout, flight: _Flight, logits_MV: torch.Tensor, begin: int
+    ) -> None:
+        """Log-probabilities of prompts from rows ``[begin, begin + M)`` of the logits."""
+        end = begin + len(logits_MV)
+        first = 0
+        for seq, position, num_rows in layout.prompt_rows:
+            low, high = max(first, begin), min(first + num_rows, end)
+            # A prompt of one token has no rows, but an entry.
+            is_bare = num_rows == 0 and seq not in flight.prompts
+            if low < high or is_bare:
+                rows_MV = logits_MV[low - begin : high - begin] if low < high else logits_MV[:0]
+                pending = self._sampler.launch_prompt(rows_MV, seq, position + max(0, low - first))
+                flight.prompts.setdefault(seq, []).append(pending)
+            first += num_rows
 
     def _finish_samples(self) -> None:
         """A grammar needs its newest token. The device computes this step meanwhile."""
