@@ -172,7 +172,7 @@ def test_tokens_after_the_stop_are_dropped_with_their_logprobs(tokenizer: Tokeni
     assert not completion.add(out([], FinishReason(kind="abort", message="x", status_code=499)))
     snapshot = completion.snapshot()
     assert snapshot.output_ids == ids[:2]
-    assert snapshot.output_logprobs == logprobs[:2]
+    assert list(snapshot.output_logprobs) == logprobs[:2]
     assert snapshot.finish == FinishReason(kind="stop", matched="X")
 
 
