@@ -218,7 +218,7 @@ def test_prompt_logprobs_and_cached_tokens_come_once(tokenizer: Tokenizer) -> No
     completion.add(out(ids[:1], prompt_logprobs=prompt, cached_tokens=1))
     completion.add(out(ids[1:], LENGTH))
     snapshot = completion.snapshot()
-    assert (snapshot.prompt_logprobs, snapshot.cached_tokens) == (prompt, 1)
+    assert (list(snapshot.prompt_logprobs), snapshot.cached_tokens) == (prompt, 1)
 
 
 def test_a_request_without_tokens(tokenizer: Tokenizer) -> None:
