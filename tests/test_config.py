@@ -192,6 +192,10 @@ def test_a_bad_value_is_named_with_what_is_allowed(options, words):
             ["'a' twice", "s3://***@bucket/a"],
         ),
         ({"lora_paths": (LoRAPath("base", "p"),)}, ["'base' like the base model"]),
+        ({"lora_paths": (LoRAPath("base:x", "p"),)}, ["'base:x'", "rename it with NAME=PATH"]),
+        ({"lora_paths": (LoRAPath("a\nb", "p"),)}, ["U+000A", "NAME=PATH"]),
+        ({"lora_paths": (LoRAPath("n" * 257, "p"),)}, ["257 characters", "at most 256"]),
+        ({"lora_paths": (LoRAPath("a", "/" * 5000),)}, ["5000 characters", "at most 4096"]),
         (
             {"lora_paths": (replace(A, pinned=True),), "max_loras_per_batch": 1},
             ["pins 1 adapters (a)", "at most --max-loras-per-batch - 1 (0)", "starvation"],

@@ -86,7 +86,7 @@ def test_a_cached_prefix_serves_the_last_state_and_never_a_mean(make_llm: MakeLL
     llm.generate(input_ids=prompt, sampling_params={"max_new_tokens": 1}, lora_path="qv")
     cached: dict[str, int] = {}
     for kind in ("last", "mean"):
-        (output,) = run(llm, [vector_request(kind, prompt, "qv", Pooling(kind=kind))])
+        ((output,),) = run(llm, [vector_request(prompt, "qv", Pooling(kind=kind))])
         cached[kind] = output.cached_tokens
     assert cached == {"last": 36, "mean": 0}
     # What a vector has computed, a completion may use.

@@ -298,3 +298,26 @@ def test_an_interrupted_call_leaves_the_engine_usable(
     again = llm.generate(input_ids=[1, 2, 3], sampling_params=greedy, lora_path="qv")
     assert again["output_ids"] == wanted["output_ids"]
     llm._core.check_integrity()
+
+
+def test_a_call_is_checked_as_the_server_checks_it(make_llm: MakeLLM) -> None:
+    """But for its number of prompts: whoever calls is alone."""
+    llm = make_llm()
+    one = {"max_new_tokens": 1}
+    for options, words in (
+        ({"rid": "a\nb"}, r"U\+000A"),
+        ({"lora_path": "n" * 257}, "at most 256"),
+        ({"sampling_params": one | {"stop": ["a"] * 33}}, "at most 32"),
+        ({"sampling_params": one | {"stop_regex": "(a"}}, "is not a valid regular expression"),
+        ({"sampling_params": one | {"logit_bias": dict.fromkeys(range(301), 1)}}, "at most 300"),
+        (
+            {"sampling_params": one | {"n": 1024}, "return_logprob": True}
+            | {"logprob_start_len": 0, "top_logprobs_num": 250},
+            "at most 262144",
+        ),
+    ):
+        with pytest.raises(RequestError, match=words):
+            llm.generate(input_ids=[1, 2, 3], **options)
+    with pytest.raises(RequestError, match="lora_name"):
+        llm.load_lora_adapter("a\nb", "/nowhere")
+    assert len(llm.generate(input_ids=[[1]] * 2100, sampling_params={"max_new_tokens": 0})) == 2100

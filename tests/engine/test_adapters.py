@@ -136,6 +136,19 @@ def test_an_unload_that_takes_too_long_says_how_many_run_and_is_completed_later(
     assert len(rig.host) == 0
 
 
+@pytest.mark.parametrize("name", ["base", "base:x", "a\nb", "n" * 257, ""])
+def test_names_that_mean_something_else_are_refused(rig: AdapterRig, name: str) -> None:
+    rig.core._info = {"served_model_name": "base"}
+    rig.write("/a", "first")
+    with pytest.raises(RequestError, match="lora_name"):
+        rig.command("load_adapter", name=name, path="/a")
+    with pytest.raises(RequestError, match="lora_name"):
+        rig.command("load_adapter_from_tensors", name=name, config={}, tensors=b"")
+    with pytest.raises(RequestError, match=r"U\+001B"):
+        rig.command("load_adapter", name="fine", path="/a\x1b")
+    assert rig.store.describe() == []
+
+
 def test_unloading_what_is_not_there(rig: AdapterRig) -> None:
     with pytest.raises(AdapterNotFoundError, match="never been loaded"):
         rig.command("unload_adapter", name="a")

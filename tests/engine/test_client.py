@@ -254,14 +254,14 @@ async def test_two_callers_of_one_rid_never_read_each_other(tokenizer: Tokenizer
         with pytest.raises(asyncio.CancelledError):
             await first
         second = asyncio.create_task(
-            made.client.submit(batch(B=request("beta"), A=request("alpha")))
+            made.client.submit(batch(B=request("beta"), A=request("zeta")))
         )
         await asyncio.sleep(0)
         made.knobs.is_stuck = False
         texts = {
             completion.rid: completion.text for completion in (await finish(await second)).values()
         }
-        assert texts == {"B": "beta", "A": "alph"}
+        assert texts == {"B": "beta", "A": "zeta"}
         await until(lambda: made.client.num_open == 0 or bool(made.engine.num_running))
 
 
@@ -273,6 +273,53 @@ async def test_names_of_groups_are_claimed_too(tokenizer: Tokenizer) -> None:
                 await made.client.submit(one(taken))
         stream.close()
         await finish(await made.client.submit(one("a")))
+
+
+class CountingDict(dict[int, Any]):
+    """A dict that counts who walks over it."""
+
+    num_walks = 0
+
+    def items(self) -> Any:
+        self.num_walks += 1
+        return super().items()
+
+    def values(self) -> Any:
+        self.num_walks += 1
+        return super().values()
+
+    def __iter__(self) -> Any:
+        self.num_walks += 1
+        return super().__iter__()
+
+
+async def test_the_end_of_a_call_looks_at_nobody_elses(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, step_s=0.002) as made:
+        counting = made.client._open = CountingDict()
+        others = await made.client.submit(group("others", 100, max_new_tokens=500))
+        await finish(await made.client.submit(one("a")))
+        left = await made.client.submit(one("b", max_new_tokens=500))
+        left.close()
+        assert made.client.abort("others_7") == 1
+        await until(lambda: made.client.num_open == 99)
+        assert counting.num_walks == 0
+        others.close()
+
+
+async def test_a_full_queue_is_known_before_anything_is_made(tokenizer: Tokenizer) -> None:
+    async with session(tokenizer, hold_accept=True) as made:
+        made.client.info.update(max_running_requests=2, max_queued_requests=5)
+        many = {"text": "a", "sampling_params": {"n": 30}}
+        made.client.intake.make_requests(many)  # nobody waits: a call of any size
+        waiting = asyncio.create_task(made.client.submit(group("a", 4)))
+        await until(lambda: made.engine.num_running == 4)
+        two_wait = {"text": ["a"] * 3}
+        assert made.client.intake.make_requests(two_wait).num_completions == 3
+        with pytest.raises(UnavailableError, match="2 sequences wait, this request has 30"):
+            made.client.intake.make_requests(many)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
 
 async def test_nothing_of_a_rid_crosses_to_the_engine(tokenizer: Tokenizer) -> None:

@@ -172,7 +172,7 @@ def test_tokens_after_the_stop_are_dropped_with_their_logprobs(tokenizer: Tokeni
     assert not completion.add(out([], FinishReason(kind="abort", message="x", status_code=499)))
     snapshot = completion.snapshot()
     assert snapshot.output_ids == ids[:2]
-    assert snapshot.output_logprobs == logprobs[:2]
+    assert list(snapshot.output_logprobs) == logprobs[:2]
     assert snapshot.finish == FinishReason(kind="stop", matched="X")
 
 
@@ -218,7 +218,7 @@ def test_prompt_logprobs_and_cached_tokens_come_once(tokenizer: Tokenizer) -> No
     completion.add(out(ids[:1], prompt_logprobs=prompt, cached_tokens=1))
     completion.add(out(ids[1:], LENGTH))
     snapshot = completion.snapshot()
-    assert (snapshot.prompt_logprobs, snapshot.cached_tokens) == (prompt, 1)
+    assert (list(snapshot.prompt_logprobs), snapshot.cached_tokens) == (prompt, 1)
 
 
 def test_a_request_without_tokens(tokenizer: Tokenizer) -> None:

@@ -13,11 +13,12 @@ The engine knows tokens; stop strings are found here, in the text. Three rules s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.engine.detokenizer import Detokenizer
+from lorikeet.engine.packed_logprobs import PackedLogprobs
 from lorikeet.engine.stop import StopBudgetError, StopMatch, StopMatcher, StopRules
 from lorikeet.engine.tokenizer import Tokenizer
 
@@ -44,8 +45,8 @@ class Snapshot:
     finish: FinishReason | None
     prompt_tokens: int
     cached_tokens: int
-    output_logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[TokenLogprobs]
+    output_logprobs: Sequence[TokenLogprobs]
+    prompt_logprobs: Sequence[TokenLogprobs]
     e2e_latency: float
     first_token_latency: float | None
 
@@ -103,8 +104,8 @@ class Completion:
         self._stops = StopMatcher(stops or StopRules(sampling.stop, sampling.stop_regex))
         self._text = _GrowingText()
         self._output_ids: list[int] = []
-        self._output_logprobs: list[TokenLogprobs] = []
-        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._output_logprobs = PackedLogprobs()
+        self._prompt_logprobs = PackedLogprobs()
         self._cached_tokens = 0
         self._finish: FinishReason | None = None
         self.embedding: bytes | None = None
@@ -136,7 +137,7 @@ class Completion:
         if self._finish is not None:
             return False
         if output.prompt_logprobs:
-            self._prompt_logprobs = output.prompt_logprobs
+            self._prompt_logprobs = PackedLogprobs(output.prompt_logprobs)
         self.embedding = output.embedding
         self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
         if output.token_ids and self._first_token is None:
@@ -174,7 +175,7 @@ class Completion:
             finish=self._finish,
             prompt_tokens=len(self.request.prompt_token_ids),
             cached_tokens=self._cached_tokens,
-            output_logprobs=list(self._output_logprobs),
+            output_logprobs=self._output_logprobs.so_far(),
             prompt_logprobs=self._prompt_logprobs,
             e2e_latency=now - self._began,
             first_token_latency=None if first is None else first - self._began,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorikeet.core.request import FinishReason, TokenLogprobs
@@ -67,12 +67,12 @@ def _position(logprob: float | None, token_id: int, token_text: TokenText | None
     return [logprob, token_id, None if token_text is None else token_text(token_id)]
 
 
-def _tokens(positions: list[TokenLogprobs], token_text: TokenText | None) -> list[list[Any]]:
+def _tokens(positions: Sequence[TokenLogprobs], token_text: TokenText | None) -> list[list[Any]]:
     return [_position(item.logprob, item.token_id, token_text) for item in positions]
 
 
 def _tops(
-    positions: list[TokenLogprobs], token_text: TokenText | None
+    positions: Sequence[TokenLogprobs], token_text: TokenText | None
 ) -> list[list[list[Any]] | None]:
     """The most likely tokens of each position; None where nothing was predicted (the prompt's first)."""
     return [

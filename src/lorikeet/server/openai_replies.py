@@ -205,8 +205,11 @@ class _OffsetLogprobs:
         self._num_told = 0
 
     def advance(self, snapshot: Snapshot) -> Reply:
-        num_prompt = len(snapshot.prompt_logprobs)
-        items = (snapshot.prompt_logprobs + snapshot.output_logprobs)[self._num_told :]
+        num_prompt, told = len(snapshot.prompt_logprobs), self._num_told
+        items = [
+            *snapshot.prompt_logprobs[told:],
+            *snapshot.output_logprobs[max(0, told - num_prompt) :],
+        ]
         reply: Reply = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for item in items:
             if self._num_told == num_prompt:

@@ -24,7 +24,15 @@ from lorikeet.server.reading import check_values, run_sized
 
 _Item = TypeVar("_Item")
 
-Many = Annotated[list[_Item], FailFast()]
+
+class _FirstError(FailFast):
+    """FailFast that can be hashed, as a part of a union has to be."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+Many = Annotated[list[_Item], _FirstError()]
 """A list of which the first wrong entry is reported, and none of the millions that may follow."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
