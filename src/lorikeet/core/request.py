@@ -136,7 +136,7 @@ def check_grammar_length(kind: str, source: str) -> None:
     """
     if len(source) > MAX_GRAMMAR:
         raise RequestError(
-            f"sampling_params.{kind} has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}",
+            f"sampling_params.{kind}: it has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}",
             kind,
         )
 
