@@ -22,20 +22,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 2_300,
-    "attention": 900,
-    "core": 700,
-    "demo": 180,
-    "engine": 5_600,
-    "kv": 550,
-    "layers": 500,
-    "lora": 3_900,
+    ".": 2_500,
+    "attention": 680,
+    "core": 550,
+    "demo": 150,
+    "engine": 5_650,
+    "kv": 470,
+    "layers": 380,
+    "lora": 4_000,
     "models": 930,
-    "ops": 2_500,
+    "ops": 2_100,
     "parallel": 50,
-    "scheduler": 1_100,
-    "server": 3_700,
-    "worker": 3_100,
+    "scheduler": 1_000,
+    "server": 3_450,
+    "worker": 3_150,
 }
 # A higher number invites files that are several things, a lower one cuts objects in halves that share private state.
 MAX_FILE_LINES = 600

@@ -72,25 +72,14 @@ def _build(
     *,
     progress: bool,
 ) -> EngineCore:
-    context_length = resolve_context_length(config, spec)
     defaults = _sampling_defaults(config, directory, spec)
-    assert config.device in ("cpu", "cuda"), "the configuration is resolved"
-    dtype, device = resolve_dtype(config, spec), torch.device(config.device)
-    target = Target(
-        config=config,
-        spec=spec,
-        dtype=dtype,
-        device=device,
-        attention=make_attention(config, spec, dtype, device),
-        context_length=context_length,
-    )
-    check_weights_fit(spec, dtype, device)
+    target = _target(config, spec)
     report(f"loading the weights of {config.model_path}")
     model = build_model(
         directory,
         spec,
-        dtype=dtype,
-        device=device,
+        dtype=target.dtype,
+        device=target.device,
         load_format=config.load_format,
         tp=SingleRank(),
         attention=target.attention,
@@ -115,7 +104,9 @@ def _build(
         load_first(config.lora_paths, lora.store, report)
     return EngineCore(
         scheduler=Scheduler(
-            _limits(config, spec, context_length), kv, lora.residency if lora else no_residency()
+            _limits(config, spec, target.context_length),
+            kv,
+            lora.residency if lora else no_residency(),
         ),
         kv=kv,
         worker=worker,
@@ -124,6 +115,22 @@ def _build(
         seeds=_seed_source(config.random_seed),
         info=_info(target, parts, lora) | {"sampling_defaults": defaults},
         on_close=on_close,
+    )
+
+
+def _target(config: ServerConfig, spec: ModelSpec) -> Target:
+    """What is served where; raises ConfigError if it cannot fit."""
+    context_length = resolve_context_length(config, spec)
+    assert config.device in ("cpu", "cuda"), "the configuration is resolved"
+    dtype, device = resolve_dtype(config, spec), torch.device(config.device)
+    check_weights_fit(spec, dtype, device)
+    return Target(
+        config=config,
+        spec=spec,
+        dtype=dtype,
+        device=device,
+        attention=make_attention(config, spec, dtype, device),
+        context_length=context_length,
     )
 
 
