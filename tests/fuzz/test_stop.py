@@ -12,6 +12,7 @@ from lorikeet.engine.stop import (
     StopBudgetError,
     StopMatch,
     StopMatcher,
+    StopRules,
     compile_stop_pattern,
 )
 from lorikeet.errors import RequestError
@@ -36,7 +37,7 @@ SCRAPS = [
 
 
 def make_matcher(stops: Sequence[str], patterns: Sequence[str] = ()) -> StopMatcher:
-    return StopMatcher(stops, patterns)
+    return StopMatcher(StopRules(stops, patterns))
 
 
 def draw_text(chance: random.Random, most: int) -> str:

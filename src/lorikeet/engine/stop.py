@@ -29,8 +29,9 @@ from lorikeet.errors import LorikeetError, RequestError
 
 MAX_PATTERN_SPAN = 512
 MAX_PATTERN_LENGTH = 512
-# Characters of a pattern times the product of its repeat counts. What is repeated is copied when it is compiled.
-MAX_PATTERN_SIZE = 100_000
+# Product of the repeat counts of a pattern: no match may be longer anyway. What is repeated is copied when it is compiled, in
+# quadratic time if it is empty.
+MAX_PATTERN_REPEATS = MAX_PATTERN_SPAN
 # Seconds of processor time that the patterns of one call may take: in one search, and in all of them together with an
 # allowance per piece of text of each completion.
 SEARCH_SECONDS = 0.02
@@ -89,11 +90,11 @@ def compile_stop_pattern(pattern: str, budget: SearchBudget | None = None) -> re
         max(float(high or low or 1), 1)
         for low, high in _BRACES.findall(pattern[:MAX_PATTERN_LENGTH])
     )
-    if len(pattern) > MAX_PATTERN_LENGTH or len(pattern) * repeats > MAX_PATTERN_SIZE:
+    if len(pattern) > MAX_PATTERN_LENGTH or repeats > MAX_PATTERN_REPEATS:
         raise _refuse(
             pattern,
-            f"is too large; allowed: {MAX_PATTERN_LENGTH} characters, and that number times the product of the repeat "
-            f"counts in braces at most {MAX_PATTERN_SIZE}",
+            f"is too large; allowed: {MAX_PATTERN_LENGTH} characters, and repeat counts in braces whose product is at most "
+            f"{MAX_PATTERN_REPEATS}",
         )
     began = time.thread_time()
     try:
