@@ -337,6 +337,7 @@ def raise_error() -> None:
     raise TypeError("odd")
 
 
+@torch.inference_mode()  # as a worker's step
 def fill(filler: MaskFiller, *matchers: GrammarMatcher) -> list[int]:
     bits = filler.fill(
         torch.zeros((len(matchers), 13), dtype=torch.int32), [(m, ()) for m in matchers]

@@ -242,6 +242,7 @@ class MaskFiller:
         return True
 
 
+@torch.inference_mode()  # as the thread that made the rows, or they could not be written
 def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
     """Body of the thread."""
     while (masks := tasks.get()) is not None:
