@@ -181,7 +181,9 @@ def test_a_prompt_may_fill_the_context(world: World, make_llm: MakeLLM) -> None:
     prompt = prompts(1, low=32, high=32)[0]
     found = llm.embed(input_ids=prompt, pooling="mean")
     assert found == pytest.approx(expected(world, None, prompt, "mean"), abs=2e-5)
-    with pytest.raises(RequestError, match="33 tokens; allowed: at most 32, because the maximum context"):
+    with pytest.raises(
+        RequestError, match="33 tokens; allowed: at most 32, because the maximum context"
+    ):
         llm.embed(input_ids=[*prompt, 1])
 
 
