@@ -252,7 +252,7 @@ def test_an_allocation_that_fails(
 
 def test_log_probabilities_of_a_long_prompt_need_little_memory(tmp_path: Path) -> None:
     """Of all 8,191 positions at once they would take 4 GiB of float32; and the row beside them goes on."""
-    path = make_tiny_model(tmp_path, vocab_size=131_072)
+    path = make_tiny_model(tmp_path, vocab_size=131_072, max_position_embeddings=16_384)
     options = {"max_total_tokens": 16_384, "context_length": 8_256, "chunked_prefill_size": 8_192}
     with engine(path, dtype="bfloat16", **options) as llm:
         prompts = [[5 + i % 1_000 for i in range(8_192)], [9, 8, 7]]
