@@ -304,7 +304,7 @@ def test_an_abort_that_fails_ends_nobody_else(error: Exception) -> None:
     core = make_core()
     failing(core, "abort", error)
     script = Script(
-        Submit.of(0, [request(), request()]), Abort([0]), Abort([1]), Shutdown(drain_seconds=30)
+        Submit.of(0, [request(), request()]), Abort([0, 1]), Shutdown(drain_seconds=30)
     )
     assert EngineLoop(core, script, os.getppid()).run() == 0
     assert script.finishes() == {0: "length", 1: "aborted by the client"}
