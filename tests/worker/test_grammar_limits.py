@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -337,6 +338,7 @@ def raise_error() -> None:
     raise TypeError("odd")
 
 
+@torch.inference_mode()  # as steps are computed
 def fill(filler: MaskFiller, *matchers: GrammarMatcher) -> list[int]:
     bits = filler.fill(
         torch.zeros((len(matchers), 13), dtype=torch.int32), [(m, ()) for m in matchers]
@@ -356,6 +358,16 @@ def test_an_exception_is_that_rows_error(filler):
     bad, good = OddMatcher(compiled, raise_error), OddMatcher(compiled, lambda: None)
     assert fill(filler, bad, good) == [0, 7]
     assert "odd" in (bad.error or "")
+    assert good.error is None
+
+
+def test_a_thread_that_has_died_is_that_rows_error(filler, monkeypatch):
+    """Only an error of ours can end it so."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    compiled = CompiledGrammar(None, 0)
+    bad, good = OddMatcher(compiled, sys.exit), OddMatcher(CompiledGrammar(None, 1), lambda: None)
+    assert fill(filler, bad, good) == [0, 7]
+    assert bad.error is not None
     assert good.error is None
 
 
