@@ -303,9 +303,7 @@ def test_an_error_behind_a_lease_ends_the_request_and_gives_the_lease_back(
 def test_an_abort_that_fails_ends_nobody_else(error: Exception) -> None:
     core = make_core()
     failing(core, "abort", error)
-    script = Script(
-        Submit.of(0, [request(), request()]), Abort([0, 1]), Shutdown(drain_seconds=30)
-    )
+    script = Script(Submit.of(0, [request(), request()]), Abort([0, 1]), Shutdown(drain_seconds=30))
     assert EngineLoop(core, script, os.getppid()).run() == 0
     assert script.finishes() == {0: "length", 1: "aborted by the client"}
 
