@@ -187,7 +187,7 @@ class Soak:
         self.rest()
         assert self.core.command("adapters", {}) == []
         root = self.upload_root
-        wait_until(lambda: root is None or not list(root.iterdir()))
+        wait_until(lambda: root is None or not any(item.is_dir() for item in root.iterdir()))
 
 
 def resident_mb() -> float:

@@ -270,7 +270,8 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind(make_live: Mak
     body = json.dumps({"lora_name": "t", "config_dict": {}, "tensors": tensors()}).encode()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         path = "/load_lora_adapter_from_tensors"
-        head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body[:-20])
         root = server.client.uploads
         wait_until(lambda: root.exists() and len(list(root.iterdir())) == 1)

@@ -113,6 +113,10 @@ def test_a_flush_ends_when_its_client_leaves(make_live: Callable[..., LiveServer
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/flush_cache?timeout=600", timeout=0.2)
         wait_until(lambda: server.drain.num_running == 1, 60)
+        num_steps = server.engine.num_steps
+        wait_until(
+            lambda: server.engine.num_steps > num_steps + 1
+        )  # it has read what was on its way
         num_asked = len(server.engine.commands)
         time.sleep(0.3)
         assert len(server.engine.commands) == num_asked

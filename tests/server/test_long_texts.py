@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lorikeet.engine.intake import MAX_TEXT, MAX_TEXTS, Intake
+from lorikeet.engine.call_limits import MAX_TEXT, MAX_TEXTS, OWN, SERVED
+from lorikeet.engine.intake import Intake
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import RequestError
 from tests.server.conftest import Api
@@ -89,9 +90,10 @@ def test_in_ones_own_process_texts_are_as_long_as_one_likes(tmp_path: Path) -> N
     limits: dict[str, Any] = {"vocab_size": 4, "context_length": 10}
     text = {"text": "a" * (MAX_TEXT + 1)}
     tokenizer = Tokenizer.load(tmp_path)
-    assert len(Intake(tokenizer, **limits).make_requests(text).requests[0].prompt_token_ids) == 1
+    requests = Intake(tokenizer, **limits, limits=OWN).make_requests(text).requests
+    assert len(requests[0].prompt_token_ids) == 1
     with pytest.raises(RequestError, match="allowed: 4,194,304 in one prompt"):
-        Intake(tokenizer, **limits, is_bounded=True).make_requests(text)
+        Intake(tokenizer, **limits, limits=SERVED).make_requests(text)
 
 
 def call(arguments: str) -> list[dict[str, Any]]:

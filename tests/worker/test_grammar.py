@@ -93,8 +93,8 @@ def conforms(value: object, schema: dict) -> bool:
     """A validator for the few keywords that the schemas below use."""
     if "enum" in schema:
         return value in schema["enum"]
-    if "anyOf" in schema:
-        return any(conforms(value, branch) for branch in schema["anyOf"])
+    if branches := schema.get("anyOf", schema.get("oneOf")):
+        return any(conforms(value, branch) for branch in branches)
     match schema.get("type"):
         case "object":
             properties = schema["properties"]
@@ -154,6 +154,13 @@ SCHEMAS = {
     },
     "enum": {"type": "string", "enum": ["red", "grün", 'a "quoted" word']},
     "range": {"type": "integer", "minimum": -7, "maximum": 12},
+    # Nothing shows that the branches exclude each other.
+    "one of": {
+        "oneOf": [
+            {"type": "object", "properties": {"a": {"type": "integer"}}},
+            {"type": "object", "properties": {"b": {"oneOf": [{"enum": ["x"]}, {"enum": [1]}]}}},
+        ]
+    },
 }
 
 

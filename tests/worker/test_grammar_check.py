@@ -33,6 +33,8 @@ ENFORCED = [
     ({"type": "integer", "multipleOf": 3}, "3", "4"),
     ({"anyOf": [INT, STR]}, "1", "true"),
     ({"oneOf": [INT, STR]}, '"a"', "true"),
+    ({"oneOf": [obj(properties={"a": INT}), obj(properties={"b": INT})]}, '{"b": 1}', '{"c": 1}'),
+    ({"items": {"$ref": "#/x/y"}, "x": {"y": {"oneOf": [INT, STR]}}}, '[1, "a"]', "[true]"),
     ({"allOf": [INT]}, "1", '"a"'),
     ({"type": "number", "minimum": 0.5}, "0.6", "0.4"),
     ({"type": "string", "minLength": 2}, '"ab"', '"a"'),
