@@ -374,6 +374,10 @@ def test_a_thread_that_has_died_is_that_rows_error(filler, monkeypatch):
 def test_a_row_that_takes_too_long_is_left_behind(filler, monkeypatch):
     one, other = CompiledGrammar(None, 0), CompiledGrammar(None, 0)
     stopped = threading.Event()
+    before = threading.enumerate()
+
+    def num_new() -> int:
+        return sum(t.name == "masks" and t not in before for t in threading.enumerate())
 
     def hang() -> None:
         while not stopped.is_set():
@@ -387,8 +391,9 @@ def test_a_row_that_takes_too_long_is_left_behind(filler, monkeypatch):
     assert first.error is last.error is None
     assert fill(filler, first, slow, same, last) == [7, 0, 0, 7]
     left = filler._tasks
+    assert num_new() > 1
     stopped.set()
-    wait_until(lambda: sum(t.name == "masks" and t.is_alive() for t in threading.enumerate()) == 1)
+    wait_until(lambda: num_new() == 1)
     assert filler._tasks is left
 
 
