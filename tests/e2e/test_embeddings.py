@@ -128,7 +128,8 @@ def test_vectors_and_completions_share_their_steps(
     plans: list[Any] = []
     submit = worker.submit
     worker.submit = lambda plan: (plans.append(plan), submit(plan))[1]
-    ids = prompts(21)
+    # Three steps read no more than 48 tokens: those two are under way, or wait, when they are aborted.
+    ids = [*prompts(19), *prompts(2, low=60, high=60)]
     greedy = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
     requests: list[Request] = []
     for number, prompt in enumerate(ids):
@@ -180,7 +181,7 @@ def test_a_prompt_may_fill_the_context(world: World, make_llm: MakeLLM) -> None:
     prompt = prompts(1, low=32, high=32)[0]
     found = llm.embed(input_ids=prompt, pooling="mean")
     assert found == pytest.approx(expected(world, None, prompt, "mean"), abs=2e-5)
-    with pytest.raises(RequestError, match="33 tokens; allowed: at most 32, because the context"):
+    with pytest.raises(RequestError, match="33 tokens; allowed: at most 32, because the maximum context"):
         llm.embed(input_ids=[*prompt, 1])
 
 

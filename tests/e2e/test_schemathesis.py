@@ -112,6 +112,8 @@ def test_every_operation(
             "/v1/chat/completions",
             {"model": "parrot", "messages": [{"role": "user", "content": "a"}]},
         ),
+        ("/generate", {"text": "a", "stream": True}),
+        ("/v1/completions", {"model": "parrot:json", "prompt": "a", "stream": True}),
     ],
     ids=str,
 )

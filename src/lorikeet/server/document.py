@@ -60,6 +60,8 @@ _MODEL = _object(
 )
 _SERVER = _object("version adapters:object", internal_states=_list(_schema("object")))
 _STATUS = _object("status")
+# Of each event: OpenAPI before 3.2 has no word for what a stream consists of, and readers take the schema for that.
+_EVENT = _object("data")
 
 
 def _openai(choice: Schema) -> Schema:
@@ -168,7 +170,7 @@ def _refusals(path: str, operation: Schema) -> set[str]:
 def _responses(path: str, refusals: set[str]) -> Schema:
     kinds = [_TEXT if path in _TEXTS else _JSON, *([_EVENTS] if path in _STREAMS else [])]
     reply = REPLIES.get(path, {})
-    success = {kind: {"schema": _schema("string") if kind == _EVENTS else reply} for kind in kinds}
+    success = {kind: {"schema": _EVENT if kind == _EVENTS else reply} for kind in kinds}
     responses: Schema = {"200": {"description": "Done", "content": success}}
     for status in sorted(refusals):
         form: Schema = {"$ref": "#/components/schemas/Error"}
