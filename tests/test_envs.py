@@ -54,6 +54,16 @@ def test_a_bad_value_is_named(monkeypatch):
         envs.DEMO_ONCE.get()
 
 
+def test_processes_below_get_everything_but_our_keys(monkeypatch):
+    monkeypatch.setenv("LORIKEET_API_KEY", "key")
+    monkeypatch.setenv("LORIKEET_ADMIN_API_KEY", "key")
+    monkeypatch.setenv("OTHER", "stays")
+    monkeypatch.setenv("CHANGED", "before")
+    child = envs.for_child(CHANGED="after", NEW="1")
+    assert not child.keys() & {"LORIKEET_API_KEY", "LORIKEET_ADMIN_API_KEY"}
+    assert (child["OTHER"], child["CHANGED"], child["NEW"]) == ("stays", "after", "1")
+
+
 def test_only_envs_reads_the_environment():
     readers = [
         path.name

@@ -50,6 +50,16 @@ class EnvVar(Generic[_T]):
             raise ConfigError(f"{self.name} is {text!r}; allowed: {error}") from None
 
 
+def for_child(**changes: str) -> dict[str, str]:
+    """The environment of a process below this one, but for our keys, which are for this one alone.
+
+    Args:
+        changes: variables that it has besides, or in place of ours.
+    """
+    keys = (API_KEY.name, ADMIN_API_KEY.name)
+    return {name: value for name, value in os.environ.items() if name not in keys} | changes
+
+
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 

@@ -33,7 +33,7 @@ from typing import Any, NoReturn, cast
 
 import msgspec
 
-from lorikeet import errors
+from lorikeet import envs, errors
 from lorikeet.errors import EngineFault, LorikeetError, UserError
 
 Handler = Callable[[Any], Any]
@@ -358,14 +358,14 @@ class _ForkServer:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
+    return envs.for_child(
+        PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+        CUDA_VISIBLE_DEVICES="",
+        TOKENIZERS_PARALLELISM="false",
         # Each arena of each thread would reserve 64 MB of the address space.
-        "MALLOC_ARENA_MAX": "2",
-        "OMP_NUM_THREADS": "1",
-    }
+        MALLOC_ARENA_MAX="2",
+        OMP_NUM_THREADS="1",
+    )
 
 
 def _megabytes(limits: Limits) -> str:

@@ -63,19 +63,21 @@ def test_nesting_is_cut_off_where_it_cannot_be_followed() -> None:
 
 def test_the_other_parts_of_a_message_stay_what_they_are() -> None:
     sampling = SamplingParams(json_schema='{"\ud800": 1}', stop=("a",), logit_bias={3: 1.0})
-    request = Request(rid="r", prompt_token_ids=[1, 2], sampling=sampling)
-    arrived = decode_to_engine(encode(Submit([request])))
+    request = Request(prompt_token_ids=[1, 2], sampling=sampling)
+    arrived = decode_to_engine(encode(Submit.of(5, [request])))
     assert isinstance(arrived, Submit)
-    assert arrived.requests[0].sampling.json_schema == '{"\ufffd": 1}'
-    assert arrived.requests[0].sampling.logit_bias == {3: 1.0}
-    assert arrived.requests[0].prompt_token_ids == [1, 2]
+    assert arrived.ids == range(5, 6)
+    (found,) = arrived.requests()
+    assert found.sampling.json_schema == '{"\ufffd": 1}'
+    assert found.sampling.logit_bias == {3: 1.0}
+    assert found.prompt_token_ids == [1, 2]
     finish = FinishReason(kind="abort", message="\ud800", status_code=400)
-    ends = Outputs([RequestOutput(rid=rid, token_ids=[7], finish=finish) for rid in "ab"])
+    ends = Outputs([RequestOutput(id=number, token_ids=[7], finish=finish) for number in (3, 4)])
     back = decode_to_client(encode(ends))
     assert isinstance(back, Outputs)
-    assert [(o.rid, o.token_ids, o.finish and o.finish.message) for o in back.outputs] == [
-        ("a", [7], "\ufffd"),
-        ("b", [7], "\ufffd"),
+    assert [(o.id, o.token_ids, o.finish and o.finish.message) for o in back.outputs] == [
+        (3, [7], "\ufffd"),
+        (4, [7], "\ufffd"),
     ]
     news = decode_to_client(encode(AdapterTemplates({"a": {"\ud800": "x"}, "b": None})))
     assert news == AdapterTemplates({"a": {"\ufffd": "x"}, "b": None})
@@ -98,17 +100,17 @@ def test_any_value_can_be_sent_in_both_directions(value: object) -> None:
 
 def test_what_cannot_be_read_says_for_whom_it_was() -> None:
     wrong: Any = "no tokens"
-    request = Request(rid="r", prompt_token_ids=wrong, sampling=SamplingParams())
-    found = decode_to_engine(encode(Submit([request])))
+    request = Request(prompt_token_ids=wrong, sampling=SamplingParams(n=2))
+    found = decode_to_engine(encode(Submit.of(5, [request])))
     assert isinstance(found, Unreadable)
-    assert (found.rids, found.command) == (["r"], None)
+    assert (found.ids, found.command) == ([5, 6], None)
     assert "prompt_token_ids" in found.reason
     found = decode_to_engine(encode(Command(7, "info", wrong)))
     assert isinstance(found, Unreadable)
-    assert (found.rids, found.command) == ([], 7)
-    found = decode_to_client(encode(Outputs([RequestOutput(rid="s", token_ids=wrong)])))
+    assert (found.ids, found.command) == ([], 7)
+    found = decode_to_client(encode(Outputs([RequestOutput(id=8, token_ids=wrong)])))
     assert isinstance(found, Unreadable)
-    assert found.rids == ["s"]
+    assert found.ids == [8]
 
 
 @pytest.mark.parametrize(
@@ -118,4 +120,4 @@ def test_bytes_that_are_no_message_tell_nothing(data: bytes) -> None:
     for decode in (decode_to_engine, decode_to_client):
         found = decode(data)
         assert isinstance(found, Unreadable)
-        assert (found.rids, found.command) == ([], None)
+        assert (found.ids, found.command) == ([], None)

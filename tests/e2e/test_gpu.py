@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorikeet import LLM
-from lorikeet.errors import ConfigError, EngineFault
+from lorikeet.errors import ConfigError
 from tests.support.failing_steps import fail_attention, fail_steps, first
 from tests.support.peft_adapters import make_adapter
 from tests.support.tiny_models import make_tiny_model
@@ -225,8 +225,8 @@ def test_too_little_memory_is_refused_at_start(tmp_path: Path) -> None:
 def test_an_allocation_that_fails(
     tmp_path: Path, monkeypatch, failures: int, is_captured: bool
 ) -> None:
-    """Once: the step is repeated. Twice: its prompts are aborted, and the engine goes on. In a captured step it is
-    attention that fails, between two graphs."""
+    """Once: the step is repeated. Twice: its largest prompt is aborted, and everything else goes on. In a captured step it
+    is attention that fails, between two graphs."""
     path = make_tiny_model(tmp_path)
     with engine(path, disable_piecewise_cuda_graph=not is_captured) as llm:
         wanted = tokens_of(llm)
@@ -239,7 +239,33 @@ def test_an_allocation_that_fails(
         if failures == 1:
             assert tokens_of(llm) == wanted
         else:
-            with pytest.raises(EngineFault, match="no memory for a step"):
-                tokens_of(llm)
+            replies = llm.generate(input_ids=PROMPTS, sampling_params=GREEDY)
+            reasons = [reply["meta_info"]["finish_reason"] for reply in replies]
+            (lost,) = [row for row, reason in enumerate(reasons) if reason["type"] == "abort"]
+            assert lost == 4, "the youngest of the largest"
+            assert "no memory for a step" in reasons[lost]["message"]
+            found = [reply["output_ids"] for reply in replies]
+            assert found[:lost] + found[lost + 1 :] == wanted[:lost] + wanted[lost + 1 :]
         assert tokens_of(llm) == wanted
         llm._core.check_integrity()
+
+
+def test_log_probabilities_of_a_long_prompt_need_little_memory(tmp_path: Path) -> None:
+    """Of all 8,191 positions at once they would take 4 GiB of float32; and the row beside them goes on."""
+    path = make_tiny_model(tmp_path, vocab_size=131_072, max_position_embeddings=16_384)
+    options = {"max_total_tokens": 16_384, "context_length": 8_256, "chunked_prefill_size": 8_192}
+    with engine(path, dtype="bfloat16", **options) as llm:
+        prompts = [[5 + i % 1_000 for i in range(8_192)], [9, 8, 7]]
+        sampling = {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True}
+        wanted = llm.generate(input_ids=prompts[1], sampling_params=sampling)["output_ids"]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        long, short = llm.generate(
+            input_ids=prompts,
+            sampling_params=sampling,
+            return_logprob=[True, False],
+            logprob_start_len=[0, -1],
+        )
+        assert torch.cuda.max_memory_allocated() - before < 2**29
+        assert len(long["meta_info"]["input_token_logprobs"]) == 8_192
+        assert short["output_ids"] == wanted

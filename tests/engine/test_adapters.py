@@ -143,7 +143,7 @@ def test_names_that_mean_something_else_are_refused(rig: AdapterRig, name: str) 
     with pytest.raises(RequestError, match="lora_name"):
         rig.command("load_adapter", name=name, path="/a")
     with pytest.raises(RequestError, match="lora_name"):
-        rig.command("load_adapter_from_tensors", name=name, config={}, tensors=b"")
+        rig.command("load_adapter_from_tensors", name=name, config={}, weights="/a")
     with pytest.raises(RequestError, match=r"U\+001B"):
         rig.command("load_adapter", name="fine", path="/a\x1b")
     assert rig.store.describe() == []

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorikeet.core.request import Request, SamplingParams
-from lorikeet.engine.call_limits import MAX_COMPLETIONS, CallLimits, num_prompt_logprobs
+from lorikeet.engine.call_limits import (
+    MAX_COMPLETIONS,
+    MAX_TEXT,
+    MAX_TEXTS,
+    OWN,
+    SERVED,
+    CallLimits,
+    num_prompt_logprobs,
+)
 from lorikeet.engine.intake import Intake
 from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.errors import RequestError, UnavailableError
+from lorikeet.errors import ContextLengthError, RequestError, UnavailableError
 from tests.support.byte_tokenizer import save_byte_tokenizer
 
 VOCAB, CONTEXT = 257, 64
@@ -27,6 +36,16 @@ class CountingTokenizer:
     def encode(self, text: str) -> list[int]:
         self.num_encoded += 1
         return self.inner.encode(text)
+
+    def least_tokens(self, text: str) -> int:
+        return self.inner.least_tokens(text)
+
+
+class UnboundedTokenizer(CountingTokenizer):
+    """One that may make one token of a text of any length."""
+
+    def least_tokens(self, text: str) -> int:
+        return 0
 
 
 @pytest.fixture
@@ -85,6 +104,69 @@ def test_tokens_of_all_prompts(tokenizer: Any, field: str) -> None:
     assert tokenizer.num_encoded in (0, 11), "what follows is not looked at"
     # One prompt that the context holds is no call that is too large.
     assert make(tokenizer, max_tokens=10).make_requests({field: prompt})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "name", "least"),
+    [
+        ("a" * 260, "text", 65),  # the longest token of this vocabulary is the 4 bytes of </s>
+        (["a", "a" * 257], "text[1]", 65),
+        (["a" * 10_000] * 5, "text[0]", 2500),
+    ],
+    ids=["one", "list", "long"],
+)
+def test_a_text_that_cannot_fit_is_refused_by_its_length(
+    tokenizer: Any, prompts: Any, name: str, least: int
+) -> None:
+    words = f"{name} has at least {least} tokens; allowed: at most 64"
+    for limits in (SERVED, OWN):
+        intake = Intake(tokenizer, vocab_size=VOCAB, context_length=CONTEXT, limits=limits)
+        with pytest.raises(ContextLengthError, match=re.escape(words)):
+            intake.make_requests({"text": prompts})
+    assert tokenizer.num_encoded == 0
+
+
+def test_characters_of_a_prompt_and_of_all_prompts(tokenizer: Any) -> None:
+    unbounded = UnboundedTokenizer(tokenizer)
+    intake = make(unbounded, max_text=20, max_texts=50)
+    assert len(intake.make_requests({"text": ["a" * 20, "a" * 20, "a" * 10]}).requests) == 3
+    unbounded.num_encoded = 0
+    for text, words in [
+        ("a" * 21, "text has 21 characters; allowed: 20 in one prompt"),
+        (["a", "a" * 21], r"text\[1\] has 21 characters; allowed: 20 in one prompt"),
+        (["a" * 17] * 3, "text has 51 characters in 3 prompts; allowed: 50 in one call"),
+    ]:
+        with pytest.raises(RequestError, match=words) as caught:
+            intake.make_requests({"text": text})
+        assert caught.value.param == "text"
+    with pytest.raises(RequestError, match="text has 21 characters; allowed: 20 in one prompt"):
+        intake.encode_rendered("a" * 21)
+    assert unbounded.num_encoded == 0
+
+
+def test_a_server_has_limits_that_an_engine_of_ones_own_has_not() -> None:
+    assert (SERVED.max_text, SERVED.max_texts) == (MAX_TEXT, MAX_TEXTS)
+    assert (OWN.max_completions, OWN.max_tokens, OWN.max_text, OWN.max_texts) == (None,) * 4
+    assert OWN.max_logprobs == SERVED.max_logprobs
+
+
+def test_without_limits_any_call_is_taken(tokenizer: Any) -> None:
+    class OneToken(UnboundedTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [len(text) % VOCAB]
+
+    def made(limits: CallLimits) -> Intake:
+        one: Any = OneToken(tokenizer)
+        return Intake(one, vocab_size=VOCAB, context_length=CONTEXT, limits=limits)
+
+    for body in (
+        {"text": "a" * (MAX_TEXT + 1)},
+        {"text": ["a" * MAX_TEXT] * 3},
+        {"text": ["a"] * (MAX_COMPLETIONS + 1)},
+    ):
+        assert made(OWN).make_requests(body)
+        with pytest.raises(RequestError, match="allowed: "):
+            made(SERVED).make_requests(body)
 
 
 def logprobs(text: str | list[str], **fields: Any) -> dict[str, Any]:

@@ -275,11 +275,13 @@ def failing(core: EngineCore, name: str, error: Exception, *, times: int = 1) ->
 def test_an_error_in_one_request_is_its_own(place: str, error: Exception) -> None:
     core = make_core()
     failing(core, place, error)
-    script = Script(Submit([request("a")]), Submit([request("b")]), Shutdown(drain_seconds=30))
+    script = Script(
+        Submit.of(0, [request(n=2)]), Submit.of(2, [request()]), Shutdown(drain_seconds=30)
+    )
     assert EngineLoop(core, script, os.getppid()).run() == 0
     ends = script.finishes()
-    assert type(error).__name__ in ends["a"]
-    assert ends["b"] == "length"
+    assert type(error).__name__ in ends[0]
+    assert ends == {0: ends[0], 1: ends[0], 2: "length"}
     core.check_integrity()
 
 
@@ -289,10 +291,11 @@ def test_an_error_behind_a_lease_ends_the_request_and_gives_the_lease_back(
 ) -> None:
     core = make_core()
     failing(core, "_prepare", error)
-    script = Script(Submit([request("a"), request("b")]), Shutdown(drain_seconds=30))
+    script = Script(Submit.of(0, [request(n=2), request()]), Shutdown(drain_seconds=30))
     assert EngineLoop(core, script, os.getppid()).run() == 0
-    assert type(error).__name__ in script.finishes()["a"]
-    assert script.finishes()["b"] == "length"
+    ends = script.finishes()
+    assert type(error).__name__ in ends[0]
+    assert ends == {0: ends[0], 1: ends[0], 2: "length"}, "the samples of a prompt fail together"
     core.check_integrity()
 
 
@@ -300,11 +303,9 @@ def test_an_error_behind_a_lease_ends_the_request_and_gives_the_lease_back(
 def test_an_abort_that_fails_ends_nobody_else(error: Exception) -> None:
     core = make_core()
     failing(core, "abort", error)
-    script = Script(
-        Submit([request("a"), request("b")]), Abort("a"), Abort("b"), Shutdown(drain_seconds=30)
-    )
+    script = Script(Submit.of(0, [request(), request()]), Abort([0, 1]), Shutdown(drain_seconds=30))
     assert EngineLoop(core, script, os.getppid()).run() == 0
-    assert script.finishes() == {"a": "length", "b": "aborted by the client"}
+    assert script.finishes() == {0: "length", 1: "aborted by the client"}
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -325,14 +326,14 @@ def test_a_command_that_fails_is_answered(error: Exception) -> None:
 
 def test_what_cannot_be_read_is_answered_too() -> None:
     script = serve(
-        Unreadable("odd", rids=["x"], command=None),
-        Unreadable("odd", rids=[], command=4),
-        Unreadable("odd", rids=[], command=None),
-        Submit([request("a")]),
-        Unreadable("odd", rids=["a"], command=None),  # it runs already: its one end is this one
+        Unreadable("odd", ids=[0], command=None),
+        Unreadable("odd", ids=[], command=4),
+        Unreadable("odd", ids=[], command=None),
+        Submit.of(1, [request()]),
+        Unreadable("odd", ids=[1], command=None),  # it runs already: its one end is this one
         Shutdown(drain_seconds=30),
     )
-    assert script.finishes() == dict.fromkeys("xa", "a message to the engine cannot be read: odd")
+    assert script.finishes() == dict.fromkeys((0, 1), "a message to the engine cannot be read: odd")
     assert [m.id for m in script.sent if isinstance(m, Reply)] == [4]
 
 
@@ -349,7 +350,7 @@ def test_a_loop_that_waits_long_for_a_thread_looks_less_often() -> None:
     script = Script(None)
     loop = EngineLoop(core, script, os.getppid())
     assert loop._patience_ms() == child.IDLE_MS
-    core._compiling["a"] = Future()
+    core._compiling[0] = Future()
     assert loop._patience_ms() == child.THREADS_MS
     loop._quiet_since -= 0.2
     assert 20 <= loop._patience_ms() < child.MAX_THREADS_MS

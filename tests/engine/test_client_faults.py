@@ -16,9 +16,10 @@ from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.engine import client as client_module
 from lorikeet.engine.client import EngineClient
 from lorikeet.engine.completion import Completion
+from lorikeet.engine.stream import finish_error
 from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.errors import EngineDeadError, EngineFault, UnavailableError
-from tests.engine.test_client import finish, request, session, until
+from tests.engine.test_client import batch, finish, group, one, request, session, until
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeProcess
 
@@ -44,7 +45,7 @@ async def test_a_silent_engine_is_given_up_when_somebody_waits(
         await asyncio.sleep(0.5)
         made.client.check_alive()  # nobody waits
         assert not process.was_killed
-        call = asyncio.create_task(made.client.submit([request("r")]))
+        call = asyncio.create_task(made.client.submit(one("r")))
         load = asyncio.create_task(made.client.command("nothing answers this"))
         made.knobs.is_stuck = True
         await until(lambda: process.was_killed)
@@ -59,7 +60,7 @@ async def test_an_engine_that_answers_is_never_given_up(
 ) -> None:
     monkeypatch.setattr(client_module, "TICK_S", 0.01)
     async with session(tokenizer, watchdog_timeout=0.5, step_s=0.01) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=200)])
+        stream = await made.client.submit(one("r", max_new_tokens=200))
         assert (await finish(stream))[0].snapshot().finish is not None
         assert not made.thread.process.was_killed
 
@@ -86,25 +87,49 @@ async def test_an_output_that_cannot_be_taken_in_ends_its_request(
     add = Completion.add
 
     def fail(self: Completion, output: Any) -> bool:
-        if output.rid == "bad":
+        if self.rid == "bad":
             raise error
         return add(self, output)
 
     monkeypatch.setattr(Completion, "add", fail)
     async with session(tokenizer, step_s=0.01) as made:
-        bad = await made.client.submit([request("bad", max_new_tokens=400)])
-        good = await made.client.submit([request("good", max_new_tokens=10)])
-        with pytest.raises(EngineFault, match=type(error).__name__):
-            await finish(bad)
+        bad = await made.client.submit(one("bad", max_new_tokens=400))
+        good = await made.client.submit(one("good", max_new_tokens=10))
+        failed = (await finish(bad))[0].finish
+        assert failed is not None
+        assert isinstance(finish_error(failed), EngineFault)
+        assert type(error).__name__ in (failed.message or "")
         assert (await finish(good))[0].text == "ab" * 5
-        await until(lambda: "bad" in made.engine.aborted)
+        await until(lambda: 0 in made.engine.aborted)
+
+
+async def test_what_fails_in_a_call_leaves_the_rest_of_it(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Completion.add
+
+    def fail(self: Completion, output: Any) -> bool:
+        if self.rid in ("r_0", "r_2"):
+            raise TypeError("odd")
+        return add(self, output)
+
+    monkeypatch.setattr(Completion, "add", fail)
+    async with session(tokenizer, step_s=0.01) as made:
+        stream = await made.client.submit(group("r", 4, max_new_tokens=10))
+        async with asyncio.timeout(30):
+            ends = await finish(stream)
+        kinds = [end.kind for place in range(4) if (end := ends[place].finish) is not None]
+        assert kinds == ["abort", "length", "abort", "length"]
+        assert ends[1].text == ends[3].text == "ab" * 5
+        await until(lambda: made.client.num_open == 0)
+        assert sorted(made.engine.aborted) == [0, 2]
 
 
 async def test_a_listener_that_fails_ends_everything(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with session(tokenizer, step_s=0.05) as made:
-        stream = await made.client.submit([request("r", max_new_tokens=100)])
+        stream = await made.client.submit(one("r", max_new_tokens=100))
 
         def fail(*_: object) -> None:
             raise TypeError("a metric that is none")
@@ -155,18 +180,18 @@ async def test_an_answer_that_cannot_be_read_is_a_fault_for_whom_it_was(
     tokenizer: Tokenizer,
 ) -> None:
     async with odd_client(tokenizer) as (client, transport):
-        submits = [asyncio.create_task(client.submit([request(rid)])) for rid in "ab"]
+        submits = [asyncio.create_task(client.submit(one(rid))) for rid in "ab"]
         command = asyncio.create_task(client.command("load_adapter"))
         await asyncio.sleep(0)
-        transport.queue.put_nowait(Unreadable("odd", rids=["a"], command=None))
-        transport.queue.put_nowait(Unreadable("odd", rids=[], command=1))
+        transport.queue.put_nowait(Unreadable("odd", ids=[0], command=None))
+        transport.queue.put_nowait(Unreadable("odd", ids=[], command=1))
         for task in (submits[0], command):
             with pytest.raises(EngineFault, match="cannot be read: odd"):
                 await task
-        assert Abort("a") in transport.sent
+        assert Abort([0]) in transport.sent
         client.check_alive()
         assert not submits[1].done()
-        transport.queue.put_nowait(Unreadable("odd", rids=[], command=None))
+        transport.queue.put_nowait(Unreadable("odd", ids=[], command=None))
         with pytest.raises(EngineDeadError, match="cannot be read: odd"):
             await submits[1]  # whose answer was it?
 
@@ -174,25 +199,25 @@ async def test_an_answer_that_cannot_be_read_is_a_fault_for_whom_it_was(
 async def test_thousands_of_ends_leave_others_their_turn(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "MAX_OUTPUTS", 10)
+    monkeypatch.setattr(client_module, "TURN_S", -1.0)  # every turn has been long enough
     async with odd_client(tokenizer) as (client, transport):
-        requests = [request(str(number)) for number in range(100)]
-        call = asyncio.create_task(client.submit(requests))
+        call = asyncio.create_task(client.submit(group("r", 100)))
         await asyncio.sleep(0)
         reason = FinishReason(kind="abort", message="all of them")
-        ends = [RequestOutput(rid=r.rid, token_ids=[], finish=reason) for r in requests]
+        ends = [RequestOutput(id=number, token_ids=[], finish=reason) for number in range(100)]
         transport.queue.put_nowait(Outputs(ends))
         seen = []
         while client.num_open:
             seen.append(client.num_open)
             await asyncio.sleep(0)
-        assert max(a - b for a, b in itertools.pairwise(seen)) <= 10
+        assert max(a - b for a, b in itertools.pairwise(seen)) == 1
         (await call).close()
 
 
 async def test_aborting_all_is_one_message(tokenizer: Tokenizer) -> None:
     async with odd_client(tokenizer) as (client, transport):
-        call = asyncio.create_task(client.submit([request(str(number)) for number in range(5)]))
+        calls = {str(number): request() for number in range(5)}
+        call = asyncio.create_task(client.submit(batch(**calls)))
         await asyncio.sleep(0)
         assert client.abort() == 5
         assert [m for m in transport.sent if isinstance(m, Abort)] == [Abort(None)]

@@ -158,21 +158,20 @@ def test_whatever_compiling_raises_is_its_request_s_error(error: Exception) -> N
         raise error
 
     core = make_core(compile_grammar=fail)
-    core.submit(request("bad", regex="a"))
-    core.submit(request("good"))
-    last = {o.rid: o.finish for o in run(core)}
-    assert last["bad"] is not None
-    assert (last["bad"].kind, last["bad"].status_code) == ("abort", 500)
-    assert last["good"] is not None
-    assert last["good"].kind == "length"
+    bad = core.submit(request(regex="a"))
+    good = core.submit(request())
+    last = {o.id: o.finish for o in run(core)}
+    assert last[bad] is not None
+    assert (last[bad].kind, last[bad].status_code) == ("abort", 500)
+    assert last[good] is not None
+    assert last[good].kind == "length"
 
 
 def test_an_abort_cancels_the_compilation() -> None:
     future: Future[None] = Future()
     core = make_core()
     core._compile_grammar = lambda sampling: future
-    core.submit(request("slow", regex="a"))
-    core.abort("slow", "enough")
+    core.abort(core.submit(request(regex="a")), "enough")
     assert future.cancelled()
 
 
@@ -187,7 +186,7 @@ def test_a_request_holds_its_grammar_until_it_ends() -> None:
     futures = [future]
     core = make_core()
     core._compile_grammar = lambda sampling: futures.pop()
-    core.submit(request("a", regex="a"))
+    core.submit(request(regex="a"))
     del held, future
     core.step()
     assert name() is not None

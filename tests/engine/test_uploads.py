@@ -7,6 +7,7 @@ import pytest
 
 from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError
+from lorikeet.scratch import PREFIX
 
 
 def test_each_has_a_directory_of_its_own_that_nobody_else_enters(tmp_path: Path) -> None:
@@ -27,10 +28,7 @@ def test_each_has_a_directory_of_its_own_that_nobody_else_enters(tmp_path: Path)
 def test_without_a_root_they_go_with_the_object() -> None:
     uploads = Uploads()
     root = uploads.new().parent.parent
-    assert (root.name.startswith("lorikeet-adapters-"), root.stat().st_mode & 0o777) == (
-        True,
-        0o700,
-    )
+    assert (root.name.startswith(PREFIX), root.stat().st_mode & 0o777) == (True, 0o700)
     del uploads
     gc.collect()
     assert not root.exists()

@@ -53,11 +53,7 @@ class Burst:
 
     def ask(self, *versions: int) -> None:
         for number, version in enumerate(versions):
-            request = Request(
-                rid=f"r{number}",
-                prompt_token_ids=[1, 2, 3],
-                sampling=SamplingParams(max_new_tokens=1),
-            )
+            request = Request(prompt_token_ids=[1, 2, 3], sampling=SamplingParams(max_new_tokens=1))
             self.scheduler.add(Sequence(number, request, version, seed=5))
 
     def step(self) -> int:

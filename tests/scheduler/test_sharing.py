@@ -79,7 +79,6 @@ class Counter:
 
     def add(self, length: int, *, max_new: int = 1) -> Prompt:
         request = Request(
-            rid=str(self._next_id),
             prompt_token_ids=[0] * length,
             sampling=SamplingParams(max_new_tokens=max_new),
         )

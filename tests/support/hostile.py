@@ -349,7 +349,7 @@ class HostileServer:
         elif self._peak > MEMORY_BYTES:
             found.append(f"the server took {self._peak / 1e9:.1f} GB")
         found += self._log_problems(log_start)
-        self._is_spoilt |= bool(noticed) or self._measure() > RESTART_BYTES
+        self._is_spoilt |= bool(noticed) or self._proportional() > RESTART_BYTES
         if self._is_spoilt or self._process.poll() is not None:
             self._end()
 
@@ -434,8 +434,11 @@ class HostileServer:
         size = sum(_size(process, "rss") for process in processes)
         if size <= MEMORY_BYTES:
             return size
-        # Libraries that several of them have mapped were counted for each.
-        return sum(_size(process, "pss") for process in processes)
+        return self._proportional()
+
+    def _proportional(self) -> int:
+        """The same without counting what several of them have mapped more than once; it takes longer to find out."""
+        return sum(_size(process, "pss") for process in self._tree())
 
     def _watch(self) -> None:
         while not self._is_over.wait(0.05):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -337,7 +338,7 @@ def raise_error() -> None:
     raise TypeError("odd")
 
 
-@torch.inference_mode()  # as a worker's step
+@torch.inference_mode()  # as steps are computed
 def fill(filler: MaskFiller, *matchers: GrammarMatcher) -> list[int]:
     bits = filler.fill(
         torch.zeros((len(matchers), 13), dtype=torch.int32), [(m, ()) for m in matchers]
@@ -360,9 +361,23 @@ def test_an_exception_is_that_rows_error(filler):
     assert good.error is None
 
 
+def test_a_thread_that_has_died_is_that_rows_error(filler, monkeypatch):
+    """Only an error of ours can end it so."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    compiled = CompiledGrammar(None, 0)
+    bad, good = OddMatcher(compiled, sys.exit), OddMatcher(CompiledGrammar(None, 1), lambda: None)
+    assert fill(filler, bad, good) == [0, 7]
+    assert bad.error is not None
+    assert good.error is None
+
+
 def test_a_row_that_takes_too_long_is_left_behind(filler, monkeypatch):
     one, other = CompiledGrammar(None, 0), CompiledGrammar(None, 0)
-    stopped, others = threading.Event(), set(threading.enumerate())
+    stopped = threading.Event()
+    before = threading.enumerate()
+
+    def num_new() -> int:
+        return sum(t.name == "masks" and t not in before for t in threading.enumerate())
 
     def hang() -> None:
         while not stopped.is_set():
@@ -376,8 +391,9 @@ def test_a_row_that_takes_too_long_is_left_behind(filler, monkeypatch):
     assert first.error is last.error is None
     assert fill(filler, first, slow, same, last) == [7, 0, 0, 7]
     left = filler._tasks
+    assert num_new() > 1
     stopped.set()
-    wait_until(lambda: sum(t.name == "masks" for t in {*threading.enumerate()} - others) == 1)
+    wait_until(lambda: num_new() == 1)
     assert filler._tasks is left
 
 

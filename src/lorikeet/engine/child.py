@@ -191,7 +191,7 @@ class EngineLoop:
                 self._submit(message)
             case Abort(ids, text):
                 for number in [None] if ids is None else ids:
-                    self._core.abort(number, text)
+                    self._abort(number, text)
             case Command(number, name, args):
                 self._command(number, name, args)
             case Shutdown(drain_seconds):
@@ -215,6 +215,12 @@ class EngineLoop:
                 self._endpoint.send(Reply(number, error=reason, status_code=500))
             case _:  # nobody waits for an answer
                 pass
+
+    def _abort(self, number: int | None, text: str) -> None:
+        try:
+            self._core.abort(number, text)
+        except Exception:  # the others of the message are to end all the same
+            logger.exception("a request could not be aborted")
 
     def _end(self, number: int, reason: str) -> None:
         """End one completion with a fault, however far it has come."""

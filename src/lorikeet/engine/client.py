@@ -416,6 +416,7 @@ class EngineClient:
         """One completion cannot be followed any more."""
         if entry.completion.finish is None:
             entry.completion.fail(reason)
+        if not entry.is_over:
             self._publish(entry)
         if entry.number in self._open:  # the engine goes on with it
             self._send_abort([entry.number])
@@ -465,7 +466,6 @@ class EngineClient:
         except Exception as error:
             logger.exception("an output could not be taken in")
             self._lose(entry, f"an error inside the server: {type(error).__name__}: {error}")
-            self._publish(entry)
         if output.finish is not None:
             self._record_end(entry)
 
@@ -487,7 +487,7 @@ class EngineClient:
         if call.stream is not None:
             call.stream.update(entry.index, entry.completion)
         if finish is not None:
-            call.num_running -= 1
+            call.finish(entry)
             if not call.num_running:
                 self._forget_labels(call)
                 call.end()

@@ -44,6 +44,12 @@ class OpenCall:
             if not self.num_unaccepted and not self.accepted.done():
                 self.accepted.set_result(None)
 
+    def finish(self, entry: OpenRequest) -> None:
+        """The end of a completion was told."""
+        if not entry.is_over:
+            entry.is_over = True
+            self.num_running -= 1
+
     def refuse(self, error: UserError | EngineFault) -> None:
         """One completion will not run, so the call does not begin."""
         if not self.accepted.done():
@@ -72,6 +78,7 @@ class OpenRequest:
         number: its id, by which the engine knows it.
         index: its place in the reply of its call.
         is_accepted: Accepted has come, or a terminal output.
+        is_over: its end was told to whoever follows; the engine may still go on with it.
     """
 
     call: OpenCall
@@ -80,6 +87,7 @@ class OpenRequest:
     completion: Completion
     timer: RequestTimer
     is_accepted: bool = False
+    is_over: bool = False
 
     @property
     def is_followed(self) -> bool:

@@ -242,7 +242,7 @@ class MaskFiller:
         return True
 
 
-@torch.inference_mode()  # as the thread that made the rows, or they could not be written
+@torch.inference_mode()  # so are the steps whose tensors it writes to, and that is a state of each thread
 def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
     """Body of the thread."""
     while (masks := tasks.get()) is not None:
@@ -278,10 +278,13 @@ def _fill_masks(tasks: queue.SimpleQueue[_Masks | None]) -> None:
 
 
 def _processor_seconds(thread_ident: int) -> float:
-    """Of a thread that runs, on the clock that is its own ``time.thread_time``."""
+    """Of a thread, on the clock that is its own ``time.thread_time``; infinity if it has ended."""
     if not hasattr(time, "pthread_getcpuclockid"):
         return 0.0  # never late: what took too long is found afterwards
-    return time.clock_gettime(time.pthread_getcpuclockid(thread_ident))
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(thread_ident))
+    except OSError:
+        return math.inf
 
 
 def _token_bits(token_ids: tuple[int, ...], vocab_size: int) -> Tensor:
