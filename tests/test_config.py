@@ -40,7 +40,7 @@ def test_resolve_fills_what_needs_no_model():
     assert resolved.served_model_name == "base"
     assert resolved.tokenizer_path == "base"
     assert (resolved.page_size, resolved.chunked_prefill_size) == (16, 2048)
-    assert (resolved.max_prefill_tokens, resolved.max_running_requests) == (16384, 256)
+    assert (resolved.max_prefill_tokens, resolved.max_running_requests) == (16384, 48)
     assert resolved.random_seed is not None
     assert 0 <= resolved.random_seed < 2**31
 

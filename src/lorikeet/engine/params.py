@@ -194,6 +194,10 @@ def _read_bias(value: object, name: str, where: str) -> dict[int, float]:
     return biases
 
 
+def _too_deep(name: str, where: str) -> RequestError:
+    return RequestError(f"{where}.{name} is nested too deeply; allowed: a few hundred levels", name)
+
+
 def _read_json_text(value: object, name: str, where: str) -> str:
     """JSON as text or as the value itself; returns text."""
     if isinstance(value, Mapping):
@@ -202,16 +206,16 @@ def _read_json_text(value: object, name: str, where: str) -> str:
         except (TypeError, ValueError) as error:
             raise wrong_type(value, name, where, "an object of JSON values") from error
         except RecursionError:
-            raise RequestError(
-                f"{where}.{name} is nested too deeply; allowed: a few hundred levels", name
-            ) from None
+            raise _too_deep(name, where) from None
     if not isinstance(value, str):
         raise wrong_type(value, name, where, "an object, or its JSON as a string")
     check_grammar_length(name, value)
     try:
         json.loads(value)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RequestError(f"{where}.{name} is not valid JSON: {error}", name) from error
+    except RecursionError:
+        raise _too_deep(name, where) from None
     return check_unicode(value, name, where)
 
 

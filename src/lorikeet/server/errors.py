@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserError
+from lorikeet.masking import shortened
 from lorikeet.server.replies import JSONReply
 
 ErrorBody = dict[str, dict[str, Any]]
@@ -93,7 +94,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
         raise error
     message = error.detail
     if error.status_code == 404:
-        message = f"there is no {request.url.path[:MAX_SHOWN_PATH]}"
+        message = f"there is no {shortened(request.url.path, MAX_SHOWN_PATH)}"
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         path = request.url.path[:MAX_SHOWN_PATH]

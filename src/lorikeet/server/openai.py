@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from lorikeet.config import ServerConfig
 from lorikeet.engine.client import EngineClient
 from lorikeet.lora.registry import MAX_LISTED
+from lorikeet.masking import shortened
 from lorikeet.server.errors import ModelNotFoundError
 from lorikeet.server.replies import JSONReply, list_body
 
@@ -56,7 +57,7 @@ class OpenAIRoutes:
             path = adapters.path(model_id.removeprefix(f"{self._base}:"))
         if path is None:
             raise ModelNotFoundError(
-                f"the model {model_id!r} does not exist; known: {self._known()}", "model"
+                f"the model '{shortened(model_id)}' does not exist; known: {self._known()}", "model"
             )
         return JSONReply(self._card((model_id, path)))
 

@@ -102,6 +102,7 @@ TEMPLATES = [
         lambda: chats(template=EVIL_TEMPLATES["loops"]),
         at_once=6,
         statuses=GONE,
+        slow=True,
     ),
     Case("template surrogate as JSON", lambda: chats(tokenizer_config=SURROGATE), "template", GONE),
     Case("template names", lambda: chats(tokenizer_config=NAMED_SURROGATE), "template", GONE),

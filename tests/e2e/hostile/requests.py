@@ -65,24 +65,28 @@ def parts(number: int) -> list[Fields]:
 
 
 MANY = [
-    Case("200 prompts of n=1024", lambda: generate(["a"] * 200, n=1024), r"n\b.*\d"),
-    Case("500 prompts of n=1024", lambda: generate(["a"] * 500, n=1024), r"n\b.*\d"),
-    Case("4000 prompts of n=1024", lambda: generate(["a"] * 4000, n=1024), r"n\b.*\d"),
+    Case("200 prompts of n=1024", lambda: generate(["a"] * 200, n=1024), r"completions.*\d"),
+    Case("500 prompts of n=1024", lambda: generate(["a"] * 500, n=1024), r"completions.*\d"),
+    Case("4000 prompts of n=1024", lambda: generate(["a"] * 4000, n=1024), r"completions.*\d"),
     Case("4000 prompts, leaves", lambda: generate(["a"] * 4000, n=1024), leaves=1.0),
-    Case("4000 prompts of ids, n", lambda: tokens([[5]] * 4000, n=1024), r"n\b.*\d"),
-    Case("4000 prompts, completions", lambda: completion(["a"] * 4000, n=128), r"n\b.*\d"),
-    Case("4000 prompts of ids, completions", lambda: completion([[5]] * 4000, n=128), r"n\b.*\d"),
+    Case("4000 prompts of ids, n", lambda: tokens([[5]] * 4000, n=1024), r"completions.*\d"),
+    Case("4000 prompts, completions", lambda: completion(["a"] * 4000, n=128), r"completions.*\d"),
+    Case(
+        "4000 prompts of ids, completions",
+        lambda: completion([[5]] * 4000, n=128),
+        r"completions.*\d",
+    ),
     Case("400,000 prompts", lambda: generate(["a"] * 400_000), r"\d"),
     Case("400,000 prompts of ids", lambda: tokens([[5]] * 400_000), r"\d"),
     Case("400,000 prompts, completions", lambda: completion(["a"] * 400_000), r"\d"),
     Case("400,000 texts to embed", lambda: embed(["a"] * 400_000), r"\d"),
     Case("400,000 lists to embed", lambda: embed([[5]] * 400_000), r"\d"),
     Case("4000 texts to embed", lambda: embed(["a"] * 4000), r"\d", EITHER),
-    Case("parameters of 500 prompts", lambda: parameters(500, n=1024), r"n\b.*\d"),
-    Case("n=1024", lambda: generate(n=1024, max_new_tokens=1), r"n\b.*\d", EITHER),
+    Case("parameters of 500 prompts", lambda: parameters(500, n=1024), r"completions.*\d"),
+    Case("n=1024", lambda: generate(n=1024, max_new_tokens=1), r"completions.*\d", EITHER),
     Case("n=1024, chat", lambda: chat(n=1024, max_tokens=1), r"\d", EITHER),
     Case("n=10^30", lambda: value("n", "1" + "0" * 30), "n|JSON"),
-    Case("n=1024, a long prompt", lambda: tokens([5] * 2000, n=1024), r"\d", EITHER),
+    Case("n=1024, a long prompt", lambda: tokens([5] * 2000, n=1024), leaves=15.0, slow=True),
     Case("n=1024, biases", lambda: generate(n=1024, logit_bias=biases(2000)), r"bias|\bn\b"),
     Case("biases 128k", lambda: generate(logit_bias=biases(128_000)), "logit_bias"),
     Case("biases all", lambda: generate(logit_bias=biases(2048)), "logit_bias", EITHER),
@@ -106,13 +110,16 @@ MANY = [
     Case("all log-probabilities", lambda: every_logprob(1024), r"top_logprobs_num.*\d"),
     Case("all, streamed", lambda: every_logprob(1024, stream=True), r"top_logprobs_num.*\d"),
     Case("many log-probabilities", lambda: every_logprob(20), r"top_logprobs_num.*\d", EITHER),
-    Case("log-probabilities for a crowd", lambda: every_logprob(20), "", BUSY, at_once=16),
+    Case(
+        "log-probabilities for a crowd", lambda: every_logprob(20), "", BUSY, at_once=16, slow=True
+    ),
     Case(
         "echo for a crowd",
         lambda: completion([5] * 2000, echo=True, logprobs=5),
         "",
         BUSY,
         at_once=16,
+        slow=True,
     ),
     Case("long prompts at once", lambda: tokens([7] * 2000), "", BUSY, at_once=16),
     Case("streams left", lambda: generate(fields={"stream": True}, **LONG), leaves=0.5, at_once=64),
@@ -201,11 +208,11 @@ SURROGATE: Fields = {"\ud800": 1}
 NAMED = {"type": "json_schema", "json_schema": {"name": "\ud800", "schema": {"title": "\ud800"}}}
 
 VALUES = [
-    Case("ids 3 million strings", lambda: tokens(["a"] * 3_000_000), "input_ids"),
+    Case("ids 3 million strings", lambda: tokens(["a"] * 3_000_000), "input_ids|values"),
     Case("ids 300,000 strings", lambda: tokens(["a"] * 300_000), "input_ids"),
     Case("ids mixed", lambda: tokens([5, "a", None, []] * 100_000), "input_ids|body"),
     Case("ids 300,000 lists of strings", lambda: tokens([["a"]] * 300_000), "input_ids|body"),
-    Case("ids 2 million", lambda: tokens([5] * 2_000_000), "context|input_ids"),
+    Case("ids 2 million", lambda: tokens([5] * 2_000_000), "context|input_ids|values"),
     Case("ids deep", lambda: post("/generate", f'{{"input_ids":{nested(900, "[", "]")}}}'), ""),
     Case("ids of 10^4000", lambda: post("/generate", f'{{"input_ids":[{HUGE}]}}'), ""),
     Case("text 300,000 numbers", lambda: generate([1] * 300_000), "text"),
@@ -287,7 +294,7 @@ NAMES = [
         if kind not in ("of base and adapter", "of the base")
     ],
     *[
-        Case(f"name {kind}, loaded", lambda name=name: loads(name), "name")
+        Case(f"name {kind}, loaded", lambda name=name: loads(name), "name|JSON")
         for kind, name in BAD_NAMES.items()
     ],
     *[
@@ -307,7 +314,7 @@ NAMES = [
     Case("path of dots", lambda: load_path("a." * 100_000), "path"),
     Case("path with a line", lambda: load_path("/x\n2026-01-01 00:00:00.000 INFO x"), "path"),
     Case("path with NUL", lambda: load_path("/x\0y"), "path"),
-    Case("path with a surrogate", lambda: load_path("/x\ud800"), "path"),
+    Case("path with a surrogate", lambda: load_path("/x\ud800"), "path|JSON"),
     Case("path with a password", lambda: load_path("ftp://user:S3CRET@host/x"), ""),
     Case("path misspelt with a password", lambda: load_path("http:/user:S3CRET@host/x"), ""),
     Case("path with a signature", lambda: load_path("http://127.0.0.1:9/x?sig=S3CRET"), ""),
