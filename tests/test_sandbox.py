@@ -196,21 +196,20 @@ def test_a_failing_preparation_is_told_as_it_is():
 
 
 def test_closing_leaves_no_process():
+    me = psutil.Process()
+    before = set(me.children(recursive=True))  # of other tests
     sandbox = make()
     job = sandbox.submit(["sleep", 60])
-    me = psutil.Process()
 
-    def workers() -> list[psutil.Process]:
-        return [
-            p for p in me.children(recursive=True) if "lorikeet.sandbox" in " ".join(p.cmdline())
-        ]
+    def mine() -> set[psutil.Process]:
+        return set(me.children(recursive=True)) - before
 
     deadline = time.monotonic() + 60
-    while len(mine := [p for p in workers() if p.parent() != me]) < 1:
+    while len(processes := mine()) < 2:  # the fork server and its worker
         assert time.monotonic() < deadline
         time.sleep(0.01)
     sandbox.close()
-    _, alive = psutil.wait_procs(mine, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive
     with pytest.raises(LimitError):
         job.future.result(timeout=20)

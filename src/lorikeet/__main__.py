@@ -12,11 +12,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; see ``lorikeet/cli.py``, whose import takes a while."""
     try:
         signals.exit_on_stop()
-        from lorikeet.cli import main as run
-
+        with signals.exit_on_interrupt():
+            from lorikeet.cli import main as run
         return run(argv)
     except KeyboardInterrupt:
-        return 130  # in that import; the commands say so themselves
+        return 130  # between that import and the commands, which say so themselves
 
 
 if __name__ == "__main__":

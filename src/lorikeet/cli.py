@@ -21,6 +21,7 @@ from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, notes
 from lorikeet.errors import AdapterError, ConfigError, LorikeetError, UserError
 from lorikeet.log import setup_logging
 from lorikeet.options import Parser, add_options, config_from_args, config_from_values
+from lorikeet.signals import exit_on_interrupt
 from lorikeet.utils import format_table
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,11 @@ def _serve(words: list[str]) -> int:
     config = config_from_args(parser.parse(words))
     setup_logging(config.log_level)
     _log_notes(config)
-    from lorikeet.server.app import serve
+    # Until it listens to signals itself: it starts by importing much.
+    with exit_on_interrupt():
+        from lorikeet.server.app import serve
 
-    serve(config)
+        serve(config)
     return 0
 
 
@@ -106,7 +109,8 @@ def _demo(words: list[str]) -> int:
         raise ConfigError(
             f"--port is {args.port!r}; allowed: an integer at least 1 and at most 65535"
         )
-    from lorikeet.demo_run import run
+    with exit_on_interrupt():
+        from lorikeet.demo_run import run
 
     once = args.once or envs.DEMO_ONCE.get()
     # Whoever ends us (a closed terminal, a supervisor) ends the server too.
@@ -163,7 +167,8 @@ def _answer(
     sampling: dict[str, object],
     adapters: list[str | None],
 ) -> str:
-    from lorikeet.engine.llm import LLM
+    with exit_on_interrupt():
+        from lorikeet.engine.llm import LLM
 
     options = asdict(config)
     model_path = options.pop("model_path")
@@ -209,7 +214,8 @@ def _check_adapter(words: list[str]) -> int:
     values = vars(parser.parse(words))
     path, as_json, base_norms = (values.pop(key) for key in ("path", "json", "base_norms"))
     config = config_from_values({**values, "lora_paths": (LoRAPath("adapter", path),)})
-    from lorikeet.engine.check import check_adapter, format_check
+    with exit_on_interrupt():
+        from lorikeet.engine.check import check_adapter, format_check
 
     try:
         report = check_adapter(config, base_norms=base_norms)

@@ -23,13 +23,31 @@ def is_wanted(number: signal.Signals) -> bool:
 def exit_on_stop() -> None:
     """Until something else is installed, a signal to stop unwinds the process: exit code 128 and the signal's number.
 
-    SIGINT stays a KeyboardInterrupt. SIGUSR1 writes to stderr where every thread is, also where one of them holds
+    SIGINT stays a KeyboardInterrupt (but see :func:`exit_on_interrupt`). SIGUSR1 writes to stderr where every thread is, also where one of them holds
     the interpreter's lock for ever; SIGUSR2 does nothing.
     """
     for number in STOPS:
         if number != signal.SIGINT and is_wanted(number):
             signal.signal(number, _exit)
     _show_threads()
+
+
+@contextlib.contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """For imports: a SIGINT exits with 130, too.
+
+    CPython remembers a KeyboardInterrupt that has passed through ``exec``, as dataclasses use it, and kills itself with the
+    signal at the end, whoever has caught it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:  # switched off, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def leave_stops_to_parent() -> None:

@@ -65,16 +65,16 @@ def parts(number: int) -> list[Fields]:
 
 
 MANY = [
-    Case("200 prompts of n=1024", lambda: generate(["a"] * 200, n=1024), r"completions.*\d"),
-    Case("500 prompts of n=1024", lambda: generate(["a"] * 500, n=1024), r"completions.*\d"),
-    Case("4000 prompts of n=1024", lambda: generate(["a"] * 4000, n=1024), r"completions.*\d"),
+    Case("200 prompts of n=1024", lambda: generate(["a"] * 200, n=1024), r"\d.*completions"),
+    Case("500 prompts of n=1024", lambda: generate(["a"] * 500, n=1024), r"\d.*completions"),
+    Case("4000 prompts of n=1024", lambda: generate(["a"] * 4000, n=1024), r"\d.*completions"),
     Case("4000 prompts, leaves", lambda: generate(["a"] * 4000, n=1024), leaves=1.0),
-    Case("4000 prompts of ids, n", lambda: tokens([[5]] * 4000, n=1024), r"completions.*\d"),
-    Case("4000 prompts, completions", lambda: completion(["a"] * 4000, n=128), r"completions.*\d"),
+    Case("4000 prompts of ids, n", lambda: tokens([[5]] * 4000, n=1024), r"\d.*completions"),
+    Case("4000 prompts, completions", lambda: completion(["a"] * 4000, n=128), r"\d.*completions"),
     Case(
         "4000 prompts of ids, completions",
         lambda: completion([[5]] * 4000, n=128),
-        r"completions.*\d",
+        r"\d.*completions",
     ),
     Case("400,000 prompts", lambda: generate(["a"] * 400_000), r"\d"),
     Case("400,000 prompts of ids", lambda: tokens([[5]] * 400_000), r"\d"),
@@ -82,8 +82,8 @@ MANY = [
     Case("400,000 texts to embed", lambda: embed(["a"] * 400_000), r"\d"),
     Case("400,000 lists to embed", lambda: embed([[5]] * 400_000), r"\d"),
     Case("4000 texts to embed", lambda: embed(["a"] * 4000), r"\d", EITHER),
-    Case("parameters of 500 prompts", lambda: parameters(500, n=1024), r"completions.*\d"),
-    Case("n=1024", lambda: generate(n=1024, max_new_tokens=1), r"completions.*\d", EITHER),
+    Case("parameters of 500 prompts", lambda: parameters(500, n=1024), r"\d.*completions"),
+    Case("n=1024", lambda: generate(n=1024, max_new_tokens=1), r"\d.*completions", EITHER),
     Case("n=1024, chat", lambda: chat(n=1024, max_tokens=1), r"\d", EITHER),
     Case("n=10^30", lambda: value("n", "1" + "0" * 30), "n|JSON"),
     Case("n=1024, a long prompt", lambda: tokens([5] * 2000, n=1024), leaves=15.0, slow=True),
