@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import orjson
@@ -15,6 +16,7 @@ _T = TypeVar("_T")
 
 # Log-probabilities of a reply or a frame that take some milliseconds to write out.
 LARGE_REPLY = 2_000
+_large_replies = ThreadPoolExecutor(1, thread_name_prefix="large-reply")
 # Items of a list that are written at a time: less than a millisecond.
 _PIECE = 256
 
@@ -43,8 +45,13 @@ async def list_body(items: Sequence[_T], show: Callable[[_T], object]) -> bytes:
 
 
 async def build_reply(num_logprobs: int, build: Callable[[], _T]) -> _T:
-    """``build()``, which writes out so many log-probabilities; on a thread if others would notice."""
-    return await asyncio.to_thread(build) if num_logprobs > LARGE_REPLY else build()
+    """``build()``, which writes out so many log-probabilities; on a thread if others would notice.
+
+    That thread is one for all of them: each more would take a turn of the interpreter's lock from the loop.
+    """
+    if num_logprobs <= LARGE_REPLY:
+        return build()
+    return await asyncio.get_running_loop().run_in_executor(_large_replies, build)
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:

@@ -8,7 +8,7 @@ from tests.support.hostile_calls import Fields, asks, chats, loads, nested, safe
 # A template that is expensive to compile, to render, or both. A chat that names its adapter is refused.
 EVIL_TEMPLATES = {
     "power folded": "{{ 3 ** (10 ** 7 * 2) }}",
-    "power of powers": "{{ 9 ** 9 ** 9 }}",
+    "power of powers": "{{ 9 ** (9 ** 9) }}",
     "power": "{% set x = 3 %}{{ (x ** (10 ** 7 * 2)) is odd }}",
     "product": "{{ 'a' * 300000000 }}",
     "product of 2 GB": "{{ 'a' * 2000000000 }}",

@@ -124,7 +124,13 @@ MANY = [
     Case("long prompts at once", lambda: tokens([7] * 2000), "", BUSY, at_once=16),
     Case("streams left", lambda: generate(fields={"stream": True}, **LONG), leaves=0.5, at_once=64),
     Case(
-        "32 streams with log-probabilities", lambda: top_stream(), "", BUSY, at_once=32, slow=True
+        "32 streams with log-probabilities",
+        lambda: top_stream(),
+        "",
+        BUSY,
+        at_once=32,
+        slow=True,
+        seconds=120,
     ),
     Case("flush left", lambda: post("/flush_cache?timeout=1e9", b""), leaves=0.2, at_once=64),
     Case("models listed", lambda: get("/v1/models"), "", SERVED, at_once=64),
