@@ -121,8 +121,16 @@ def test_tensors_in_memory(
     assert [v["tier"] for v in llm.adapters() if v["name"] == "t"] == ["disk"]
     assert ask(llm, "t")["output_ids"] == oracle(world, path)
     assert llm.load_lora_adapter("again", str(path)) == version
+
+    def num_directories() -> int:
+        return len([*llm._uploads.new().parent.parent.iterdir()])
+
+    before = num_directories()
     with pytest.raises(AdapterError):
         llm.load_lora_adapter_from_tensors("bad", b"not safetensors", {"r": 4})
+    with pytest.raises(RequestError, match="lora_name"):
+        llm.load_lora_adapter_from_tensors("a\nb", b"", {"r": 4})
+    assert num_directories() == before + 1, "the one made by looking"
 
 
 def test_evicted_adapters_come_back_with_version_and_cache(

@@ -197,14 +197,18 @@ class LLM:
         """
         data = tensors if isinstance(tensors, bytes) else _safetensors(tensors)
         weights = self._uploads.new()
-        write_atomically(weights, [data])
         args = {
             "name": name,
             "config": dict(config_dict),
             "weights": str(weights),
             "pinned": pinned,
         }
-        return self._command("load_adapter_from_tensors", args).version
+        try:
+            write_atomically(weights, [data])
+            return self._command("load_adapter_from_tensors", args).version
+        except BaseException:
+            self._uploads.discard(weights)
+            raise
 
     def unload_lora_adapter(self, name: str) -> None:
         """Forget a name and free its memory.
