@@ -80,7 +80,7 @@ HOSTILE = [
     ("json_schema", chain(1200), "references nest the schema deeper than 500"),
     ("json_schema", chain(2500, "bare"), "references nest the schema deeper than 500"),
     # What costs each sequence that follows it too much.
-    ("json_schema", properties(properties={f"name{i}": STR for i in range(1400)}), "allowed: 256 KB"),
+    ("json_schema", properties(properties={f"name{i}": STR for i in range(1400)}), "; allowed: "),  # of memory or of time
     ("ebnf", unit_rules("r0", 6000), "allowed: "),
     ("ebnf", unit_rules('"x" r0', 6000), "allowed: "),
     ("ebnf", unit_rules('"a very long secret that no random output begins with" r0', 7000), "each output"),

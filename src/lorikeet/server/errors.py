@@ -92,14 +92,16 @@ async def _on_own(request: Request, error: Exception) -> Response:
 async def _on_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    message = error.detail
+    message, headers = error.detail, error.headers
     if error.status_code == 404:
         message = f"there is no {shortened(request.url.path, MAX_SHOWN_PATH)}"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        # A route keeps its methods in a set.
+        allowed = ", ".join(sorted((headers or {}).get("Allow", "another method").split(", ")))
+        headers = {"Allow": allowed}
         path = request.url.path[:MAX_SHOWN_PATH]
         message = f"{request.method} {path} is not allowed; allowed: {allowed}"
-    return error_response(message, error.status_code, headers=error.headers)
+    return error_response(message, error.status_code, headers=headers)
 
 
 async def _on_validation(request: Request, error: Exception) -> Response:
