@@ -15,12 +15,13 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from tests.e2e.hostile import adapters, grammars, requests
 from tests.support.hostile import SERVED, Case, HostileServer, Reply, send
-from tests.support.hostile_calls import chat, format_of, generate, get, tokens
+from tests.support.hostile_calls import chat, format_of, generate, tokens
 
 CASES = [
     *(grammars.EBNF + grammars.REGEX + grammars.SCHEMAS),
@@ -115,5 +116,6 @@ def test_the_harness_sees_what_goes_wrong(server: HostileServer) -> None:
     assert "got 400" in problems[0]
     other = Case("unknown", lambda: generate(fields={"lora_path": "nobody"}), "xyz")
     assert "does not say 'xyz'" in server.problems_of(other)[0]
-    late = Case("late", lambda: get("/health"), "", SERVED, seconds=1e-9)
+    endless = partial(generate, max_new_tokens=2000, ignore_eos=True)
+    late = Case("late", endless, "", SERVED, seconds=0.05)
     assert "no answer within" in server.problems_of(late)[0]

@@ -69,6 +69,11 @@ def chain(count: int, link: str = "properties") -> str:
 
 
 NESTED = "nested too deeply, or repeats too much"
+# Which of the two limits is met first is up to the tokens of the trial.
+TOO_COSTLY = (
+    "of memory for each token; allowed: 256 KB",
+    "s of processor time; allowed: 0.05 s",
+)
 HOSTILE = [
     # What overflows XGrammar's stack.
     ("ebnf", "root ::= root{2}", NESTED),
@@ -80,7 +85,7 @@ HOSTILE = [
     ("json_schema", chain(1200), "references nest the schema deeper than 500"),
     ("json_schema", chain(2500, "bare"), "references nest the schema deeper than 500"),
     # What costs each sequence that follows it too much.
-    ("json_schema", properties(properties={f"name{i}": STR for i in range(1400)}), "; allowed: "),  # of memory or of time
+    ("json_schema", properties(properties={f"name{i}": STR for i in range(1400)}), TOO_COSTLY),
     ("ebnf", unit_rules("r0", 6000), "allowed: "),
     ("ebnf", unit_rules('"x" r0', 6000), "allowed: "),
     ("ebnf", unit_rules('"a very long secret that no random output begins with" r0', 7000), "each output"),
@@ -127,7 +132,7 @@ def test_it_is_refused_with_a_reason(compiler, kind, source, why):
         compiler.compile(SamplingParams(**{kind: source}))
     message = str(caught.value)
     assert message.startswith(f"sampling_params.{kind}")
-    assert why in message
+    assert any(reason in message for reason in ([why] if isinstance(why, str) else why))
     assert len(message) < 600
     assert "Check failed" not in message
     message.encode()
