@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lorikeet import envs, options
+from lorikeet import envs
+from lorikeet.config import parsing as options
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {"environment.md": envs.markdown, "options.md": options.markdown}

@@ -139,7 +139,7 @@ class FakeLLM:
 
 
 def test_generate_answers_one_prompt_with_its_text(module, capsys):
-    module("lorikeet.engine.llm", LLM=FakeLLM)
+    module("lorikeet.llm", LLM=FakeLLM)
     argv = [
         "generate",
         "--model",
@@ -178,7 +178,7 @@ def test_generate_answers_one_prompt_with_its_text(module, capsys):
     ],
 )
 def test_generate_shows_several_answers_in_a_table(module, capsys, adapters, answers):
-    module("lorikeet.engine.llm", LLM=FakeLLM)
+    module("lorikeet.llm", LLM=FakeLLM)
     argv = ["generate", "--model", "m", "--lora-paths", "a=p", "--prompt", "x", "--prompt", "y"]
     assert main([*argv, *adapters, "--sampling-params", '{"top_k": 1}']) == 0
     table = capsys.readouterr().out

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from lorikeet.config import OPTIONS
-from lorikeet.options import Parser, add_options, config_from_args
-from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody
+from lorikeet.config.parsing import Parser, add_options, config_from_args
+from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBody
 from lorikeet.server.protocol import GenerateBody, LoadAdapterBody, UnloadAdapterBody
 from lorikeet.utils import split_command
 from scripts import check_version, write_docs

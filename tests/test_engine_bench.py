@@ -27,12 +27,12 @@ from benchmarks.engine.measure import Load, Timeline
 from benchmarks.engine.profiling import gaps, kind_of, read_trace, union
 from benchmarks.engine.tables import tables
 from benchmarks.engine.traffic import Traffic, choose_adapters
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
 from lorikeet.models.spec import read_model_spec
+from lorikeet.text.tokenizer import Tokenizer
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

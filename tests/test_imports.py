@@ -18,14 +18,14 @@ import pytest
 
 HEAVY = ("torch", "transformers", "triton", "xgrammar", "peft")
 
-HTTP_PROCESS = ["server.app", "engine.client", "engine.tokenizer", "engine.intake", "engine.reply"]
-COMMAND_LINE = ["cli", "launch_server", "demo_run", "utils", "options"]
+HTTP_PROCESS = ["server.app", "client.client", "text.tokenizer", "client.intake", "client.reply"]
+COMMAND_LINE = ["cli", "launch_server", "demo_run", "utils", "config.parsing"]
 DECISIONS = [
     *("core.request", "core.sequence", "core.plan", "core.messages", "core.sites"),
     *("config", "metrics", "models.spec", "scheduler.scheduler"),
     *("kv.pages", "kv.radix", "kv.manager"),
-    *("lora.adapter_config", "lora.targets", "lora.registry", "lora.eviction", "lora.residency"),
-    *("lora.rank_pages", "lora.layout"),
+    *("adapters.spec", "adapters.targets", "adapters.registry", "adapters.eviction"),
+    *("adapters.residency", "adapters.rank_pages", "adapters.layout", "adapters.sources.source"),
 ]
 
 

@@ -16,7 +16,7 @@ from benchmarks.lifecycle.fixtures import (
 )
 from benchmarks.lifecycle.measure import percentiles
 from benchmarks.lifecycle.run import about, tables
-from lorikeet.lora.layout import PoolLayout
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
 from lorikeet.models.spec import read_model_spec
 

@@ -22,20 +22,24 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 2_500,
+    ".": 1_850,
+    "adapters": 2_950,
     "attention": 680,
+    "client": 1_400,
+    "config": 900,
     "core": 550,
     "demo": 150,
-    "engine": 5_650,
+    "engine": 2_500,
     "kv": 470,
     "layers": 380,
-    "lora": 4_000,
+    "lora": 1_200,
     "models": 930,
     "ops": 2_100,
     "parallel": 50,
     "scheduler": 1_000,
     "server": 3_450,
-    "worker": 3_150,
+    "text": 1_500,
+    "worker": 3_050,
 }
 # A higher number invites files that are several things, a lower one cuts objects in halves that share private state.
 MAX_FILE_LINES = 600

@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.common import Row
 from benchmarks.engine.fixtures import linear_sites
-from lorikeet.config_values import LoRAPath
+from lorikeet.config.parsing import config_from_values
+from lorikeet.config.values import LoRAPath
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.setup import build_engine
 from lorikeet.models.spec import ModelSpec
-from lorikeet.options import config_from_values
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.engine.fixtures import LLAMA_8B, model_directory
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Admission, Residency
 from lorikeet.core.sites import LoRASite
-from lorikeet.lora.layout import PoolLayout
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Admission, Residency
 from lorikeet.models.spec import read_model_spec
 
 NUM_PLACEMENTS = 150

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.common import about, table, write_result
 from benchmarks.ops.timing import graph_us
-from lorikeet.lora.layout import PAGE_RANKS
+from lorikeet.adapters.layout import PAGE_RANKS
 from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
 from lorikeet.ops.lora.cutting import Pieces, padded
 from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, SliceTable, Tiles

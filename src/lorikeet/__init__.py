@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lorikeet.config import LoRAPath, ServerConfig
     from lorikeet.core.request import SamplingParams
-    from lorikeet.engine.llm import LLM
     from lorikeet.errors import (
         AdapterError,
         AdapterNotFoundError,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
         UnavailableError,
         UserError,
     )
+    from lorikeet.llm import LLM
 
 __all__ = [
     "LLM",
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "LLM": "lorikeet.engine.llm",
+    "LLM": "lorikeet.llm",
     "LoRAPath": "lorikeet.config",
     "SamplingParams": "lorikeet.core.request",
     "ServerConfig": "lorikeet.config",

@@ -18,9 +18,9 @@ from types import FrameType
 
 from lorikeet import __version__, demo, envs
 from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, notes
+from lorikeet.config.parsing import Parser, add_options, config_from_args, config_from_values
 from lorikeet.errors import AdapterError, ConfigError, LorikeetError, UserError
 from lorikeet.log import setup_logging
-from lorikeet.options import Parser, add_options, config_from_args, config_from_values
 from lorikeet.signals import exit_on_interrupt
 from lorikeet.utils import format_table
 
@@ -168,7 +168,7 @@ def _answer(
     adapters: list[str | None],
 ) -> str:
     with exit_on_interrupt():
-        from lorikeet.engine.llm import LLM
+        from lorikeet.llm import LLM
 
     options = asdict(config)
     model_path = options.pop("model_path")

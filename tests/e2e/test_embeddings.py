@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorikeet import LLM
+from lorikeet.client.reply import vector_floats
 from lorikeet.core.request import Pooling, Request, RequestOutput, SamplingParams
-from lorikeet.engine.reply import vector_floats
 from lorikeet.errors import EngineFault, RequestError
 from tests.e2e.conftest import World
 from tests.e2e.test_overlap import no_memory

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Tokenizer
 from tests.e2e.conftest import World
 from tests.support.peft_adapters import peft_generate, peft_states
 from tests.support.served import served

@@ -20,8 +20,8 @@ from typing import Any, cast
 import pytest
 
 from lorikeet import LLM
+from lorikeet.client.uploads import Uploads
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from tests.e2e.conftest import World
 from tests.support.live_server import wait_until

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorikeet.client.uploads import Uploads
 from lorikeet.engine import adapter_moves
 from lorikeet.engine.adapter_reader import NUM_LOADS, TENSORS_PATH
 from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from tests.engine.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens

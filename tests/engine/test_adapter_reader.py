@@ -9,10 +9,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from lorikeet.adapters.sources.transfer import (
+    NeedsNetworkError,
+    Reach,
+    Transfer,
+    TransferEndedError,
+)
 from lorikeet.engine.adapter_reader import NUM_DOWNLOADS_PER_HOST, AdapterReader, Origin
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer, TransferEndedError
 from tests.support.adapter_rig import PATIENCE_S, Disk
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

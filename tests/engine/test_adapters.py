@@ -6,8 +6,8 @@ from concurrent.futures import wait
 
 import pytest
 
+from lorikeet.adapters.tiers import Tier
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
-from lorikeet.lora.tiers import Tier
 from tests.engine.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
 

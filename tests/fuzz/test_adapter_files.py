@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from lorikeet import demo
+from lorikeet.adapters import patterns
+from lorikeet.adapters.spec import LoRASpec, parse_adapter_config
+from lorikeet.adapters.targets import resolve_targets
+from lorikeet.adapters.tensor_header import TensorInfo, parse_header
 from lorikeet.errors import AdapterError
-from lorikeet.lora import patterns
-from lorikeet.lora.adapter_config import LoRASpec, parse_adapter_config
-from lorikeet.lora.targets import resolve_targets
-from lorikeet.lora.tensor_header import TensorInfo, parse_header
 from lorikeet.models.spec import read_model_spec
 from tests.fuzz.conftest import Chance, check_reason
 

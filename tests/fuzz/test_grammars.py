@@ -12,8 +12,8 @@ import torch
 
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError
-from lorikeet.worker.grammar import GrammarCompiler
-from lorikeet.worker.grammar_patterns import checked_json_pattern, checked_regex
+from lorikeet.worker.grammar.compiler import GrammarCompiler
+from lorikeet.worker.grammar.patterns import checked_json_pattern, checked_regex
 from tests.fuzz.conftest import Chance
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
 

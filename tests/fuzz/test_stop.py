@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 import regex
 
-from lorikeet.engine.stop import (
+from lorikeet.errors import RequestError
+from lorikeet.text.stop import (
     StopBudgetError,
     StopMatch,
     StopMatcher,
     StopRules,
     compile_stop_pattern,
 )
-from lorikeet.errors import RequestError
 from tests.fuzz.conftest import Chance, check_reason
 
 ALPHABET = "aab\n\u00e9"

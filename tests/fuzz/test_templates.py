@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from lorikeet.engine.chat import ChatTemplates, check_template
-from lorikeet.engine.chat_facts import find_facts
 from lorikeet.errors import RequestError
+from lorikeet.text.chat import ChatTemplates, check_template
+from lorikeet.text.chat_facts import find_facts
 from tests.fuzz.conftest import Chance
 
 VALUES = [

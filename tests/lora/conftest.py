@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.core.sites import LoRASite
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.models.spec import read_model_spec
 from tests.support.tiny_models import make_tiny_model
 

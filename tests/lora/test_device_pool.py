@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import EngineFault
 from lorikeet.lora import page_upload
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.ops.lora.reference import read_factors
 from tests.support.lora_runner import AdapterPool
 from tests.support.peft_adapters import make_adapter, peft_model

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorikeet.adapters.spec import LoRASpec
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.adapter_config import LoRASpec
 from lorikeet.lora.host_cache import HostCache
 
 

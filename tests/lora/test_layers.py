@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.layers import LoRAEmbedding, LoRALinear
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.ops.lora.metadata import LoRABatch, RowGroup
 from lorikeet.ops.lora.torch_ops import TorchBackend
 from tests.support.lora_runner import AdapterPool, LoRARunner

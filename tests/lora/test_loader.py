@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.spec import MAX_CONFIG_BYTES
 from lorikeet.errors import AdapterError
 from lorikeet.layers.linear import Part, ShardRule
-from lorikeet.lora.adapter_config import MAX_CONFIG_BYTES
 from lorikeet.lora.base_weights import checkpoint_weight
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.tensors import TensorFile
 from lorikeet.models.spec import read_model_spec

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from lorikeet.adapters.tensor_header import MAX_HEADER_BYTES, parse_header
 from lorikeet.errors import AdapterError
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.tensor_header import MAX_HEADER_BYTES, parse_header
 from lorikeet.lora.tensors import TORCH_TYPES, accept_tensors, open_tensors
 from tests.support.peft_adapters import WEIGHTS, make_adapter
 

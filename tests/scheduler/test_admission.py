@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
-from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Residency
-from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.count_operations import count_operations

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.plan import SampledToken, StepPlan, StepResult
 from lorikeet.core.request import (
     FinishReason,
@@ -11,7 +12,6 @@ from lorikeet.core.request import (
 )
 from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.errors import RequestError
-from lorikeet.lora.tiers import Tier
 from tests.support.scheduler_rig import ABORT, Rig
 
 

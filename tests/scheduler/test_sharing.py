@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import pytest
 
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.plan import SampledToken, StepPlan, StepResult
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 

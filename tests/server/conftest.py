@@ -13,12 +13,12 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from lorikeet.client.client import EngineClient
+from lorikeet.client.transport import ClientTransport
 from lorikeet.config import ServerConfig
-from lorikeet.engine.client import EngineClient
-from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.engine.transport import ClientTransport
 from lorikeet.server.app import make_app
 from lorikeet.server.drain import Drain
+from lorikeet.text.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 from tests.support.live_server import LiveServer

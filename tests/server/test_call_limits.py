@@ -10,11 +10,11 @@ from typing import Any
 import orjson
 import pytest
 
-from lorikeet.engine.completion import Completion
 from lorikeet.errors import RequestError
-from lorikeet.server.openai_bodies import ChatBody, CompletionBody, EmbeddingBody
+from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBody
 from lorikeet.server.protocol import Body, GenerateBody, parse_body
 from lorikeet.server.reading import MAX_CONTAINERS
+from lorikeet.text.completion import Completion
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import events, message
 

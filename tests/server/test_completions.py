@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Tokenizer
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import events, message
 from tests.support.byte_tokenizer import save_byte_tokenizer

@@ -12,7 +12,7 @@ import pytest
 
 from lorikeet import __version__
 from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
-from lorikeet.config_values import Option
+from lorikeet.config.values import Option
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
 from tests.support.live_server import LiveServer, wait_until

@@ -22,8 +22,8 @@ from typing import Any
 import httpx
 import pytest
 
+from lorikeet.client.transport import EngineAddress
 from lorikeet.config import ServerConfig
-from lorikeet.engine.transport import EngineAddress
 from lorikeet.errors import ConfigError, ModelError
 from lorikeet.server.app import serve
 from lorikeet.server.lifecycle import bind, listen

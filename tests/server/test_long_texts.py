@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lorikeet.engine.call_limits import MAX_TEXT, MAX_TEXTS, OWN, SERVED
-from lorikeet.engine.intake import Intake
-from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.client.call_limits import MAX_TEXT, MAX_TEXTS, OWN, SERVED
+from lorikeet.client.intake import Intake
 from lorikeet.errors import RequestError
+from lorikeet.text.tokenizer import Tokenizer
 from tests.server.conftest import Api
 from tests.server.test_native import message
 from tests.server.tool_api import ask, open_tools, prompt

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from lorikeet.config import ServerConfig
-from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.server.limits import MAX_HEAD, Limits
+from lorikeet.text.tokenizer import Tokenizer
 from tests.support.fake_engine import Knobs
 from tests.support.live_server import LiveServer
 

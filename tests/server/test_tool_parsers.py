@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from lorikeet.server.tool_parsers import (
+from lorikeet.server.openai.tool_parsers import (
     Arguments,
     Begin,
     Broken,

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from lorikeet.config import ServerConfig
-from lorikeet.engine.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Tokenizer
 from tests.server.conftest import Api, open_api
 from tests.server.test_native import events
 from tests.support.byte_tokenizer import save_byte_tokenizer

@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from lorikeet.client.transport import EngineAddress, EngineEndpoint
 from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
@@ -40,7 +41,6 @@ from lorikeet.core.messages import (
     Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
-from lorikeet.engine.transport import EngineAddress, EngineEndpoint
 from lorikeet.signals import leave_stops_to_parent
 
 CONTEXT_LENGTH = 512

@@ -13,14 +13,14 @@ from typing import Self
 import uvloop
 from prometheus_client import CollectorRegistry
 
+from lorikeet.client.client import EngineClient
+from lorikeet.client.transport import ClientTransport
 from lorikeet.config import ServerConfig
-from lorikeet.engine.client import EngineClient
-from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.engine.transport import ClientTransport
 from lorikeet.server.app import LIMITS, make_app
 from lorikeet.server.drain import Drain
 from lorikeet.server.lifecycle import HTTPServer, bind
 from lorikeet.server.limits import Limits
+from lorikeet.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.core.plan import PageCopy
 from lorikeet.core.sites import LoRASite
@@ -16,9 +18,7 @@ from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.base_weights import checkpoint_weight
 from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.rank_pages import RankPageAllocator
 from lorikeet.lora.shard import shard_site, site_rules
 from lorikeet.models.build import build_model
 from lorikeet.models.spec import read_model_spec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Admission, Residency
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Admission, Residency
 
 READY, WAIT, NO_ROOM = Admission.READY, Admission.WAIT, Admission.NO_ROOM
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
@@ -11,8 +13,6 @@ from lorikeet.core.request import (
 )
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker

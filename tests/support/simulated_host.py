@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from lorikeet.lora.residency import Residency
-from lorikeet.lora.tiers import Tier
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.tiers import Tier
 
 
 class SimulatedHost:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import random
 from collections import deque
 
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.registry import AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
@@ -16,10 +20,6 @@ from lorikeet.core.request import (
 from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.registry import AdapterRegistry
-from lorikeet.lora.residency import Residency
-from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker

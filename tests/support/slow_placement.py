@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from lorikeet.lora.tiers import Resident, Tier
+from lorikeet.adapters.tiers import Resident, Tier
 
 
 class SlowPages:

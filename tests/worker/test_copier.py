@@ -11,8 +11,8 @@ import pytest
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import EngineFault
 from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.copier import Copier
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.worker.copier import Copier
 
 PATIENCE_S = 10.0
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError
-from lorikeet.worker.grammar import GrammarCompiler
-from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.grammar.compiler import GrammarCompiler
+from lorikeet.worker.sampling.sampler import Sampler
 from tests.support.grammar_tokenizer import (
     EOS_ID,
     SPECIAL_ID,

@@ -7,8 +7,8 @@ import json
 import pytest
 import xgrammar
 
-from lorikeet.worker.grammar_check import checked_json_schema, checked_structural_tag
-from lorikeet.worker.grammar_patterns import checked_regex
+from lorikeet.worker.grammar.check import checked_json_schema, checked_structural_tag
+from lorikeet.worker.grammar.patterns import checked_regex
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
 
 

@@ -16,9 +16,10 @@ import torch
 
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
-from lorikeet.worker import grammar, grammar_masks
-from lorikeet.worker.grammar import CompiledGrammar, GrammarCompiler
-from lorikeet.worker.grammar_masks import GrammarMatcher, MaskFiller
+from lorikeet.worker.grammar.compiler import CompiledGrammar, GrammarCompiler
+from lorikeet.worker.grammar.compiler import compiler as grammar
+from lorikeet.worker.grammar.compiler import masks as grammar_masks
+from lorikeet.worker.grammar.masks import GrammarMatcher, MaskFiller
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
 
 VOCAB = 400

@@ -12,9 +12,9 @@ import torch
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
-from lorikeet.worker import sampling_state
-from lorikeet.worker.logit_rules import LogitRules
-from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.sampling import state as sampling_state
+from lorikeet.worker.sampling.rules import LogitRules
+from lorikeet.worker.sampling.sampler import Sampler
 from lorikeet.worker.staging import upload
 
 VOCAB = 64
@@ -104,7 +104,7 @@ def test_a_launch_that_fails_and_is_repeated_counts_its_token_once(monkeypatch):
         raise torch.OutOfMemoryError("no memory, says the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorikeet.worker.sampler.PendingSample", fail)
+        patch.setattr("lorikeet.worker.sampling.sampler.PendingSample", fail)
         with pytest.raises(torch.OutOfMemoryError):
             sampler.sample(logits_NV, [0, 1])
     for _ in range(5):
@@ -489,7 +489,7 @@ def test_prompt_logprobs_of_odd_logits_stay_valid_json():
 
 
 def test_prompt_logprobs_in_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("lorikeet.worker.sampler._BLOCK_ELEMENTS", 3 * VOCAB)
+    monkeypatch.setattr("lorikeet.worker.sampling.sampler._BLOCK_ELEMENTS", 3 * VOCAB)
     prompt = tuple(range(10, 21))
     logits_TV = random_logits(10, seed=3)
     sampler = make_sampler()
@@ -540,7 +540,7 @@ def test_features_that_nobody_uses_are_not_computed(monkeypatch, params, unused)
 
 def test_importing_the_sampler_does_not_import_the_grammar_libraries():
     code = (
-        "import sys, lorikeet.worker.sampler\n"
+        "import sys, lorikeet.worker.sampling.sampler\n"
         "loaded = {'xgrammar', 'transformers', 'tokenizers'} & set(sys.modules)\n"
         "print(sorted(loaded))"
     )

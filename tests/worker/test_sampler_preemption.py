@@ -9,8 +9,8 @@ import torch
 
 from lorikeet.core.plan import SampledToken, SequenceStart
 from lorikeet.core.request import SamplingParams
-from lorikeet.worker.grammar import GrammarCompiler
-from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.grammar.compiler import GrammarCompiler
+from lorikeet.worker.sampling.sampler import Sampler
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
 
 VOCAB = 352

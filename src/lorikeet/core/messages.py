@@ -152,7 +152,7 @@ class AdapterUse(msgspec.Struct, frozen=True):
     """Where a version is, and who uses it.
 
     Attributes:
-        tier: of ``lora/tiers.py``; None: nowhere yet.
+        tier: of ``adapters/tiers.py``; None: nowhere yet.
         in_flight: requests that hold it.
         last_use: seconds since the epoch, of the newest request's begin or end; None: never.
         reason: why it cannot be read again; None if it can.

@@ -1,1 +1,1 @@
-"""The loop, the process around it, and what its clients use: text in, text out."""
+"""The loop of an engine, the process around it, and how both are built."""

@@ -1,4 +1,4 @@
-"""What has changed about the adapters since it was last told, in the form of ``engine/adapter_views.py``.
+"""What has changed about the adapters since it was last told, in the form of ``adapters/views.py``.
 
 Every change costs what it changes: a name that came or went is described again, and a version whose tier or use has
 changed says so in a few numbers.
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
 from lorikeet.engine.adapter_records import Known, Load, Unload
-from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
-from lorikeet.lora.residency import Residency
 
 
 class AdapterNews:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from lorikeet.adapters.sources.source import pin_source, public_path
+from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.engine.adapter_threads import ReaderThreads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.source import pin_source, public_path
 from lorikeet.lora.tensors import accept_tensors
-from lorikeet.lora.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.masking import shortened
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class ReadAdapter:
 
 
 class Finder(Protocol):
-    """A resolver: adapters by their names, see ``lora/resolver.py``. Called on a reader's thread."""
+    """A resolver: adapters by their names, see ``adapters/sources/resolver.py``. Called on a reader's thread."""
 
     def find(self, name: str) -> Path | None: ...
 

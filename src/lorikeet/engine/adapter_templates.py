@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from lorikeet.engine.template_sandbox import Templates, TemplateSandbox
-from lorikeet.lora.files import read_small
-from lorikeet.lora.source import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from lorikeet.adapters.files import read_small
+from lorikeet.adapters.sources.source import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
+from lorikeet.text.template_sandbox import Templates, TemplateSandbox
 
 __all__ = ["TemplateNews", "Templates", "read_templates"]
 

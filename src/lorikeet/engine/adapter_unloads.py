@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.engine.adapter_records import AdapterCounters, Known, LoadOutcome, Unload
 from lorikeet.errors import AdapterError
-from lorikeet.lora.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.sources.resolver import is_name
+from lorikeet.adapters.sources.source import public_path
+from lorikeet.adapters.tiers import Tier
+from lorikeet.adapters.views import make_entry, make_report
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
 from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
@@ -31,15 +37,9 @@ from lorikeet.engine.adapter_records import (
 from lorikeet.engine.adapter_store import BASE_VERSION
 from lorikeet.engine.adapter_templates import TemplateNews, Templates
 from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
-from lorikeet.engine.adapter_views import make_entry, make_report
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
-from lorikeet.lora.registry import AdapterInfo, AdapterRegistry
-from lorikeet.lora.residency import Residency
-from lorikeet.lora.resolver import is_name
-from lorikeet.lora.source import public_path
-from lorikeet.lora.tiers import Tier
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from typing import NoReturn, cast
 
 from tqdm import tqdm
 
+from lorikeet.client.transport import EngineAddress, EngineEndpoint
 from lorikeet.config import ServerConfig
 from lorikeet.core.messages import (
     Abort,
@@ -43,7 +44,6 @@ from lorikeet.core.messages import (
 from lorikeet.core.request import FinishReason, Request, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.setup import build_engine
-from lorikeet.engine.transport import EngineAddress, EngineEndpoint
 from lorikeet.errors import (
     AdapterNotFoundError,
     EngineFault,

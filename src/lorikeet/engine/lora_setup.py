@@ -10,6 +10,15 @@ from typing import cast
 
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.registry import AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.sources.resolver import Resolver
+from lorikeet.adapters.sources.source import SourceOptions, open_source, public_path, resolve_source
+from lorikeet.adapters.sources.transfer import Transfer
+from lorikeet.adapters.spec import read_adapter_config
+from lorikeet.adapters.targets import resolve_targets
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
 from lorikeet.engine.adapter_reader import AdapterReader, Trust
@@ -17,21 +26,12 @@ from lorikeet.engine.adapter_templates import read_templates
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.errors import AdapterError, ConfigError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.adapter_config import read_adapter_config
 from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.base_weights import checkpoint_weight
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.host_cache import HostCache
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.rank_pages import RankPageAllocator
-from lorikeet.lora.registry import AdapterRegistry
 from lorikeet.lora.report import adapter_report
-from lorikeet.lora.residency import Residency
-from lorikeet.lora.resolver import Resolver
-from lorikeet.lora.source import SourceOptions, open_source, public_path, resolve_source
-from lorikeet.lora.targets import resolve_targets
-from lorikeet.lora.transfer import Transfer
 from lorikeet.models.decoder import Decoder
 from lorikeet.ops.lora.select import BackendName, make_backend
 from lorikeet.worker.memory import size_text

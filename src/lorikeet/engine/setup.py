@@ -34,7 +34,7 @@ from lorikeet.models.source import locate_model
 from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
-from lorikeet.worker.grammar import GrammarCompiler
+from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.memory import MemorySplit
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 from multiprocessing.context import SpawnProcess
 
+from lorikeet.client.transport import EngineAddress
 from lorikeet.config import ServerConfig
-from lorikeet.engine.transport import EngineAddress
 from lorikeet.signals import leave_stops_to_parent
 
 

@@ -16,12 +16,12 @@ from lorikeet.engine.lora_setup import LoRAParts
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
+from lorikeet.lora.copier import Copier
 from lorikeet.models.decoder import Decoder
 from lorikeet.models.spec import ModelSpec
 from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS
 from lorikeet.ops.select import select_ops
-from lorikeet.worker.copier import Copier
-from lorikeet.worker.grammar import GrammarCompiler
+from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.graphs import DecodeBuffers, GraphRunner, default_sizes
 from lorikeet.worker.inputs import InputBuilder
 from lorikeet.worker.lanes import Lanes
@@ -42,7 +42,7 @@ from lorikeet.worker.profile import (
     warm_up_draw,
 )
 from lorikeet.worker.prompt_graphs import PromptBuffers, PromptGraphs, default_prompt_sizes
-from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.sampling.sampler import Sampler
 from lorikeet.worker.worker import Graphs, Worker
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""Adapters from name to kernel operand: what they are, where they are, and where they enter the model."""
+"""The bytes and the arithmetic of adapters on one rank: how they are read, where they lie, where they enter the model."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorikeet.lora.adapter_config import LoRASpec
+from lorikeet.adapters.spec import LoRASpec
 
 
 @dataclass(frozen=True, slots=True)

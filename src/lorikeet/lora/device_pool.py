@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.targets import ModuleKey
 from lorikeet.core.plan import PageCopy
 from lorikeet.core.sites import LoRASite
 from lorikeet.errors import EngineFault
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.page_upload import PageUpload
-from lorikeet.lora.targets import ModuleKey
 from lorikeet.ops.lora.metadata import PageTable, SiteTable, SliceTable
 
 

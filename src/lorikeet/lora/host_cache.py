@@ -1,4 +1,4 @@
-"""The bytes of the host tier: adapters by version. Which of them are held is ``lora/residency.py``'s decision."""
+"""The bytes of the host tier: adapters by version. Which of them are held is ``adapters/residency.py``'s decision."""
 
 from __future__ import annotations
 

@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lorikeet.adapters.layout import PoolLayout
+from lorikeet.adapters.sources.source import WEIGHTS_FILE, weights_file
+from lorikeet.adapters.spec import LoRASpec, read_adapter_config
+from lorikeet.adapters.targets import ModuleKey, ModuleLoRA, resolve_targets
 from lorikeet.core.sites import LoRASite, SiteSlice
 from lorikeet.errors import AdapterError
 from lorikeet.layers.linear import ShardRule
 from lorikeet.lora.adapter import HostAdapter, PackedModule
-from lorikeet.lora.adapter_config import LoRASpec, read_adapter_config
 from lorikeet.lora.base_weights import BaseWeight, is_copy
-from lorikeet.lora.layout import PoolLayout
 from lorikeet.lora.shard import shard_pair
-from lorikeet.lora.source import WEIGHTS_FILE, weights_file
-from lorikeet.lora.targets import ModuleKey, ModuleLoRA, resolve_targets
 from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, empty_flat, open_tensors
 
 _PREFIX = "base_model.model."

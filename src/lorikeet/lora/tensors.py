@@ -18,11 +18,11 @@ from typing import cast
 import numpy as np
 import torch
 
+from lorikeet.adapters.files import opened, write_atomically
+from lorikeet.adapters.sources.source import WEIGHTS_FILE
+from lorikeet.adapters.spec import CONFIG_FILE, MAX_CONFIG_BYTES, parse_adapter_config
+from lorikeet.adapters.tensor_header import parse_header
 from lorikeet.errors import AdapterError
-from lorikeet.lora.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES, parse_adapter_config
-from lorikeet.lora.files import opened, write_atomically
-from lorikeet.lora.source import WEIGHTS_FILE
-from lorikeet.lora.tensor_header import parse_header
 
 # What load_lora_adapter_from_tensors takes; rank 256 on every module of a 70B model in 16 bits has 6.6 GB.
 MAX_TENSORS_BYTES = 8 << 30

@@ -15,7 +15,7 @@ blocked one. Another is admitted before it only if ``serial <= b.serial + max_pa
 **while a request waits for room, no more than max_passes later ones that name an adapter pass it**, however often it
 becomes blocked. When that window is used up, running sequences end one after the other until there is room, and b is
 first in line for it. What was read or copied for it stays until it ran, unless one that stands before it needs the room
-(``lora/residency.py``); since that one was asked first, unless it was waiting for its turn then, it seldom comes again.
+(``adapters/residency.py``); since that one was asked first, unless it was waiting for its turn then, it seldom comes again.
 
 **Draining.** So that b seldom waits that long, one adapter, the one with the fewest running sequences, stops admitting
 requests later than ``b.serial + max_passes // 8``. It falls idle soon and b takes its place, while the other adapters
@@ -40,8 +40,8 @@ import heapq
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.sequence import Sequence
-from lorikeet.lora.tiers import Tier
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 

@@ -28,6 +28,8 @@ twice what first come first served would take. Both hold for prompts that have r
 
 from __future__ import annotations
 
+from lorikeet.adapters.residency import Admission as AdapterAdmission
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.plan import (
     NOT_FINITE,
     DecodeRow,
@@ -42,8 +44,6 @@ from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.residency import Admission as AdapterAdmission
-from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.finish import adapter_failure, failure, finish_reason, prepare

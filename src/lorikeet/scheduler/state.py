@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.plan import SampledToken, StepPlan
 from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.kv.manager import KVManager
-from lorikeet.lora.residency import Residency
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 from lorikeet.scheduler.stats import Counters, SchedulerStats

@@ -10,9 +10,9 @@ import orjson
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from lorikeet.client.client import EngineClient
+from lorikeet.client.uploads import Uploads
 from lorikeet.config import ServerConfig
-from lorikeet.engine.client import EngineClient
-from lorikeet.engine.uploads import Uploads
 from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
 from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.server.limits import BodyError

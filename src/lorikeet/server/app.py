@@ -13,18 +13,15 @@ from prometheus_client import CollectorRegistry
 from starlette.middleware.cors import CORSMiddleware
 
 from lorikeet import __version__
+from lorikeet.adapters.registry import MAX_LISTED
+from lorikeet.client.client import EngineClient
+from lorikeet.client.transport import ClientTransport, EngineAddress
 from lorikeet.config import ServerConfig, resolve
-from lorikeet.engine.client import EngineClient
 from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.spawn import spawn_engine
-from lorikeet.engine.tokenizer import Tokenizer
-from lorikeet.engine.transport import ClientTransport, EngineAddress
-from lorikeet.lora.registry import MAX_LISTED
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
-from lorikeet.server.completions import CompletionRoutes
 from lorikeet.server.drain import Drain, DrainGate
-from lorikeet.server.embeddings import EmbeddingRoutes
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import (
     HTTPServer,
@@ -37,7 +34,10 @@ from lorikeet.server.lifecycle import (
 from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
 from lorikeet.server.native import NativeRoutes
-from lorikeet.server.openai import OpenAIRoutes
+from lorikeet.server.openai.completions import CompletionRoutes
+from lorikeet.server.openai.embeddings import EmbeddingRoutes
+from lorikeet.server.openai.models import OpenAIRoutes
+from lorikeet.text.tokenizer import Tokenizer
 
 SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
 

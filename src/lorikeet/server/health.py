@@ -12,17 +12,17 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from lorikeet import __version__
+from lorikeet.client.client import EngineClient
+from lorikeet.client.intake import RequestBatch
 from lorikeet.config import OPTIONS, ServerConfig
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
-from lorikeet.engine.client import EngineClient
-from lorikeet.engine.intake import RequestBatch
-from lorikeet.engine.stop import StopRules
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.masking import mask_all
 from lorikeet.server.errors import error_response
 from lorikeet.server.protocol import quote
 from lorikeet.server.replies import JSONReply, until_disconnect
+from lorikeet.text.stop import StopRules
 
 # How often a flush that found the engine busy is tried again within its timeout.
 FLUSH_RETRY_S = 0.05

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorikeet import signals
-from lorikeet.engine.client import EngineClient
+from lorikeet.client.client import EngineClient
 from lorikeet.errors import ConfigError, UnavailableError
 from lorikeet.server.drain import MESSAGE, Drain
 from lorikeet.server.limits import MAX_HEAD, Connection, Limits

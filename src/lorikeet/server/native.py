@@ -8,16 +8,16 @@ from functools import partial
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from lorikeet.engine.client import EngineClient
-from lorikeet.engine.completion import Snapshot
-from lorikeet.engine.intake import RequestBatch
-from lorikeet.engine.reply import TokenText, native_reply
-from lorikeet.engine.stream import CompletionStream, finish_error
+from lorikeet.client.client import EngineClient
+from lorikeet.client.intake import RequestBatch
+from lorikeet.client.reply import TokenText, native_reply
+from lorikeet.client.stream import CompletionStream, finish_error
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
 from lorikeet.server.replies import LARGE_REPLY, JSONReply, build_reply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame
+from lorikeet.text.completion import Snapshot
 
 
 class NativeRoutes:

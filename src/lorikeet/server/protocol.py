@@ -66,7 +66,7 @@ class Body(BaseModel):
 
 
 class GenerateBody(Body):
-    """``POST /generate``. Null is the same as not given. The values are checked by ``engine/intake.py``."""
+    """``POST /generate``. Null is the same as not given. The values are checked by ``client/intake.py``."""
 
     text: str | Many[str] | None = Field(None, description="a string or a list of strings")
     input_ids: Many[int] | Many[Many[int]] | None = Field(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from lorikeet.engine.turns import give_way
+from lorikeet.client.turns import give_way
 from lorikeet.errors import RequestError
 
 _Read = TypeVar("_Read")

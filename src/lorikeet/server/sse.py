@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lorikeet.engine.turns import give_way
+from lorikeet.client.turns import give_way
 from lorikeet.server.replies import until_disconnect
 
 DONE = b"data: [DONE]\n\n"

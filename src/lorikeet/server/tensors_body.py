@@ -15,8 +15,8 @@ from typing import BinaryIO, cast
 
 import orjson
 
+from lorikeet.adapters.tensor_header import MAX_HEADER_BYTES
 from lorikeet.errors import RequestError
-from lorikeet.lora.tensor_header import MAX_HEADER_BYTES
 
 FIELD = "tensors"
 #: Most bytes of the body beside the tensors: a configuration has at most 4 MiB.

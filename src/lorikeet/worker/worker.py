@@ -20,12 +20,12 @@ from lorikeet.attention.base import AttentionBackend
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.errors import EngineFault, OutOfMemoryError
 from lorikeet.layers.batch import ForwardBatch
-from lorikeet.worker.copier import Copier
+from lorikeet.lora.copier import Copier
 from lorikeet.worker.inputs import InputBuilder, StepLayout
-from lorikeet.worker.logprobs import PendingPrompt
-from lorikeet.worker.pending_sample import PendingSample
-from lorikeet.worker.pooler import PendingVectors, Pooler
-from lorikeet.worker.sampler import Sampler
+from lorikeet.worker.sampling.logprobs import PendingPrompt
+from lorikeet.worker.sampling.pending_sample import PendingSample
+from lorikeet.worker.sampling.pooler import PendingVectors, Pooler
+from lorikeet.worker.sampling.sampler import Sampler
 
 # A step that has nothing to compute waits this long for a copy, then lets the loop look for new requests.
 COPY_WAIT_S = 0.02

@@ -1,0 +1,463 @@
+"""Where each adapter version is, and what should move: decisions only, others read and copy.
+
+::
+
+    DISK --take_reads--> READING --read_done--> HOST --admit, prefetch, pin--> COPYING --copies_done--> DEVICE
+      ^                     |                    | ^                             |                        |
+      +-----eviction--------|--------------------+ +--------copy failed----------+--------eviction--------+
+                            +--read_failed--> FAILED --retry--> DISK
+
+A version is usable on the device only. What is on the device is in host memory, too. Both tiers keep to the queue's
+order (``want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
+until that request ran.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+
+from lorikeet.adapters.device_tier import DeviceTier
+from lorikeet.adapters.eviction import POLICIES
+from lorikeet.adapters.host_tier import MAX_READS, HostTier
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
+from lorikeet.core.plan import PageCopy
+from lorikeet.errors import AdapterError
+
+# A pin whose copy failed is placed again after this long, and after twice as long each time that it fails again.
+_RETRY_S = 1.0
+_MAX_RETRY_S = 60.0
+
+
+class Admission(Enum):
+    """Answer to a sequence that wants to run with a version."""
+
+    #: It is on the device: the sequence may run in the step that is being planned.
+    READY = "ready"
+    #: It is being read or copied, or stands in line for being read, and asks nothing of others. Ask again later.
+    WAIT = "wait"
+    #: What holds the room on the device or in host memory is in use, pinned or wanted before. Ask again later.
+    NO_ROOM = "no room"
+    #: It could not be read; ``Residency.failure`` says why.
+    FAILED = "failed"
+
+
+class Residency:
+    """Owner of the state of every adapter version.
+
+    Version 0 is the base model: always ready, in slot 0, and it takes nothing.
+
+    Args:
+        num_slots: rows of the device's page tables, slot 0 included.
+        policy: ``lru`` or ``fifo``, see ``adapters/eviction.py``.
+        max_pinned: at most this many versions may be pinned.
+        max_host: at most this many versions are in host memory, those being read included; None means any number.
+        max_reads: at most this many versions are being read.
+        clock: seconds, for what is tried again after a while.
+
+    Raises:
+        ValueError: an unknown policy, no slot besides the base model's, or host memory for pinned versions only.
+    """
+
+    def __init__(
+        self,
+        *,
+        allocator: RankPageAllocator,
+        num_slots: int,
+        policy: str,
+        max_pinned: int,
+        max_host: int | None = None,
+        max_reads: int = MAX_READS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"eviction policy {policy!r}; known: {', '.join(POLICIES)}")
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; slot 0 is needed for the base model")
+        if max_host is not None and max_host <= max_pinned:
+            raise ValueError(f"max_host is {max_host}; {max_pinned} pinned versions would fill it")
+        self._max_pinned = max_pinned
+        self._ledger = Ledger(policy)
+        self._entries = self._ledger.entries
+        self._device = DeviceTier(self._ledger, allocator, num_slots)
+        self._host = HostTier(self._ledger, max_host, self._device.evict, max_reads)
+        self._clock = clock
+        self._num_pinned = 0
+        # Pinned versions whose copy was not planned yet, or failed.
+        self._unplaced_pins: set[int] = set()
+
+    def __contains__(self, version: int) -> bool:
+        entry = self._entries.get(version)
+        return version == 0 or (entry is not None and not entry.removed)
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    def add(self, version: int, page_classes: Sequence[int], *, pinned: bool = False) -> None:
+        """The bytes of a version have come to host memory; it may be admitted.
+
+        One that is on disk, being read or failed may come this way, too; a read that is on its way is then for nothing.
+
+        Args:
+            page_classes: class of each of its rank pages.
+            pinned: resident from now on; its copy is planned as soon as there is room.
+
+        Raises:
+            AdapterError: it can never fit, too many are pinned, or host memory is full of versions that are pinned,
+                in use or on their way.
+            ValueError: the version is in host memory already.
+        """
+        entry = self._entries.get(version)
+        if (
+            entry is not None
+            and not entry.removed
+            and entry.tier in IN_HOST_MEMORY - {Tier.READING}
+        ):
+            raise ValueError(f"version {version} is there already")
+        if pinned and not (entry is not None and entry.pinned):
+            self._check_pin()
+        self._device.check_size(page_classes, self._max_pinned + 1)
+        if entry is None or not self._is_reading(version):
+            self._host.take_place()
+        if entry is None:
+            entry = self._ledger.add(version)
+        self._ledger.set_removed(entry, removed=False)
+        self._set_pin(entry, pinned=entry.pinned or pinned)
+        if entry.tier in (Tier.DISK, Tier.FAILED):
+            self._ledger.move(entry, Tier.READING)
+        if entry.tier is Tier.READING:
+            self._host.arrive(entry, page_classes)
+        self._ledger.num_changes += 1
+
+    def remove(self, version: int) -> None:
+        """A version is unloaded. What it holds on the device is freed once nobody uses it and no copy is on its way.
+
+        Its bytes are the caller's to drop; ``take_host_drops`` does not name it. A copy that is on its way needs a
+        reference of its own.
+
+        Raises:
+            ValueError: the version is not there.
+        """
+        entry = self._find(version)
+        self._host.forget(entry)
+        self._set_pin(entry, pinned=False)
+        self._ledger.set_removed(entry, removed=True)
+        self._ledger.num_changes += 1
+        self._settle(entry)
+
+    def set_pinned(self, version: int, *, pinned: bool) -> None:
+        """Pin or unpin a version.
+
+        Raises:
+            AdapterError: too many would be pinned.
+            ValueError: the version is not there.
+        """
+        entry = self._find(version)
+        if pinned and not entry.pinned:
+            self._check_pin()
+        self._set_pin(entry, pinned=pinned)
+        self._ledger.num_changes += 1
+
+    def has_host_room(self) -> bool:
+        """True if ``add`` of one more version would find room in host memory."""
+        return self._host.has_room(FIRST)
+
+    def failure(self, version: int) -> str | None:
+        """Why a version is FAILED; None if it is not, or not there."""
+        entry = self._entries.get(version)
+        return entry.reason if entry is not None and not entry.removed else None
+
+    def tier(self, version: int) -> Tier:
+        return self._find(version).tier
+
+    def is_resident(self, version: int) -> bool:
+        """True if a sequence may run with the version now."""
+        return version == 0 or self._find(version).tier is Tier.DEVICE
+
+    def slot(self, version: int) -> int:
+        """Device slot of a version that was admitted; 0 for the base model.
+
+        Raises:
+            ValueError: the version has no slot.
+        """
+        if version == 0:
+            return 0
+        entry = self._entries.get(version)
+        if entry is None or entry.slot == 0:
+            raise ValueError(f"version {version} has no slot")
+        return entry.slot
+
+    def count(self, tier: Tier) -> int:
+        """Versions in a tier."""
+        return self._ledger.num_in[tier]
+
+    def take_moved(self) -> list[int]:
+        """Versions whose tier has changed since the last call, in no order; some may be gone."""
+        moved, self._ledger.moved = list(self._ledger.moved), set()
+        return moved
+
+    def num_uses(self, version: int) -> int:
+        entry = self._entries.get(version)
+        return entry.uses if entry is not None else 0
+
+    def resident(self) -> list[int]:
+        """Versions that own a slot."""
+        return list(self._device.placed)
+
+    def usable(self) -> list[int]:
+        """Versions on the device whose copies are complete."""
+        return [v for v, entry in self._device.placed.items() if entry.tier is Tier.DEVICE]
+
+    @property
+    def num_device_evictions(self) -> int:
+        """Versions that had to leave the device for others, since the start."""
+        return self._device.num_evictions
+
+    @property
+    def num_changes(self) -> int:
+        """Moves whenever a question that was answered with WAIT or NO_ROOM may have another answer."""
+        return self._ledger.num_changes
+
+    @property
+    def has_copies_in_flight(self) -> bool:
+        """True if copies are decided or on their way: steps are needed to learn of their end."""
+        return self._device.num_copying > 0
+
+    # -- use -----------------------------------------------------------------------------------------------------
+
+    def want(self, versions: Iterable[int]) -> None:
+        """Say which versions the queue wants, in its order. The first come first, and stay longest."""
+        self._ledger.want(versions)
+
+    def admit(self, version: int) -> Admission:
+        """Ask for a version for one more sequence; starts its read or its copy if there is room.
+
+        READY counts as one use, to be undone by ``release``.
+
+        Raises:
+            ValueError: the version is not there.
+        """
+        if version == 0:
+            return Admission.READY
+        entry = self._find(version)
+        if entry.tier is Tier.DEVICE:
+            entry.uses += 1
+            entry.last_use = self._ledger.tick()
+            self._ledger.note(entry)
+            return Admission.READY
+        if entry.tier is Tier.FAILED:
+            return Admission.FAILED
+        if entry.tier is Tier.DISK and self._host.num_free_reads <= 0:
+            return Admission.WAIT
+        if entry.tier is Tier.DISK and not self._host.start_read(entry):
+            return Admission.NO_ROOM
+        if entry.tier is Tier.HOST and not self._device.place(entry):
+            return Admission.NO_ROOM
+        return Admission.WAIT
+
+    def release(self, version: int) -> None:
+        """One sequence less uses a version.
+
+        Raises:
+            ValueError: nobody uses it.
+        """
+        if version == 0:
+            return
+        entry = self._entries.get(version)
+        if entry is None or entry.uses == 0:
+            raise ValueError(f"version {version} is not in use")
+        entry.uses -= 1
+        entry.last_use = self._ledger.tick()
+        self._ledger.note(entry)
+        if entry.uses == 0:
+            self._ledger.num_changes += 1
+            self._settle(entry)
+
+    @property
+    def has_decisions(self) -> bool:
+        """True if the next plan has something to move, even if nothing is computed."""
+        return bool(self._device.freed_slots or self._device.copies)
+
+    @property
+    def has_unplaced_pins(self) -> bool:
+        return bool(self._unplaced_pins)
+
+    def take_decisions(self) -> tuple[list[int], list[PageCopy]]:
+        """Slots freed and copies decided since the last call, for the plan that is being made.
+
+        Pinned versions are placed first, then what the queue wants is read and copied ahead.
+        """
+        self._place_pins()
+        # Reads first: a copy ahead would hold on to a place in host memory that one wanted earlier needs.
+        self._host.read_ahead([*sorted(self._unplaced_pins), *self._ledger.wanted])
+        self._device.copy_ahead()
+        device = self._device
+        decisions = (device.freed_slots, device.copies)
+        device.freed_slots, device.copies = [], []
+        return decisions
+
+    def copies_done(self, copied: Iterable[int], failed: Mapping[int, str] | Iterable[int]) -> None:
+        """Copies are complete, or failed and give their room back. They may have been decided any number of steps ago.
+
+        Raises:
+            ValueError: no copy of that version was on its way.
+        """
+        for version in copied:
+            self._end_copy(version, ok=True)
+        for version in failed:
+            self._end_copy(version, ok=False)
+
+    # -- host memory ---------------------------------------------------------------------------------------------
+
+    @property
+    def has_reads(self) -> bool:
+        """True if ``take_reads`` has something to hand out."""
+        return bool(self._host.reads)
+
+    def take_reads(self) -> list[int]:
+        """Versions to read now, as decided by ``admit`` and ``take_decisions``, in the queue's order.
+
+        Each is answered by ``read_done`` or ``read_failed``. Carry out the drops first: they make the room for these.
+        """
+        return [version for version in self._host.take_reads() if self._is_reading(version)]
+
+    def take_host_drops(self) -> list[int]:
+        """Versions evicted from host memory since the last call; drop their bytes."""
+        return self._host.take_drops()
+
+    def read_done(self, version: int, page_classes: Sequence[int]) -> bool:
+        """READING -> HOST.
+
+        Returns:
+            False if the bytes are not wanted any more: the version was removed, or came by ``add`` meanwhile.
+        """
+        if not self._is_reading(version):
+            return False
+        entry = self._entries[version]
+        self._host.arrive(entry, page_classes)
+        if entry.pinned:
+            self._unplaced_pins.add(version)
+        self._ledger.num_changes += 1
+        return True
+
+    def read_failed(self, version: int, reason: str) -> bool:
+        """READING -> FAILED; the scheduler ends the sequences that wait for it.
+
+        Returns:
+            False if nobody cares any more, as for ``read_done``.
+        """
+        if not self._is_reading(version):
+            return False
+        self._unplaced_pins.discard(version)
+        self._host.fail(self._entries[version], reason)
+        return True
+
+    def retry(self, version: int) -> None:
+        """FAILED -> DISK: whatever was in the way of reading it may have gone.
+
+        Raises:
+            ValueError: the version is not there, or has not failed.
+        """
+        entry = self._find(version)
+        if entry.tier is not Tier.FAILED:
+            raise ValueError(f"version {version} has not failed: {entry.tier.value}")
+        self._ledger.move(entry, Tier.DISK)
+        entry.reason = None
+        if entry.pinned:
+            self._unplaced_pins.add(version)
+        self._ledger.num_changes += 1
+
+    @property
+    def num_free_reads(self) -> int:
+        """How many more versions may be read at this moment, if there is room for them."""
+        return self._host.num_free_reads
+
+    def take_ended_reads(self) -> list[int]:
+        """Versions that are not being read any more, whatever came of it, since the last call."""
+        return self._host.take_ended()
+
+    def take_failures(self) -> dict[int, str]:
+        """Versions that became FAILED since the last call, and why."""
+        return self._host.take_failures()
+
+    def check_integrity(self) -> None:
+        """Recount both tiers.
+
+        Raises:
+            AssertionError: a slot, page or place is leaked or shared, or a version is in an impossible state.
+        """
+        self._device.check_integrity()
+        self._host.check_integrity()
+        self._ledger.check_integrity()
+        pinned = {entry.version for entry in self._entries.values() if entry.pinned}
+        if len(pinned) != self._num_pinned or not self._unplaced_pins <= pinned:
+            raise AssertionError(
+                f"{self._num_pinned} pins counted, {self._unplaced_pins} not placed, of {pinned}"
+            )
+        for entry in self._entries.values():
+            if entry.uses and entry.tier is not Tier.DEVICE:
+                raise AssertionError(f"version {entry.version} is in use and not on the device")
+            if entry.removed and not entry.uses and entry.tier is not Tier.COPYING:
+                raise AssertionError(f"version {entry.version} should have given its room back")
+            if (entry.reason is not None) != (entry.tier is Tier.FAILED):
+                raise AssertionError(f"version {entry.version} is {entry.tier}: {entry.reason}")
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _find(self, version: int) -> Resident:
+        entry = self._entries.get(version)
+        if entry is None or entry.removed:
+            raise ValueError(f"version {version} is not in host memory and was not there before")
+        return entry
+
+    def _is_reading(self, version: int) -> bool:
+        entry = self._entries.get(version)
+        return entry is not None and not entry.removed and entry.tier is Tier.READING
+
+    def _set_pin(self, entry: Resident, *, pinned: bool) -> None:
+        """Pin or unpin; a pin is placed with the next plan, if it is not placed already."""
+        self._num_pinned += pinned - entry.pinned
+        entry.pinned = pinned
+        if pinned:
+            self._unplaced_pins.add(entry.version)
+        else:
+            self._unplaced_pins.discard(entry.version)
+        self._ledger.note(entry)
+
+    def _check_pin(self) -> None:
+        if self._num_pinned >= self._max_pinned:
+            raise AdapterError(
+                f"cannot pin another adapter: {self._num_pinned} are pinned and {self._max_pinned} is the most "
+                "(max_loras_per_batch - 1), or the others face starvation"
+            )
+
+    def _place_pins(self) -> None:
+        for version in sorted(self._unplaced_pins):
+            entry = self._entries[version]
+            if entry.tier is Tier.HOST and entry.retry_at <= self._clock():
+                self._device.place(entry)
+            if entry.tier in (Tier.COPYING, Tier.DEVICE):
+                self._unplaced_pins.discard(version)
+
+    def _end_copy(self, version: int, *, ok: bool) -> None:
+        entry = self._entries.get(version)
+        if entry is None or entry.tier is not Tier.COPYING:
+            raise ValueError(f"no copy of version {version} is on its way")
+        self._device.end_copy(entry, ok=ok)
+        if ok:
+            entry.num_failures = 0
+        elif entry.pinned:
+            delay = min(_MAX_RETRY_S, _RETRY_S * 2 ** min(entry.num_failures, 8))
+            entry.num_failures += 1
+            entry.retry_at = self._clock() + delay
+            self._unplaced_pins.add(version)
+        self._settle(entry)
+
+    def _settle(self, entry: Resident) -> None:
+        """Carry out what waited for the last user to leave."""
+        if not entry.removed or entry.uses or entry.tier is Tier.COPYING:
+            return
+        if entry.tier is Tier.DEVICE:
+            self._device.vacate(entry)
+        del self._entries[entry.version]

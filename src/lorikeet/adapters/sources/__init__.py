@@ -1,0 +1,1 @@
+"""Where adapters come from: directories, the hub, object stores and web servers."""

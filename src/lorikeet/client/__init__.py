@@ -1,0 +1,1 @@
+"""What talks to an engine: calls checked and sent, completions followed. No torch here."""

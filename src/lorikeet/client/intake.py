@@ -1,0 +1,439 @@
+"""The fields of ``/generate`` (and of ``LLM.generate``) -> requests for the engine, or one error that names the field.
+
+Everything about a request that can be known without the engine is checked here, before any work: only whether an
+adapter is loaded and whether a grammar compiles is left to the engine.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar, cast
+
+import msgspec
+
+from lorikeet.client.call_limits import SERVED, CallLimits, check_completions, fit_logprobs
+from lorikeet.client.params import check_unicode, is_int, parse_sampling, shown, wrong_type
+from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Prompt, Request, SamplingParams
+from lorikeet.errors import ContextLengthError, RequestError
+from lorikeet.names import MAX_RID, check_name
+from lorikeet.text.completion import Completion
+from lorikeet.text.stop import SearchBudget, StopRules
+from lorikeet.text.tokenizer import Tokenizer
+
+__all__ = ["Intake", "RequestBatch", "parse_sampling"]
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestBatch:
+    """The requests of one call, in the order of its reply: prompt after prompt, the n completions of one side by side.
+
+    Attributes:
+        requests: one per prompt; n is the same for all.
+        stops: what ends the completions of each request, compiled, with one budget for the call.
+        rids: what the caller calls each completion. Labels, and nothing else: they never leave this process.
+        labels: each name by which the caller may end completions -> their places. Those are the rids, and the one that
+            several were expanded from.
+        is_list: the reply is a list, because the prompts came as a list or n is above 1.
+        return_text_in_logprobs: log-probabilities carry the text of their tokens.
+    """
+
+    requests: list[Request]
+    stops: list[StopRules]
+    rids: list[str]
+    labels: Mapping[str, list[int]]
+    is_list: bool
+    return_text_in_logprobs: bool = False
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.rids)
+
+    def request_of(self, index: int) -> Request:
+        """The request of the completion at this place of the reply."""
+        return self.requests[index // self.requests[0].num_samples]
+
+    def completion(
+        self, index: int, tokenizer: Tokenizer, *, markers: Collection[int] = ()
+    ) -> Completion:
+        """A new completion for this place of the reply."""
+        place = index // self.requests[0].num_samples
+        return Completion(
+            self.requests[place],
+            tokenizer,
+            stops=self.stops[place],
+            rid=self.rids[index],
+            markers=markers,
+        )
+
+
+class Intake:
+    """Checks and prepares requests for one engine.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: ids from 0 to one below this may be sent to the model.
+        context_length: most tokens of prompt and completion together.
+        limits: what one call may ask for.
+        check_room: raises UnavailableError if that many new completions cannot be taken now; asked before anything is
+            made of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        context_length: int,
+        limits: CallLimits = SERVED,
+        check_room: Callable[[int], None] = lambda num_completions: None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context_length = context_length
+        self._limits = limits
+        self._check_room = check_room
+
+    def make_requests(
+        self, body: Mapping[str, Any], pooling: Pooling | None = None
+    ) -> RequestBatch:
+        """Check a call and turn it into requests.
+
+        Args:
+            body: the fields of ``POST /generate`` by name: one of ``text`` and ``input_ids``, and any of
+                ``sampling_params``, ``lora_path``, ``rid``, ``return_logprob``, ``logprob_start_len``,
+                ``top_logprobs_num``, ``return_text_in_logprobs``. None counts as not given; keys that are not among
+                these are ignored, as the API promises. A field that may differ by prompt is one value or a list.
+            pooling: asks for vectors in place of completions; ``max_new_tokens`` has to be 0 then.
+
+        Raises:
+            RequestError: names the field, its value and what is allowed.
+            UnavailableError: there is no room for so many.
+        """
+        name, prompts, is_batch = _read_prompts(body)
+        num = len(prompts)
+        check_completions(num, 1, self._limits)
+        sampling, stops = self._read_sampling(body.get("sampling_params"), num)
+        num_samples = _common_n(sampling)
+        check_completions(num, num_samples, self._limits)
+        self._check_room(num * num_samples)
+        adapters = _spread(body, "lora_path", num, _read_adapter, default=None)
+        wants_logprobs = _spread(body, "return_logprob", num, _read_bool, default=False)
+        starts = _spread(body, "logprob_start_len", num, _read_int, default=-1)
+        tops = _spread(body, "top_logprobs_num", num, _read_int, default=0)
+        rids, labels = _read_rids(body.get("rid"), num, num_samples)
+        tokens = self._read_tokens(name, prompts, is_batch=is_batch)
+        made: list[Prompt] = []
+        for index, token_ids in enumerate(tokens):
+            where = f"prompt {index}: " if is_batch else ""
+            room = self._room(len(token_ids), where, least=int(pooling is None))
+            _check_min_tokens(sampling[index], room, where, self._context_length)
+            _check_logprob_start(starts[index], len(token_ids), where)
+            self._check_top_logprobs(tops[index], where)
+            wanted = wants_logprobs[index]
+            made.append(
+                Prompt(
+                    prompt_token_ids=token_ids,
+                    adapter=adapters[index],
+                    return_logprob=wanted,
+                    logprob_start_len=starts[index] if wanted else -1,
+                    top_logprobs_num=tops[index] if wanted else 0,
+                    pooling=pooling,
+                )
+            )
+        sampling = fit_logprobs(made, sampling, self._limits, self._context_length)
+        text_wanted = body.get("return_text_in_logprobs")
+        return RequestBatch(
+            requests=[Request.of(*pair) for pair in zip(made, sampling, strict=True)],
+            stops=stops,
+            rids=rids,
+            labels=labels,
+            is_list=is_batch or num_samples > 1,
+            return_text_in_logprobs=text_wanted is not None
+            and _read_bool(text_wanted, "return_text_in_logprobs"),
+        )
+
+    def _read_tokens(self, name: str, prompts: Sequence[Any], *, is_batch: bool) -> list[list[int]]:
+        """The token ids of each prompt. One after the other, so that a call that is too large is soon refused."""
+        if name == "text":
+            self._check_texts(prompts, is_batch=is_batch)
+        tokens: list[list[int]] = []
+        most = self._limits.max_tokens
+        most = None if most is None else max(most, self._context_length)
+        total = 0
+        for index, prompt in enumerate(prompts):
+            where = f"{name}[{index}]" if is_batch else name
+            read = self._encode if name == "text" else self._read_ids
+            tokens.append(read(prompt, where))
+            total += len(tokens[-1])
+            if most is not None and total > most:
+                raise RequestError(
+                    f"{name}: the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
+                    name,
+                )
+        return tokens
+
+    def _check_texts(self, texts: Sequence[Any], *, is_batch: bool) -> None:
+        """Refuse texts that cannot fit, before any of them is tokenized."""
+        for index, text in enumerate(texts):
+            self._check_text(text, f"text[{index}]" if is_batch else "text")
+        num, most = sum(map(len, texts)), self._limits.max_texts
+        if most is not None and num > most:
+            raise RequestError(
+                f"text has {num:,} characters in {len(texts):,} prompts; allowed: {most:,} in one call",
+                "text",
+            )
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        token_ids = self._tokenizer.encode(text)
+        if not token_ids:
+            raise RequestError(
+                f"{name} is {shown(text)}, which has no tokens; allowed: at least one character",
+                "text",
+            )
+        self._check_ids(token_ids, name)
+        return token_ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Tokenize a rendered conversation, which has the special tokens in it.
+
+        Raises:
+            RequestError: it is too long, or no text.
+        """
+        self._check_text(text, "text")
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _check_text(self, text: str, name: str) -> None:
+        """Refuse a prompt that cannot fit into the context, for its length."""
+        least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
+        if least > self._context_length:
+            raise ContextLengthError(
+                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
+                f"context length is {self._context_length}",
+                "text",
+            )
+        most = self._limits.max_text
+        if most is not None and len(text) > most:
+            raise RequestError(
+                f"{name} has {len(text):,} characters; allowed: {most:,} in one prompt", "text"
+            )
+
+    def _read_ids(self, row: object, name: str) -> list[int]:
+        if not _is_list(row):
+            raise wrong_type(row, name, "", "a list of token ids")
+        if not row:
+            raise RequestError(f"{name} is an empty list; allowed: at least one token", "input_ids")
+        for index, item in enumerate(row):
+            if not is_int(item):
+                raise wrong_type(item, f"{name}[{index}]", "", "an integer")
+        token_ids = cast(list[int], list(row))
+        self._check_ids(token_ids, name)
+        return token_ids
+
+    def _check_ids(self, token_ids: list[int], name: str) -> None:
+        if min(token_ids) >= 0 and max(token_ids) < self._vocab_size:
+            return
+        index = next(i for i, item in enumerate(token_ids) if not 0 <= item < self._vocab_size)
+        raise RequestError(
+            f"{name} has the token id {shown(token_ids[index])} at position {index}; "
+            f"allowed: token ids in [0, {self._vocab_size - 1}]",
+            name.partition("[")[0],
+        )
+
+    def _read_sampling(
+        self, value: object, num: int
+    ) -> tuple[list[SamplingParams], list[StopRules]]:
+        """Parameters and stops of each prompt; one of each for all where one was given."""
+        budget = SearchBudget()
+        if not _is_list(value):
+            params = self._check_sampling(value, "sampling_params")
+            return [params] * num, [StopRules(params.stop, params.stop_regex, budget)] * num
+        _check_length(value, "sampling_params", num)
+        sampling = [
+            self._check_sampling(item, f"sampling_params[{index}]")
+            for index, item in enumerate(value)
+        ]
+        return sampling, [StopRules(item.stop, item.stop_regex, budget) for item in sampling]
+
+    def _check_sampling(self, value: object, where: str) -> SamplingParams:
+        params = parse_sampling(cast(Any, value), where)
+        try:
+            params.validate(self._vocab_size)
+        except RequestError as error:
+            message = str(error).replace("sampling_params", where, 1)
+            raise RequestError(message, error.param) from error
+        # More than the whole vocabulary is the whole vocabulary, more than the whole context the context; and a number has
+        # to fit a message to the engine. What the context holds after each prompt is the scheduler's to say.
+        wanted = params.max_new_tokens
+        return msgspec.structs.replace(
+            params,
+            top_k=min(params.top_k, self._vocab_size),
+            max_new_tokens=None if wanted is None else min(wanted, self._context_length),
+        )
+
+    def _room(self, num_prompt: int, where: str, *, least: int) -> int:
+        """Tokens that the context holds after a prompt; at least ``least`` are needed."""
+        room = self._context_length - num_prompt
+        if room < least:
+            reason = " and at least one token is generated" if least else ""
+            # Clients look for "maximum context length is".
+            raise ContextLengthError(
+                f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
+                f"the maximum context length is {self._context_length}{reason}",
+                "text",
+            )
+        return room
+
+    def _check_top_logprobs(self, value: int, where: str) -> None:
+        most = min(MAX_TOP_LOGPROBS, self._vocab_size)
+        if not 0 <= value <= most:
+            raise RequestError(
+                f"{where}top_logprobs_num is {shown(value)}; allowed: an integer in [0, {most}]",
+                "top_logprobs_num",
+            )
+
+
+def _read_prompts(body: Mapping[str, Any]) -> tuple[str, Sequence[Any], bool]:
+    """The field that has the prompts, the prompts as they were given, and whether there was a list of them."""
+    text, input_ids = body.get("text"), body.get("input_ids")
+    if (text is None) == (input_ids is None):
+        given = "neither" if text is None else "both"
+        raise RequestError(f"exactly one of text and input_ids is needed; got {given}", "text")
+    if text is None:
+        return _read_rows(input_ids)
+    if isinstance(text, str):
+        return "text", [text], False
+    allowed = "a string or a list of strings"
+    if not _is_list(text):
+        raise wrong_type(text, "text", "", allowed)
+    if not text:
+        raise RequestError("text is an empty list; allowed: at least one prompt", "text")
+    for index, item in enumerate(text):
+        if not isinstance(item, str):
+            raise wrong_type(item, f"text[{index}]", "", allowed)
+    return "text", text, True
+
+
+def _read_rows(value: object) -> tuple[str, Sequence[Any], bool]:
+    if not _is_list(value):
+        allowed = "a list of token ids or a list of such lists"
+        raise wrong_type(value, "input_ids", "", allowed)
+    if not value:
+        raise RequestError("input_ids is an empty list; allowed: at least one token", "input_ids")
+    is_batch = _is_list(value[0])
+    return "input_ids", value if is_batch else [value], is_batch
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
+
+
+def _check_length(value: Sequence[Any], name: str, num: int) -> None:
+    if len(value) != num:
+        raise RequestError(
+            f"{name} has {len(value)} entries for {num} prompt{'' if num == 1 else 's'}; "
+            "allowed: one value for all, or a list with one entry per prompt",
+            name,
+        )
+
+
+def _spread(
+    body: Mapping[str, Any],
+    name: str,
+    num: int,
+    read: Callable[[object, str], _Item],
+    *,
+    default: _Item,
+) -> list[_Item]:
+    """One value per prompt from a field that is one value or a list of them."""
+    value = body.get(name)
+    if value is None:
+        return [default] * num
+    if not _is_list(value):
+        return [read(value, name)] * num
+    _check_length(value, name, num)
+    return [
+        default if item is None else read(item, f"{name}[{index}]")
+        for index, item in enumerate(value)
+    ]
+
+
+def _read_adapter(value: object, name: str) -> str | None:
+    if not isinstance(value, str) or not value:
+        raise wrong_type(value, name, "", "an adapter's name, or null for the base model")
+    return check_name(value, name)
+
+
+def _read_bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(value, name, "", "true or false")
+    return value
+
+
+def _read_int(value: object, name: str) -> int:
+    if not is_int(value):
+        raise wrong_type(value, name, "", "an integer")
+    return cast(int, value)
+
+
+def _common_n(sampling: list[SamplingParams]) -> int:
+    counts = {params.n for params in sampling}
+    if len(counts) > 1:
+        raise RequestError(
+            f"sampling_params.n differs between prompts: {sorted(counts)}; allowed: the same n for all of them",
+            "n",
+        )
+    return counts.pop()
+
+
+def _read_rids(value: object, num: int, num_samples: int) -> tuple[list[str], dict[str, list[int]]]:
+    """The name of each completion, given, made from a given one by a suffix, or random; and every name's completions."""
+    if value is None:
+        rids = [uuid.uuid4().hex for _ in range(num * num_samples)]
+        return rids, {rid: [index] for index, rid in enumerate(rids)}
+    if _is_list(value):
+        _check_length(value, "rid", num)
+        given = [_read_rid(item, f"rid[{index}]") for index, item in enumerate(value)]
+        bases = given
+    else:
+        given = [_read_rid(value, "rid")] * num
+        bases = given if num == 1 else [f"{base}_{index}" for index, base in enumerate(given)]
+    rids = bases
+    if num_samples > 1:
+        rids = [f"{base}_{sample}" for base in bases for sample in range(num_samples)]
+    labels: dict[str, list[int]] = {}
+    for index, rid in enumerate(rids):
+        if rid in labels:
+            raise RequestError(f"rid {shown(rid)} is given twice; allowed: ids that differ", "rid")
+        labels[rid] = [index]
+    for index, rid in enumerate(rids):
+        if given[index // num_samples] != rid:
+            labels.setdefault(given[index // num_samples], []).append(index)
+    return rids, labels
+
+
+def _read_rid(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise wrong_type(value, name, "", "a non-empty string")
+    return check_name(value, name, most=MAX_RID)
+
+
+def _check_min_tokens(params: SamplingParams, room: int, where: str, context: int) -> None:
+    if params.min_new_tokens > room:
+        raise RequestError(
+            f"{where}sampling_params.min_new_tokens is {shown(params.min_new_tokens)}; allowed: at most {room}, "
+            f"which the context of {context} tokens holds after a prompt of {context - room}",
+            "min_new_tokens",
+        )
+
+
+def _check_logprob_start(value: int, num_prompt: int, where: str) -> None:
+    if not -1 <= value < num_prompt:
+        raise RequestError(
+            f"{where}logprob_start_len is {shown(value)}; allowed: -1 (nothing of the prompt) or a position of the "
+            f"prompt in [0, {num_prompt - 1}]",
+            "logprob_start_len",
+        )

@@ -1,0 +1,221 @@
+"""From words to a :class:`ServerConfig`: the command line and the YAML file of ``--config``.
+
+Both read the table ``OPTIONS``, so an option exists in both or in neither. The command line wins over the file, and
+the file over the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+import yaml
+
+from lorikeet import envs
+from lorikeet.config import OPTIONS, ServerConfig, resolve
+from lorikeet.config.values import LoRAPath, Option, read_value
+from lorikeet.errors import ConfigError
+
+CONFIG_KEY = "config"
+
+
+class _Group(Protocol):
+    """The part of argparse's (private) group of arguments that is used here."""
+
+    def add_argument(self, *flags: str, **rules: Any) -> argparse.Action: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises :class:`ConfigError` and takes ``--like_this`` for ``--like-this``."""
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=formatter_class,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of ``argv``.
+
+        Raises:
+            ConfigError: an unknown option (the nearest known one is named) or a bad use of a known one.
+        """
+        known = set(self._option_string_actions)
+        namespace, rest = self.parse_known_args([_with_dashes(word, known) for word in argv])
+        if rest:
+            flag = rest[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; --help lists the options"
+            raise ConfigError(f"unknown argument {rest[0]}{hint}")
+        return namespace
+
+
+def _with_dashes(word: str, known: set[str]) -> str:
+    flag, separator, value = word.partition("=")
+    dashed = flag.replace("_", "-")
+    return dashed + separator + value if dashed in known else word
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option of the table, and ``--config``. Values stay text; only given options appear in the result."""
+    group = parser.add_argument_group("configuration")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="YAML file with these options by name; the command line wins over it",
+    )
+    for option in OPTIONS.values():
+        _add_option(group, option)
+
+
+def _add_option(group: _Group, option: Option) -> None:
+    text = f"{option.meaning} (default: {option.default_text})".replace("%", "%%")
+    if option.required:
+        text = f"{option.meaning} (required)"
+    if option.value_type is bool:
+        group.add_argument(
+            *option.flags,
+            dest=option.name,
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+        return
+    many = option.value_type not in (str, int, float)
+    choices = ",".join(str(choice) for choice in option.allowed_values)
+    group.add_argument(
+        *option.flags,
+        dest=option.name,
+        nargs="*" if many else None,
+        # A list given twice is one list, so that a script can append to a command.
+        action="extend" if many else "store",
+        default=argparse.SUPPRESS,
+        metavar=f"{{{choices}}}" if choices else option.name.rsplit("_", 1)[-1].upper(),
+        help=text,
+    )
+
+
+def config_from_args(args: argparse.Namespace) -> ServerConfig:
+    """Put the file under the command line and the environment under both; resolve.
+
+    Raises:
+        ConfigError: any of them is wrong.
+    """
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    path = cast("str | None", getattr(args, CONFIG_KEY, None))
+    values = {**_from_environment(), **(read_config_file(Path(path)) if path else {}), **given}
+    return config_from_values(values)
+
+
+def config_from_values(values: Mapping[str, object]) -> ServerConfig:
+    """Resolve options given by field name, each as text or as a value of its type.
+
+    Raises:
+        ConfigError: a value is wrong, or the model is missing.
+    """
+    if "model_path" not in values:
+        raise ConfigError("--model-path is required: a directory, a hub id, or demo")
+    read = {name: read_value(OPTIONS[name], value) for name, value in values.items()}
+    return resolve(ServerConfig(**read))  # pyright: ignore[reportArgumentType]
+
+
+def _from_environment() -> dict[str, object]:
+    found = {"api_key": envs.API_KEY.get(), "admin_api_key": envs.ADMIN_API_KEY.get()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def read_config_file(path: Path) -> dict[str, object]:
+    """Read a YAML file whose keys are options, with dashes or underscores.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a mapping, or has a key that is unknown or twice there.
+    """
+    try:
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"--config {path} is not YAML: {problem}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must be a mapping from option to value")
+    return _known_keys(path, cast("dict[object, object]", content))
+
+
+def _known_keys(path: Path, content: dict[object, object]) -> dict[str, object]:
+    names = {
+        alias.replace("-", "_"): name
+        for name, option in OPTIONS.items()
+        for alias in (name, *option.aliases)
+    }
+    values: dict[str, object] = {}
+    for key, value in content.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise ConfigError(
+                f"--config {path} has the unknown key {key!r}; known: {', '.join(OPTIONS)}"
+            )
+        if name in values:
+            raise ConfigError(f"--config {path} gives {name} twice")
+        if value is None and OPTIONS[name].secret:
+            raise ConfigError(f"--config {path}: {name} is empty; allowed: a key, or no such line")
+        values[name] = value
+    return values
+
+
+def markdown() -> str:
+    """The text of ``docs/options.md``."""
+    rows = [
+        f"| {', '.join(f'`{flag}`' for flag in option.flags)} | {_values(option)} "
+        f"| {option.default_text} | {option.meaning} |"
+        for option in OPTIONS.values()
+    ]
+    return "\n".join(
+        [
+            "# Options",
+            "",
+            "<!-- written by scripts/write_docs.py from src/lorikeet/config/server_config.py -->",
+            "",
+            "Of `lorikeet serve`, `python -m lorikeet.launch_server` and `lorikeet generate`. `--like_this` is accepted",
+            "for `--like-this`; a flag has its opposite in `--no-flag`. `--config FILE` reads the same names from YAML;",
+            "the command line wins. `lorikeet.LLM` takes them as keywords, with underscores.",
+            "",
+            "| option | values | default | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _values(option: Option) -> str:
+    if option.allowed_values:
+        return ", ".join(f"`{choice}`" for choice in option.allowed_values)
+    return _VALUE_WORDS[option.value_type]
+
+
+_VALUE_WORDS: dict[object, str] = {
+    str: "text",
+    int: "integer",
+    float: "number",
+    bool: "flag",
+    tuple[str, ...]: "names",
+    tuple[int, ...]: "integers",
+    tuple[LoRAPath, ...]: "`PATH`, `NAME=PATH` or JSON; any number",
+}

@@ -1,0 +1,320 @@
+"""Offline use: the engine of the server in the caller's own process.
+
+from lorikeet import LLM
+
+llm = LLM("demo", lora_paths=["demo"])
+for reply in llm.generate(["Hello"] * 2, {"temperature": 0}, lora_path=["json", None]):
+    print(reply["text"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from lorikeet.adapters.files import write_atomically
+from lorikeet.client.call_limits import OWN
+from lorikeet.client.intake import Intake, RequestBatch
+from lorikeet.client.reply import native_reply, vector_floats
+from lorikeet.client.uploads import Uploads
+from lorikeet.config import LoRAPath, ServerConfig, resolve
+from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
+from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.paths import tokenizer_dir
+from lorikeet.engine.setup import build_engine
+from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.signals import interrupt_later
+from lorikeet.text.completion import Completion
+from lorikeet.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Reply = dict[str, Any]
+Sampling = SamplingParams | Mapping[str, Any]
+
+
+class LLM:
+    """A base model with its adapters, without a server. Not safe for use by several threads at once.
+
+    Args:
+        model_path: as ``--model-path``: a directory, a hub id, or ``demo``.
+        lora_paths: as ``--lora-paths``: a list of any of its spellings, or a mapping from name to path.
+        progress: show a bar while weights load.
+        options: any other option of the server, by its field name in :class:`lorikeet.ServerConfig`.
+
+    Raises:
+        ConfigError, ModelError, AdapterError: the options or files are wrong.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        lora_paths: Iterable[str | Mapping[str, object] | LoRAPath] | Mapping[str, str] = (),
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        if isinstance(lora_paths, Mapping):
+            named = cast("Mapping[str, str]", lora_paths)
+            lora_paths = [LoRAPath(name, str(path)) for name, path in named.items()]
+        paths = cast("tuple[LoRAPath, ...]", tuple(lora_paths))
+        self.config = resolve(ServerConfig(model_path=str(model_path), lora_paths=paths, **options))
+        self._core = build_engine(self.config, report=lambda phase: None, progress=progress)
+        self._uploads = Uploads()
+        self.tokenizer = Tokenizer.load(tokenizer_dir(self.config))
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=cast(int, self.info["vocab_size"]),
+            context_length=cast(int, self.info["context_length"]),
+            # There is nobody else here to be kept waiting: a call may be as large as its caller has memory for.
+            limits=OWN,
+        )
+
+    @property
+    def info(self) -> dict[str, object]:
+        """What ``/get_server_info`` tells of the engine: context length, memory split, adapters, ..."""
+        return self._core.info
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        sampling_params: Sampling | Sequence[Sampling] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Complete prompts, all in one batch, each with its own adapter.
+
+        Args:
+            prompts: text; one string or a list.
+            sampling_params: for all prompts or one per prompt; defaults as in ``POST /generate``.
+            input_ids: token ids in place of ``prompts``.
+            lora_path: adapter name for all prompts, or one per prompt; None is the base model.
+            options: the other fields of ``POST /generate``: ``return_logprob``, ``logprob_start_len``,
+                ``top_logprobs_num``, ``return_text_in_logprobs``, ``rid``.
+
+        Returns:
+            The reply of ``POST /generate``: a dict for one prompt, a list of them, in order, for a list. One of a list that
+            fails when it has begun is an entry whose ``finish_reason`` says so: ``{"type": "abort", "message",
+            "status_code"}``.
+
+        Raises:
+            RequestError: a field is wrong, an adapter is unknown, a grammar does not compile; nothing is generated.
+            EngineFault: the engine failed, and this object can no longer be used; or the only completion of the call failed.
+        """
+        if unknown := options.keys() - _GENERATE_OPTIONS:
+            raise RequestError(
+                f"generate() has no option {', '.join(sorted(unknown))}; allowed: {', '.join(_GENERATE_OPTIONS)}"
+            )
+        batch = self._intake.make_requests(
+            {
+                "text": prompts,
+                "input_ids": input_ids,
+                "sampling_params": sampling_params,
+                "lora_path": lora_path,
+                **options,
+            }
+        )
+        completions = self._complete(batch, each=batch.is_list)
+        text = self.tokenizer.token_text if batch.return_text_in_logprobs else None
+        replies = [native_reply(c.snapshot(), token_text=text) for c in completions]
+        return replies if batch.is_list else replies[0]
+
+    def embed(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+        pooling: Literal["last", "mean"] = "last",
+        normalize: bool = True,
+    ) -> Any:
+        """Turn prompts into vectors: hidden states behind the final norm, each prompt with its own adapter.
+
+        Args:
+            prompts, input_ids, lora_path: as for :meth:`generate`.
+            pooling: ``last`` is the state of the last token, ``mean`` the mean over all tokens.
+            normalize: divide each vector by its Euclidean length.
+
+        Returns:
+            A list of floats for one prompt; a list of such lists, in order, for a list.
+
+        Raises:
+            RequestError: a field is wrong or an adapter is unknown.
+            EngineFault: the engine failed; this object can no longer be used.
+        """
+        if pooling not in ("last", "mean"):
+            raise RequestError(f"pooling is {pooling!r}; allowed: last, mean", "pooling")
+        body = {"text": prompts, "input_ids": input_ids, "lora_path": lora_path}
+        batch = self._intake.make_requests(
+            body | {"sampling_params": {"max_new_tokens": 0}},
+            Pooling(kind=pooling, normalize=normalize),
+        )
+        vectors = [vector_floats(done.embedding or b"") for done in self._complete(batch)]
+        return vectors if batch.is_list else vectors[0]
+
+    def load_lora_adapter(
+        self, name: str, path: str, *, pinned: bool = False, replace: bool = False
+    ) -> int:
+        """Load an adapter under a name.
+
+        Args:
+            path: as ``--lora-paths``: a directory, a hub id or a URL.
+            pinned: on the device from now on.
+            replace: if the name is loaded, it means the new content from now on.
+
+        Returns:
+            its version: equal bytes, equal version.
+
+        Raises:
+            AdapterError: it cannot be served exactly, the name is taken, or there is no room; nothing has changed.
+        """
+        args = {"name": name, "path": str(path), "pinned": pinned, "replace": replace}
+        return self._command("load_adapter", args).version
+
+    def load_lora_adapter_from_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor] | bytes,
+        config_dict: Mapping[str, object],
+        *,
+        pinned: bool = False,
+    ) -> int:
+        """Load an adapter that is in memory.
+
+        Args:
+            tensors: by their names in ``adapter_model.safetensors``, or the bytes of such a file.
+            config_dict: what ``adapter_config.json`` holds.
+
+        Returns:
+            its version.
+
+        Raises:
+            AdapterError: as ``load_lora_adapter``.
+        """
+        data = tensors if isinstance(tensors, bytes) else _safetensors(tensors)
+        weights = self._uploads.new()
+        args = {
+            "name": name,
+            "config": dict(config_dict),
+            "weights": str(weights),
+            "pinned": pinned,
+        }
+        try:
+            write_atomically(weights, [data])
+            return self._command("load_adapter_from_tensors", args).version
+        except BaseException:
+            self._uploads.discard(weights)
+            raise
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Forget a name and free its memory.
+
+        Raises:
+            AdapterNotFoundError: it is not loaded.
+        """
+        self._command("unload_adapter", {"name": name})
+
+    def adapters(self) -> list[dict[str, object]]:
+        """What ``GET /v1/adapters`` tells: name, path, version, state, tier, pinned, rank, targets, bytes, ..."""
+        return cast("list[dict[str, object]]", self._core.command("adapters", {}))
+
+    def flush_cache(self) -> bool:
+        """Forget every cached prefix; False if requests are running."""
+        return cast("dict[str, bool]", self._core.command("flush_cache", {}))["success"]
+
+    def shutdown(self) -> None:
+        """End the engine's threads and remove its temporary files."""
+        self._core.close()
+        self._uploads.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+
+    def _complete(self, batch: RequestBatch, *, each: bool = False) -> list[Completion]:
+        """The completions of a call, finished, in order.
+
+        Args:
+            each: one that fails when it has begun is returned like the others; else it fails the call.
+        """
+        completions = [
+            batch.completion(index, self.tokenizer) for index in range(batch.num_completions)
+        ]
+        try:
+            self._run(batch, completions, each=each)
+        except BaseException:
+            self._abandon()
+            raise
+        return completions
+
+    def _run(self, batch: RequestBatch, completions: Sequence[Completion], *, each: bool) -> None:
+        with interrupt_later():
+            first_id, *_ = [self._core.submit(request) for request in batch.requests]
+        begun: set[int] = set()
+        while not self._core.is_idle:
+            outputs = self._step()
+            begun.update(self._core.take_accepted())
+            for output in outputs:
+                completion = completions[output.id - first_id]
+                if completion.add(output):
+                    self._core.abort(output.id, "ended by a stop string")
+                if not each or output.id not in begun:
+                    _raise_error(completion)
+            self._core.wait_for_threads()
+
+    def _step(self) -> list[RequestOutput]:
+        # Between its plan and its commit, scheduler and worker disagree: whoever presses Ctrl-C waits for the commit.
+        with interrupt_later():
+            return self._core.step()
+
+    def _command(self, name: str, args: dict[str, object]) -> LoadOutcome:
+        """Run a command that takes time, and the loop until it is done."""
+        reply = cast("Future[LoadOutcome]", self._core.command(name, args))
+        try:
+            while not reply.done():
+                self._step()
+                self._core.wait_for_threads()
+        except BaseException:
+            reply.cancel()
+            raise
+        finally:
+            self._core.take_adapter_changes()  # nobody keeps a copy of the lists here
+        return reply.result()
+
+    def _abandon(self) -> None:
+        """Whatever interrupted a call: no request of it may stay in the engine."""
+        self._core.abort(None, "the call was interrupted")
+        self._core.drain()
+
+
+_GENERATE_OPTIONS = (
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+    "return_text_in_logprobs",
+    "rid",
+)
+
+
+def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    try:
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    except (RuntimeError, ValueError, AttributeError) as error:
+        raise AdapterError(f"tensors cannot be written as safetensors: {error}") from error
+
+
+def _raise_error(completion: Completion) -> None:
+    """An abort with a status is an error: the caller's below 500, ours from there on."""
+    finish = completion.finish
+    if finish is None or finish.status_code is None:
+        return
+    message = finish.message or "the request failed"
+    raise EngineFault(message) if finish.status_code >= 500 else RequestError(message)

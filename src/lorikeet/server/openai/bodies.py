@@ -1,0 +1,140 @@
+"""The bodies of the OpenAI API.
+
+Every field is one of three kinds: it does something, it is *neutral* (it can change nothing about the reply, so it is
+accepted), or the body is refused and the field named. Null counts as not given, whatever the field.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, Literal, cast
+
+from pydantic import ConfigDict, Field, model_validator
+
+from lorikeet.server.protocol import Body, Many
+
+
+class StrictBody(Body):
+    """A body in which a field that nobody knows is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        fields = cast(dict[str, object], value)
+        given = {name: item for name, item in fields.items() if item is not None}
+        unknown = (name for name in given if name not in cls.model_fields)
+        # The first one is reported; there is no use in an error for each of a million.
+        for name in list(islice(unknown, 1, None)):
+            del given[name]
+        return given
+
+
+class NeutralFields(StrictBody):
+    """Fields that change nothing, with the values for which that is true."""
+
+    user: str | None = Field(None, description="a string")
+    safety_identifier: str | None = Field(None, description="a string")
+    prompt_cache_key: str | None = Field(None, description="a string")
+    store: bool | None = Field(None, description="true or false")
+    metadata: dict[str, Any] | None = Field(None, description="an object")
+    service_tier: str | None = Field(None, description="a string")
+    best_of: int | None = Field(None, description="the value of n (1 unless given)")
+
+
+class StreamOptions(StrictBody):
+    """``stream_options``."""
+
+    include_usage: bool | None = Field(None, description="true or false")
+    include_obfuscation: Literal[False] | None = Field(
+        None, description="false: there is no padding"
+    )
+    continuous_usage_stats: Literal[False] | None = Field(
+        None, description="false: usage comes once, in the last chunk"
+    )
+
+
+class OpenAIBody(NeutralFields):
+    """What the two endpoints share. The values are checked by ``client/intake.py``."""
+
+    model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
+    lora_path: str | None = Field(None, description="an adapter's name or null")
+    stream: bool | None = Field(None, description="true or false")
+    stream_options: StreamOptions | None = Field(
+        None, description="an object with include_usage, true or false"
+    )
+    n: int | None = Field(None, description="an integer")
+    max_tokens: int | None = Field(None, description="an integer")
+    temperature: float | None = Field(None, description="a number")
+    top_p: float | None = Field(None, description="a number")
+    stop: str | Many[str] | None = Field(None, description="a string or a list of strings")
+    seed: int | None = Field(None, description="an integer")
+    logit_bias: dict[str, Any] | None = Field(
+        None, description="an object from token ids to numbers"
+    )
+    presence_penalty: float | None = Field(None, description="a number")
+    frequency_penalty: float | None = Field(None, description="a number")
+    response_format: dict[str, Any] | None = Field(
+        None, description="an object whose type is text, json_object or json_schema"
+    )
+    # From here on: what the native API has and OpenAI's has not.
+    top_k: int | None = Field(None, description="an integer")
+    min_p: float | None = Field(None, description="a number")
+    repetition_penalty: float | None = Field(None, description="a number")
+    min_tokens: int | None = Field(None, description="an integer")
+    stop_token_ids: Many[int] | None = Field(None, description="a list of token ids")
+    stop_regex: str | Many[str] | None = Field(None, description="a string or a list of strings")
+    no_stop_trim: bool | None = Field(None, description="true or false")
+    ignore_eos: bool | None = Field(None, description="true or false")
+    skip_special_tokens: bool | None = Field(None, description="true or false")
+    spaces_between_special_tokens: bool | None = Field(None, description="true or false")
+    regex: str | None = Field(None, description="a string")
+    ebnf: str | None = Field(None, description="a string")
+
+
+class EmbeddingBody(StrictBody):
+    """``POST /v1/embeddings``."""
+
+    model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
+    input: str | Many[Any] = Field(
+        description="a string, a list of strings, a list of token ids or a list of such lists"
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="float or base64 (of little-endian float32)"
+    )
+    dimensions: int | None = Field(None, description="an integer")
+    user: str | None = Field(None, description="a string")
+    lora_path: str | None = Field(None, description="an adapter's name or null")
+    pooling: Literal["last", "mean"] | None = Field(
+        None, description="last (the last token's state) or mean (over all tokens)"
+    )
+    normalize: bool | None = Field(None, description="true or false")
+
+
+class CompletionBody(OpenAIBody):
+    """``POST /v1/completions``."""
+
+    prompt: str | Many[Any] = Field(
+        description="a string, a list of strings, a list of token ids or a list of such lists"
+    )
+    logprobs: int | None = Field(None, description="an integer")
+    echo: bool | None = Field(None, description="true or false")
+    suffix: Literal[""] | None = Field(None, description="empty: filling in is not supported")
+
+
+class ChatBody(OpenAIBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: Many[dict[str, Any]] = Field(description="a list of objects with role and content")
+    max_completion_tokens: int | None = Field(None, description="an integer")
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(None, description="an integer")
+    modalities: Many[Literal["text"]] | None = Field(None, description='["text"]')
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
+    tools: Many[Any] | None = Field(None, description="a list of functions")
+    tool_choice: str | dict[str, Any] | None = Field(
+        None, description="none, auto, required or an object that names a function"
+    )

@@ -1,0 +1,361 @@
+"""Bodies of the OpenAI API -> requests, by way of the native API's fields, and refusals in the client's own words."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import orjson
+
+from lorikeet.client.call_limits import MAX_TEXT
+from lorikeet.client.client import EngineClient
+from lorikeet.client.intake import RequestBatch
+from lorikeet.errors import RequestError
+from lorikeet.names import check_name
+from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, OpenAIBody
+from lorikeet.server.openai.messages import plain_messages
+from lorikeet.server.openai.objects import check_keys, read_field, refusal
+from lorikeet.server.openai.tools import ToolUse, read_tools
+from lorikeet.server.protocol import parse_body
+from lorikeet.server.reading import LARGE, run_sized
+from lorikeet.text.chat import ChatTemplates, render_template
+from lorikeet.text.chat_facts import TemplateFacts, read_facts
+
+# OpenAI's default for completions; a chat goes on to the end of the context.
+COMPLETION_MAX_TOKENS = 16
+
+# The API's name -> the native API's. max_tokens has a default of its own in each endpoint.
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "n": "n",
+    "stop": "stop",
+    "seed": "sampling_seed",
+    "logit_bias": "logit_bias",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_tokens": "min_new_tokens",
+    "stop_token_ids": "stop_token_ids",
+    "stop_regex": "stop_regex",
+    "no_stop_trim": "no_stop_trim",
+    "ignore_eos": "ignore_eos",
+    "skip_special_tokens": "skip_special_tokens",
+    "spaces_between_special_tokens": "spaces_between_special_tokens",
+    "regex": "regex",
+    "ebnf": "ebnf",
+}
+
+# Native names that a client of this API does not know -> its own.
+_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "json_schema": "response_format",
+    "structural_tag": "tools",
+}
+_COMPLETION_NAMES = _NAMES | {
+    "text": "prompt",
+    "input_ids": "prompt",
+    "top_logprobs_num": "logprobs",
+}
+_CHAT_NAMES = _NAMES | {
+    "text": "messages",
+    "input_ids": "messages",
+    "top_logprobs_num": "top_logprobs",
+}
+
+_FIELD = re.compile(r"^(?P<prefix>prompt \d+: )?(?:sampling_params\.)?(?P<name>[a-z_]+)\b")
+
+_NATIVE_NAMES = {*_SAMPLING.values(), "lora_path"}
+_FOREIGN = re.compile("|".join(rf"\b{name}\b" for name in (*_NAMES, "top_logprobs_num")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCall:
+    """One call for a model, checked.
+
+    Attributes:
+        id: of the reply; ``POST /abort_request`` takes it.
+        model: as the client wrote it.
+        adapter: the adapter of every request; None is the base.
+        named_by_model: ``model`` names the adapter, not ``lora_path``.
+        names: native name of a field -> the client's.
+    """
+
+    id: str
+    model: str
+    batch: RequestBatch
+    adapter: str | None
+    named_by_model: bool
+    names: Mapping[str, str]
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens that are seen in the text although those are skipped."""
+        return ()
+
+    def in_own_words(self, error: RequestError) -> RequestError:
+        """A refusal of the native API's as one of this API's."""
+        return in_own_words(error, self.names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(ModelCall):
+    """One call for completions, checked.
+
+    Attributes:
+        echo: the text of each prompt, if the choices begin with it.
+        tools: what the choices may call.
+    """
+
+    body: OpenAIBody
+    echo: list[str] | None = None
+    tools: ToolUse | None = None
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return tuple(self.tools.form.markers) if self.tools else ()
+
+    @property
+    def num_samples(self) -> int:
+        """Choices for each prompt."""
+        return self.body.n or 1
+
+
+def prompt_field(value: str | list[Any]) -> str:
+    """The native API's field for prompts that may be text or token ids."""
+    is_text = isinstance(value, str) or any(isinstance(item, str) for item in value)
+    return "text" if is_text else "input_ids"
+
+
+class ModelNames:
+    """Which adapter a body means.
+
+    Args:
+        base: the base's name.
+    """
+
+    def __init__(self, base: str) -> None:
+        self._base = base
+
+    def adapter_of(self, body: OpenAIBody | EmbeddingBody) -> str | None:
+        """The adapter that a body names, None if it is the base. Whether it exists is the engine's to say.
+
+        Raises:
+            RequestError: ``model`` is empty, or no name.
+        """
+        by_model = self.named_by_model(body.model)
+        return body.lora_path if by_model is None else by_model
+
+    def named_by_model(self, model: str) -> str | None:
+        """The adapter that ``model`` names; None if it is the base."""
+        if model == self._base:
+            return None
+        if not model:
+            raise RequestError("model is empty; allowed: the name of a model", "model")
+        name = model.removeprefix(f"{self._base}:")
+        return check_name(name, "model") if name else None
+
+
+class CallReader:
+    """Reads bodies.
+
+    Args:
+        names: of the models.
+        client: knows the tokenizer and the limits of the engine.
+        tool_call_parser: the value of ``--tool-call-parser``.
+    """
+
+    def __init__(
+        self, names: ModelNames, client: EngineClient, tool_call_parser: str | None
+    ) -> None:
+        self._names = names
+        self._client = client
+        self._tool_call_parser = tool_call_parser
+
+    def completion(self, data: bytes) -> Call:
+        """Read the body of ``POST /v1/completions``.
+
+        Raises:
+            RequestError: names the field, its value and what is allowed.
+        """
+        body = parse_body(CompletionBody, data)
+        native: dict[str, Any] = {prompt_field(body.prompt): body.prompt}
+        if body.logprobs is not None:
+            native |= {"return_logprob": True, "top_logprobs_num": body.logprobs}
+            native |= {"logprob_start_len": 0} if body.echo else {}
+        limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        call = self._call(body, "cmpl", native, limit, _COMPLETION_NAMES)
+        return self._with_echo(call, body) if body.echo else call
+
+    async def chat(self, body: ChatBody, size: int) -> Call:
+        """Read the body of ``POST /v1/chat/completions``, which had ``size`` bytes.
+
+        Raises:
+            RequestError: names the field, its value and what is allowed.
+        """
+        text, tools = await self._render(body, size)
+        return await run_sized(max(size, len(text)), partial(self._read_chat, body, text, tools))
+
+    def _read_chat(self, body: ChatBody, text: str, tools: ToolUse | None) -> Call:
+        """The call for a rendered conversation."""
+        native: dict[str, Any] = {"input_ids": self._encode(text)}
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs: is only allowed with logprobs: true", "top_logprobs")
+        if body.logprobs:
+            native |= {"return_logprob": True, "top_logprobs_num": body.top_logprobs}
+        limit, other = body.max_completion_tokens, body.max_tokens
+        if limit is not None and other is not None and limit != other:
+            raise RequestError(
+                f"max_tokens is {other} and max_completion_tokens {limit}; give one of them",
+                "max_tokens",
+            )
+        names = _CHAT_NAMES
+        if other is None:
+            names = names | {"max_new_tokens": "max_completion_tokens"}
+        limit = other if limit is None else limit
+        grammar = None if tools is None else tools.grammar
+        call = self._call(body, "chatcmpl", native, limit, names, structural_tag=grammar)
+        return replace(call, tools=tools)
+
+    async def _render(self, body: ChatBody, size: int) -> tuple[str, ToolUse | None]:
+        """The messages and the tools as text."""
+        adapter = self._names.adapter_of(body)
+        own = None if adapter is None else self._client.adapter_templates.get(adapter)
+        templates = self._client.tokenizer.chat_templates(own)
+        source = templates.pick(has_tools=bool(body.tools))
+        whose = f"the chat template of the adapter {adapter!r}" if own else "the chat template"
+        sandbox = self._client.templates
+        # Who started the server has chosen the base's template.
+        facts = await sandbox.facts(source, whose) if own else read_facts(source)
+        work = partial(self._prepare, body, templates, source, facts)
+        context, tools = await run_sized(size, work)
+        if own or size > LARGE:
+            text = await sandbox.render(source, context, whose=whose, most=MAX_TEXT)
+        else:
+            text = render_template(source, context)
+        return text, tools
+
+    def _prepare(
+        self, body: ChatBody, templates: ChatTemplates, source: str, facts: TemplateFacts
+    ) -> tuple[dict[str, Any], ToolUse | None]:
+        """What the template sees, and what the model may call."""
+        tools = read_tools(body, self._tool_call_parser, source)
+        if tools is not None and not facts.reads_tools:
+            raise RequestError("tools: the model's chat template does not read tools", "tools")
+        context = templates.context(
+            plain_messages(body.messages, facts),
+            add_generation_prompt=True,
+            tools=None if tools is None else tools.prompt,
+        )
+        return context, tools
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            token_ids = self._client.intake.encode_rendered(text)
+        except RequestError as error:
+            raise in_own_words(error, _CHAT_NAMES) from error
+        if not token_ids:
+            raise RequestError("messages: the chat template makes no token of them", "messages")
+        return token_ids
+
+    def _call(
+        self,
+        body: OpenAIBody,
+        kind: str,
+        native: dict[str, Any],
+        max_tokens: int | None,
+        names: Mapping[str, str],
+        **more: Any,
+    ) -> Call:
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
+        sampling: dict[str, Any] = self._client.info["sampling_defaults"] | {
+            native_name: value
+            for name, native_name in _SAMPLING.items()
+            if (value := getattr(body, name)) is not None
+        }
+        sampling |= {"max_new_tokens": max_tokens} | more
+        sampling |= read_response_format(body.response_format)
+        by_model, adapter = self._names.named_by_model(body.model), self._names.adapter_of(body)
+        call_id = f"{kind}-{uuid.uuid4().hex}"
+        fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
+        try:
+            batch = self._client.intake.make_requests(fields)
+        except RequestError as error:
+            raise in_own_words(error, names) from error
+        return Call(
+            body=body,
+            id=call_id,
+            model=body.model,
+            batch=batch,
+            adapter=adapter,
+            named_by_model=by_model is not None,
+            names=names,
+        )
+
+    def _with_echo(self, call: Call, body: CompletionBody) -> Call:
+        if isinstance(body.prompt, str):
+            texts = [body.prompt]
+        elif isinstance(body.prompt[0], str):
+            texts = cast(list[str], body.prompt)
+        else:
+            keep = body.skip_special_tokens is False
+            texts = [
+                self._client.tokenizer.decode(
+                    request.prompt_token_ids, skip_special_tokens=not keep
+                )
+                for request in call.batch.requests
+            ]
+        return replace(call, echo=texts)
+
+
+def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    """The same refusal with the fields called as the client called them, status and code included."""
+    message, param = str(error), error.param
+    found = _FIELD.match(message)
+    if found and (found["name"] in names or found["name"] in _NATIVE_NAMES):
+        name = found["name"]
+        message = (found["prefix"] or "") + names.get(name, name) + message[found.end() :]
+        # The engine's refusals come without it.
+        param = param or name
+    message = _FOREIGN.sub(lambda match: names[match[0]], message)
+    message = re.sub(r"sampling_params(\.|: )", "", message)
+    renamed = RequestError(message, None if param is None else names.get(param, param))
+    renamed.status_code, renamed.code = error.status_code, error.code
+    return renamed
+
+
+def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``response_format`` as sampling parameters of the native API.
+
+    Raises:
+        RequestError: it has none of the three forms.
+    """
+    if value is None:
+        return {}
+    where, kind = "response_format", value.get("type")
+    wanted = {"type", "json_schema"} if kind == "json_schema" else {"type"}
+    if kind not in ("text", "json_object", "json_schema"):
+        raise refusal(f"{where}.type", kind, "text, json_object, json_schema")
+    check_keys(value, wanted, where)
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    form = read_field(value, "json_schema", where, dict, "an object with name and schema")
+    where += ".json_schema"
+    # A name and a description are for the model's eyes elsewhere; strict or not, the schema is always obeyed.
+    check_keys(form, {"name", "description", "schema", "strict"}, where)
+    schema = read_field(form, "schema", where, dict, "a JSON schema")
+    try:
+        return {"json_schema": orjson.dumps(schema).decode()}
+    except orjson.JSONEncodeError as error:
+        raise RequestError(f"{where}.schema cannot be used: {error}", f"{where}.schema") from error

@@ -1,0 +1,1 @@
+"""Text in and out: tokenizers, chat templates, stop strings, and completions as they grow. No torch here."""

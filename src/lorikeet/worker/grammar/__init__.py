@@ -1,0 +1,1 @@
+"""Grammars that outputs must obey: checked, compiled, and followed token by token."""
