@@ -25,6 +25,7 @@ QUICK = tuple(name for name in overload.MEASUREMENTS if name != "slow_senders")
 
 def test_every_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(watch, "SETTLE_S", 0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(overload, "WINDOW_S", 0)
     model, file = tmp_path / "tiny", tmp_path / "result.json"
     write_model(model, TINY | {"max_position_embeddings": 2048})
