@@ -43,7 +43,7 @@ from lorikeet.models.spec import read_model_spec
 WHAT = "what neighbours see of calls that are large, many, or left"
 PACKAGES = ("torch", "fastapi", "uvicorn", "uvloop", "h11", "pyzmq")
 # Of anything that is waited for here.
-TIMEOUT_S = 300.0
+TIMEOUT_S = 600.0
 POLL_S = 0.02
 WINDOW_S = 3.0
 PIECE = 1 << 20
@@ -125,8 +125,8 @@ async def many_streams(scene: Scene) -> Row:
 
 
 async def unread_streams(scene: Scene) -> Row:
-    """200 clients ask for a stream of 512 tokens and do not read it."""
-    bodies = scene.bodies(scene.num(200), 512, stream=True)
+    """200 clients ask for a stream of 128 tokens and do not read it."""
+    bodies = scene.bodies(scene.num(200), 128, stream=True)
     async with watched(scene.target) as seen:
         began = time.perf_counter()
         sockets = await asyncio.to_thread(_send_unread, scene, bodies)
