@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # sets the other variable, for kernels that are compiled.
 if os.environ.get("LORIKEET_TEST_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell lets its jobs in the background ignore Ctrl-C, and nohup lets them ignore the end of the terminal. Tests send
+# both, and the servers that they start inherit it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from hypothesis import settings

@@ -77,29 +77,51 @@ class Client:
 
     Args:
         url: ``http://host:port``.
+        api_key: sent with each request; None sends none.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
-        self._host = parts.hostname or "127.0.0.1"
-        self._port = parts.port or 80
+        self.address = parts.hostname or "127.0.0.1", parts.port or 80
+        self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+
+    async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A new connection."""
+        return await asyncio.open_connection(*self.address, limit=_LINE_LIMIT)
+
+    def head(self, method: str, path: str, length: int) -> bytes:
+        """Of a request with a body of ``length`` bytes, after which the server is to close the connection."""
+        host, port = self.address
+        return (
+            f"{method} {path} HTTP/1.1\r\nHost: {host}:{port}\r\n{self._key}"
+            f"Content-Type: application/json\r\nContent-Length: {length}\r\n"
+            "Connection: close\r\n\r\n"
+        ).encode()
+
+    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
+        """Status and content of a reply that comes whole.
+
+        Raises:
+            ReplyError: none came.
+            OSError: the connection failed.
+        """
+        reader, writer = await self.open()
+        try:
+            writer.write(self.head(method, path, len(body)) + body)
+            head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            await _close(writer)
+        if not head:
+            raise ReplyError("the connection was closed without a reply")
+        return int(head.split()[1]), content
 
     async def generate(self, record: Record, prompt: list[int], num_tokens: int) -> None:
         """Stream one greedy completion of exactly ``num_tokens`` tokens; what goes wrong becomes ``record.error``."""
-        body = {
-            "input_ids": prompt,
-            "lora_path": record.adapter,
-            "stream": True,
-            "sampling_params": {
-                "temperature": 0,
-                "max_new_tokens": num_tokens,
-                "ignore_eos": True,
-            },
-        }
+        body = generate_body(prompt, num_tokens, adapter=record.adapter)
         record.sent = time.perf_counter()
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                await self._stream(record, orjson.dumps(body))
+                await self._stream(record, body)
         except (OSError, TimeoutError, EOFError, ValueError, ReplyError) as error:
             record.error = f"{type(error).__name__}: {error}"[:200]
             return
@@ -107,14 +129,9 @@ class Client:
             record.error = f"{record.num_tokens} tokens came instead of {num_tokens}"
 
     async def _stream(self, record: Record, body: bytes) -> None:
-        reader, writer = await asyncio.open_connection(self._host, self._port, limit=_LINE_LIMIT)
+        reader, writer = await self.open()
         try:
-            head = (
-                f"POST /generate HTTP/1.1\r\nHost: {self._host}:{self._port}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                "Connection: close\r\n\r\n"
-            )
-            writer.write(head.encode() + body)
+            writer.write(self.head("POST", "/generate", len(body)) + body)
             await writer.drain()
             seen = 0
             async for event in _events(reader):
@@ -126,9 +143,26 @@ class Client:
                     record.events.append((now, total - seen))
                     seen = total
         finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            await _close(writer)
+
+
+def generate_body(
+    prompt: list[int], num_tokens: int, *, adapter: str | None = None, stream: bool = True
+) -> bytes:
+    """Body of ``/generate`` for one greedy completion of exactly ``num_tokens`` tokens."""
+    body = {
+        "input_ids": prompt,
+        "lora_path": adapter,
+        "stream": stream,
+        "sampling_params": {"temperature": 0, "max_new_tokens": num_tokens, "ignore_eos": True},
+    }
+    return orjson.dumps(body)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]:

@@ -47,6 +47,12 @@ def arrivals(num: int, rate: float, source: random.Random) -> list[float]:
 
 
 def run_load(client: Client, traffic: Traffic, load: Load) -> list[Record]:
+    """:func:`send_load` in an event loop of its own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(send_load(client, traffic, load))
+
+
+async def send_load(client: Client, traffic: Traffic, load: Load) -> list[Record]:
     """Send every request when it is due and wait for the last reply."""
     prompts = [traffic.prompt(load.input_len) for _ in load.adapters]
     offsets = arrivals(len(prompts), load.rate, random.Random(1))
@@ -57,13 +63,9 @@ def run_load(client: Client, traffic: Traffic, load: Load) -> list[Record]:
         await client.generate(record, prompts[number], load.output_len)
         return record
 
-    async def everything() -> list[Record]:
-        # Time for the tasks to be made before the first request is due.
-        began = time.perf_counter() + 0.1
-        return list(await asyncio.gather(*(one(began, n) for n in range(len(prompts)))))
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(everything())
+    # Time for the tasks to be made before the first request is due.
+    began = time.perf_counter() + 0.1
+    return list(await asyncio.gather(*(one(began, n) for n in range(len(prompts)))))
 
 
 def summarize(records: Sequence[Record], load: Load) -> Row:

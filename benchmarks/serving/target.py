@@ -30,11 +30,15 @@ class Target:
     Attributes:
         adapters: names that requests may use, the most popular first.
         info: what ``/get_server_info`` said.
+        api_key: that requests must carry, if any.
+        pid: of its HTTP process; None for a server that was not started here.
     """
 
     url: str
     adapters: tuple[str, ...]
     info: dict[str, Any]
+    api_key: str | None = None
+    pid: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +90,9 @@ def started(
             url = f"http://127.0.0.1:{port}"
             wait_for_server(url, timeout=START_TIMEOUT_S, process=process)
             names = tuple(adapters.names) if adapters else ()
-            yield Target(url, names, _server_info(url))
+            key = values.get("api_key")
+            api_key = None if key is None else str(key)
+            yield Target(url, names, _server_info(url, api_key), api_key, process.pid)
         finally:
             terminate_process(process)
 
@@ -98,8 +104,10 @@ def forget_prefixes(url: str) -> None:
         response.read()
 
 
-def _server_info(url: str) -> dict[str, Any]:
-    with _opener.open(f"{url}/get_server_info", timeout=60) as response:
+def _server_info(url: str, api_key: str | None = None) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url}/get_server_info", headers=headers)
+    with _opener.open(request, timeout=60) as response:
         return orjson.loads(response.read())
 
 
