@@ -14,9 +14,9 @@ from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.executor import Executor
-from lorikeet.engine.lora_setup import no_residency
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
+from lorikeet.lora.build import no_residency
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker
 

@@ -11,21 +11,21 @@ from typing import Any, cast
 import torch
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.records import LoadOutcome
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import LoRASpec
+from lorikeet.adapters.store import LoadedAdapters
 from lorikeet.adapters.views import AdapterViews, make_report
 from lorikeet.core.messages import AdaptersChanged, decode_to_client, encode
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.adapter_reader import AdapterReader
-from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.errors import AdapterError
 from lorikeet.kv.manager import KVManager
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostCache
+from lorikeet.lora.reader import AdapterReader
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 

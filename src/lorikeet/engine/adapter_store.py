@@ -7,10 +7,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
+from lorikeet.adapters.records import LoadOutcome
+from lorikeet.adapters.templates import Templates
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
-from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.adapter_templates import Templates
 from lorikeet.errors import LoRADisabledError
 
 BASE_VERSION = 0

@@ -10,17 +10,17 @@ from typing import Any, cast
 
 from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.sources.source import resolve_source
+from lorikeet.adapters.templates import read_templates
 from lorikeet.config import ServerConfig
-from lorikeet.engine.adapter_templates import read_templates
-from lorikeet.engine.lora_setup import resolve_limits
-from lorikeet.engine.worker_setup import resolve_dtype
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.lora.base_weights import BaseWeight, checkpoint_weight
+from lorikeet.lora.build import resolve_limits
 from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.report import adapter_report, format_report
 from lorikeet.models.source import locate_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.utils import format_table
+from lorikeet.worker.build import resolve_dtype
 
 
 def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object]:

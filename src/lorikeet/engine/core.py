@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorikeet.adapters.records import LoadOutcome
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
-from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.adapter_store import AdapterStore
 from lorikeet.engine.executor import Executor
 from lorikeet.engine.step_log import StepLog

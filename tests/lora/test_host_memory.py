@@ -7,7 +7,7 @@ import torch
 
 from lorikeet.adapters.spec import LoRASpec
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostCache
 
 
 def _adapter(name: str, num_elems: int) -> HostAdapter:

@@ -14,18 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
-from lorikeet.adapters.residency import Residency
-from lorikeet.adapters.sources.resolver import is_name
-from lorikeet.adapters.sources.source import public_path
-from lorikeet.adapters.tiers import Tier
-from lorikeet.adapters.views import make_entry, make_report
-from lorikeet.config import LoRAPath
-from lorikeet.core.messages import AdaptersChanged
-from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
-from lorikeet.engine.adapter_news import AdapterNews
-from lorikeet.engine.adapter_reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
-from lorikeet.engine.adapter_records import (
+from lorikeet.adapters.moves import IN_MEMORY, HostMoves
+from lorikeet.adapters.news import AdapterNews
+from lorikeet.adapters.records import (
     AdapterCounters,
     Known,
     Load,
@@ -34,12 +25,21 @@ from lorikeet.engine.adapter_records import (
     as_fault,
     log_load,
 )
+from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.sources.resolver import is_name
+from lorikeet.adapters.sources.source import public_path
+from lorikeet.adapters.templates import TemplateNews, Templates
+from lorikeet.adapters.tiers import Tier
+from lorikeet.adapters.unloads import UnloadedNames, Unloads
+from lorikeet.adapters.views import make_entry, make_report
+from lorikeet.config import LoRAPath
+from lorikeet.core.messages import AdaptersChanged
 from lorikeet.engine.adapter_store import BASE_VERSION
-from lorikeet.engine.adapter_templates import TemplateNews, Templates
-from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostCache
+from lorikeet.lora.reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
 
 logger = logging.getLogger(__name__)
 

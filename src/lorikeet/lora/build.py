@@ -18,19 +18,19 @@ from lorikeet.adapters.sources.resolver import Resolver
 from lorikeet.adapters.sources.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import read_adapter_config
+from lorikeet.adapters.store import LoadedAdapters
 from lorikeet.adapters.targets import resolve_targets
+from lorikeet.adapters.templates import read_templates
 from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.sites import LoRASite
-from lorikeet.engine.adapter_reader import AdapterReader, Trust
-from lorikeet.engine.adapter_templates import read_templates
-from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.errors import AdapterError, ConfigError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.base_weights import checkpoint_weight
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostCache
 from lorikeet.lora.loader import load_adapter
+from lorikeet.lora.reader import AdapterReader, Trust
 from lorikeet.lora.report import adapter_report
 from lorikeet.models.decoder import Decoder
 from lorikeet.ops.lora.select import BackendName, make_backend

@@ -15,9 +15,9 @@ from lorikeet.adapters.sources.transfer import (
     Transfer,
     TransferEndedError,
 )
-from lorikeet.engine.adapter_reader import NUM_DOWNLOADS_PER_HOST, AdapterReader, Origin
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.reader import NUM_DOWNLOADS_PER_HOST, AdapterReader, Origin
 from tests.support.adapter_rig import PATIENCE_S, Disk
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from lorikeet.adapters.records import AdapterCounters, Known, LoadOutcome, Unload
 from lorikeet.adapters.registry import AdapterRegistry
-from lorikeet.engine.adapter_records import AdapterCounters, Known, LoadOutcome, Unload
 from lorikeet.errors import AdapterError
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,16 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.request import MAX_SEED
 from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency
 from lorikeet.engine.paths import tokenizer_dir
-from lorikeet.engine.worker_setup import (
+from lorikeet.errors import ConfigError
+from lorikeet.kv.manager import KVManager
+from lorikeet.lora.build import LoRAParts, build_lora, load_first, no_residency
+from lorikeet.models.build import build_model
+from lorikeet.models.source import locate_model
+from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
+from lorikeet.parallel.group import SingleRank
+from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from lorikeet.worker.build import (
     Target,
     check_weights_fit,
     make_attention,
@@ -27,13 +34,6 @@ from lorikeet.engine.worker_setup import (
     resolve_dtype,
     split,
 )
-from lorikeet.errors import ConfigError
-from lorikeet.kv.manager import KVManager
-from lorikeet.models.build import build_model
-from lorikeet.models.source import locate_model
-from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
-from lorikeet.parallel.group import SingleRank
-from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.memory import MemorySplit
 

@@ -19,9 +19,9 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from lorikeet.adapters.sources.source import pin_source, public_path
 from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
-from lorikeet.engine.adapter_threads import ReaderThreads
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.reader_threads import ReaderThreads
 from lorikeet.lora.tensors import accept_tensors
 from lorikeet.masking import shortened
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorikeet.adapters import moves
+from lorikeet.adapters.records import LoadOutcome
 from lorikeet.client.uploads import Uploads
-from lorikeet.engine import adapter_moves
-from lorikeet.engine.adapter_reader import NUM_LOADS, TENSORS_PATH
-from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
-from tests.engine.conftest import MakeRig
+from lorikeet.lora.reader import NUM_LOADS, TENSORS_PATH
+from tests.adapters.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
 from tests.support.count_operations import count_operations
 
@@ -34,7 +34,7 @@ class Spools:
         self.gate = threading.Event()
         self.gate.set()
         self.uploads = Uploads()
-        monkeypatch.setattr("lorikeet.engine.adapter_reader.accept_tensors", self.accept)
+        monkeypatch.setattr("lorikeet.lora.reader.accept_tensors", self.accept)
 
     def accept(self, config: object, weights: Path) -> None:
         self.rig.write(str(weights.parent), weights.read_text())
@@ -466,7 +466,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the store sees pass, besides the real ones."""
     added, real = [0.0], time.monotonic
     monkeypatch.setattr(
-        "lorikeet.engine.adapter_moves.time",
+        "lorikeet.adapters.moves.time",
         SimpleNamespace(monotonic=lambda: real() + added[0]),
     )
     return added
@@ -483,7 +483,7 @@ def test_an_adapter_that_could_not_be_read_is_read_again_after_a_while(
     num_reads = rig.disk.num_reads
     assert "does not exist" in rig.refusal(rig.submit("a"))  # the reason, meanwhile
     assert rig.disk.num_reads == num_reads
-    clock[0] += adapter_moves.FIRST_RETRY_S
+    clock[0] += moves.FIRST_RETRY_S
     assert rig.ask("a") == expected_tokens(versions["a"], PROMPT, 4)
     rig.finish()
 
@@ -499,9 +499,9 @@ def test_each_try_waits_longer_than_the_one_before(make_rig: MakeRig, clock: lis
         waits.append(0.0)
         while rig.disk.num_reads == num_reads:
             rig.refusal(rig.submit("a"))
-            clock[0] += adapter_moves.FIRST_RETRY_S
-            waits[-1] += adapter_moves.FIRST_RETRY_S
-    first, last = adapter_moves.FIRST_RETRY_S, adapter_moves.LAST_RETRY_S
+            clock[0] += moves.FIRST_RETRY_S
+            waits[-1] += moves.FIRST_RETRY_S
+    first, last = moves.FIRST_RETRY_S, moves.LAST_RETRY_S
     assert waits[1:6] == [first, 2 * first, 4 * first, 8 * first, 16 * first]
     assert waits[-1] == last
     rig.finish()
@@ -517,6 +517,6 @@ def test_a_pin_whose_copy_failed_is_placed_again(make_rig: MakeRig, clock: list[
     rig.failing_copies.clear()
     rig.finish()
     assert rig.view("a")["tier"] == "host"
-    clock[0] += adapter_moves.PINS_S
+    clock[0] += moves.PINS_S
     rig.until(lambda: rig.view("a")["tier"] == "device")
     rig.finish()

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
+from lorikeet.adapters.records import Known, Load, Unload
 from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
-from lorikeet.engine.adapter_records import Known, Load, Unload
 
 
 class AdapterNews:

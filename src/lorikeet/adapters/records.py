@@ -6,8 +6,8 @@ import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from lorikeet.engine.adapter_reader import Origin, ReadAdapter
 from lorikeet.errors import AdapterError, EngineFault, LorikeetError
+from lorikeet.lora.reader import Origin, ReadAdapter
 from lorikeet.lora.report import format_report
 from lorikeet.masking import printable, shortened, without_paths
 

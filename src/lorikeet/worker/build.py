@@ -12,10 +12,10 @@ from lorikeet.attention.cut import CutAttention
 from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.config import ServerConfig
-from lorikeet.engine.lora_setup import LoRAParts
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
+from lorikeet.lora.build import LoRAParts
 from lorikeet.lora.copier import Copier
 from lorikeet.models.decoder import Decoder
 from lorikeet.models.spec import ModelSpec

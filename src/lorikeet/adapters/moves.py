@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+from lorikeet.adapters.records import AdapterCounters, Known
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.tiers import Tier
-from lorikeet.engine.adapter_reader import AdapterReader
-from lorikeet.engine.adapter_records import AdapterCounters, Known
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostCache
+from lorikeet.lora.reader import AdapterReader
 from lorikeet.masking import printable, without_paths
 
 logger = logging.getLogger(__name__)
