@@ -4,152 +4,198 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
+from itertools import count
+from typing import Any
 
-from lorikeet.adapters.records import AdapterCounters, Known
-from lorikeet.adapters.registry import AdapterRegistry
-from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.records import (
+    FIRST_RETRY_S,
+    LAST_RETRY_S,
+    AdapterRecord,
+    AdapterState,
+    Load,
+)
 from lorikeet.adapters.tiers import Tier
+from lorikeet.core.adapters import AdapterFacts, HostBytes, Origin, ReadOrder
 from lorikeet.errors import AdapterError
-from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_memory import HostCache
-from lorikeet.lora.reader import AdapterReader
 from lorikeet.masking import printable, without_paths
 
 logger = logging.getLogger(__name__)
 
-
-# Seconds until a version that could not be read is read again if somebody asks for it (or if it is pinned): the first
-# and the longest wait, each twice as long as the one before.
-FIRST_RETRY_S = 10.0
-LAST_RETRY_S = 600.0
 # Seconds between two looks for pinned versions that are not on the device, because a copy has failed.
 PINS_S = 10.0
 
 # Tiers whose versions have their bytes in host memory.
 IN_MEMORY = frozenset({Tier.HOST, Tier.COPYING, Tier.DEVICE})
 
+ReadResult = AdapterFacts | BaseException
+
 
 class HostMoves:
     """Host memory follows the residency.
 
     Args:
-        known: versions that the registry knows, and where their bytes can be read; shared with the store.
+        host: None without LoRA; then nothing is ever read.
+
+    Attributes:
+        nbytes: of the versions that count as in host memory.
     """
 
-    def __init__(
-        self,
-        *,
-        residency: Residency,
-        registry: AdapterRegistry,
-        host: HostCache,
-        reader: AdapterReader,
-        known: Mapping[int, Known],
-        counters: AdapterCounters,
-    ) -> None:
-        self._residency = residency
-        self._registry = registry
+    def __init__(self, state: AdapterState, host: HostBytes | None) -> None:
+        self._state = state
+        self._registry = state.registry
+        self._residency = state.residency
+        self._records = state.records
+        self._counters = state.counters
         self._host = host
-        self._reader = reader
-        self._known = known
-        self._counters = counters
-        self._reads: dict[int, Future[HostAdapter]] = {}
-        self._began: dict[int, float] = {}
-        # Versions that could not be read: when they may be read again, and how long the next wait is.
-        self._retries: dict[int, tuple[float, float]] = {}
+        self._tickets = count(1)
+        # Whose read is under way, by its ticket.
+        self._reading: dict[int, Load | AdapterRecord] = {}
         self._pins_due = time.monotonic() + PINS_S
-        # Versions that no name means any more, which requests still wait for. Their files may have been overwritten by
-        # their successor's, so their bytes stay here until the residency wants them again.
-        self._kept: dict[int, HostAdapter] = {}
+        self.nbytes = 0
 
     @property
-    def pending(self) -> list[Future[HostAdapter]]:
-        """Reads under way."""
-        return list(self._reads.values())
+    def _bytes(self) -> HostBytes:
+        assert self._host is not None, "nothing is read without LoRA"
+        return self._host
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._reading)
+
+    def pending(self) -> list[Future[Any]]:
+        """What to wait for, if there is nothing else to do."""
+        return self._bytes.pending() if self._reading else []
+
+    def read(self, reader: Load | AdapterRecord, order: ReadOrder) -> None:
+        """Begin to read for a load, or a version again."""
+        reader.ticket = next(self._tickets)
+        self._reading[reader.ticket] = reader
+        self._bytes.read(reader.ticket, order)
+
+    def cancel(self, reader: Load | AdapterRecord) -> None:
+        """What is read for it, or was read, is for nothing."""
+        if reader.ticket is not None:
+            self._reading.pop(reader.ticket, None)
+            self._bytes.cancel(reader.ticket)
+            reader.ticket = None
+
+    def collect(self) -> list[tuple[Load, ReadResult]]:
+        """Take in the reads that have ended. Those of loads are the caller's to finish."""
+        loads: list[tuple[Load, ReadResult]] = []
+        if not self._reading:
+            return loads
+        for ticket, result in self._bytes.reads_done():
+            reader = self._reading.pop(ticket)
+            if not isinstance(result, AdapterFacts):
+                reader.ticket = None
+            if isinstance(reader, Load):
+                loads.append((reader, result))
+            else:
+                self._finish(reader, result)
+        return loads
 
     def poll(self) -> None:
-        """Take in finished reads, drop what has left, begin new reads."""
-        for version in [version for version, read in self._reads.items() if read.done()]:
-            self._finish(version)
+        """Drop what has left, begin new reads."""
         self._retry_pins()
         self._drop_evicted()
         for version in self._residency.take_reads():
-            self._begin(version)
+            self._begin(self._records[version])
         self._drop_evicted()
 
-    def retry(self, version: int) -> bool:
+    def retry(self, record: AdapterRecord) -> bool:
         """Somebody asks for a version that could not be read: let it be read again, if it is time for that."""
-        not_before, _ = self._retries.get(version, (0.0, 0.0))
-        if time.monotonic() < not_before:
+        if time.monotonic() < record.retry_at:
             return False
-        self._residency.retry(version)
+        self._residency.retry(record.version)
         return True
 
-    def put(self, version: int, adapter: HostAdapter) -> None:
-        """A load has brought a version, which the residency counts from now on as in host memory.
+    def put(self, record: AdapterRecord, load: Load) -> None:
+        """A load has brought a version, which the residency counts as in host memory.
 
         Who left for it goes with the next ``poll``, when it is known which version its name has left behind.
         """
-        self.drop(version)  # evicted and still here, or being read: for nothing now
-        self._host.put(version, adapter)
+        assert load.ticket is not None
+        self.cancel(record)  # for nothing now
+        self._bytes.keep(load.ticket, record.version)
+        load.ticket = None
+        self._arrive(record)
 
-    def drop(self, version: int) -> None:
+    def drop(self, record: AdapterRecord) -> None:
         """Forget a version's bytes, and the read that should bring them."""
-        self._kept.pop(version, None)
-        self._retries.pop(version, None)
-        self._began.pop(version, None)
-        read = self._reads.pop(version, None)
-        if read is not None:
-            self._reader.cancel(read)
-        if version in self._host:
-            self._host.drop(version)
+        self.cancel(record)
+        if record.is_held or record.is_kept:
+            self._bytes.drop(record.version)
+        self._leave(record)
+        record.is_kept = False
+
+    def forget(self, origin: Origin) -> None:
+        """An origin is not read again."""
+        self._bytes.forget(origin)
 
     def check_integrity(self) -> None:
         # Who has left since the last poll may still be here.
         self._drop_evicted()
-        for version in self._known:
-            in_host = self._residency.tier(version) in IN_MEMORY
-            assert in_host == (version in self._host), f"version {version}: bytes and tier differ"
-        ours = {*self._reads, *self._kept, *self._began, *self._retries}
-        assert ours <= self._known.keys(), f"reads of forgotten versions: {ours}"
+        records = self._records.values()
+        for record in records:
+            in_host = self._residency.tier(record.version) in IN_MEMORY
+            assert in_host == record.is_held, f"version {record.version}: bytes and tier differ"
+            assert not (record.is_held and record.is_kept)
+        assert self.nbytes == sum(record.facts.nbytes for record in records if record.is_held)
+        readers = [*records, *self._state.loads.values()]
+        tickets = {reader.ticket for reader in readers if reader.ticket is not None}
+        assert tickets == self._reading.keys(), f"reads of forgotten versions: {self._reading}"
+        there = {record.version for record in records if record.is_held or record.is_kept}
+        if self._host is not None:
+            self._host.check_integrity(there, tickets)
 
-    def _begin(self, version: int) -> None:
-        kept = self._kept.pop(version, None)
-        if kept is not None:
-            self._arrive(version, kept)
+    def _begin(self, record: AdapterRecord) -> None:
+        if record.is_kept:
+            if self._residency.read_done(record.version, record.facts.page_classes):
+                self._arrive(record)
             return
-        info, known = self._registry.info(version), self._known[version]
-        self._began[version] = time.monotonic()
-        self._reads[version] = self._reader.reload(
-            info.name, reversed(known.origins.values()), known.digest
+        record.read_began = time.monotonic()
+        self.read(
+            record,
+            ReadOrder(
+                name=self._registry.info(record.version).name,
+                origins=tuple(reversed(record.origins.values())),
+                digest=record.facts.digest,
+            ),
         )
 
-    def _finish(self, version: int) -> None:
-        read = self._reads.pop(version)
-        seconds = time.monotonic() - self._began.pop(version)
-        error = read.exception()
-        if error is None:
-            adapter = read.result()
-            self._counters.reloads += 1
-            self._counters.sample("adapter_reload_seconds", seconds)
-            self._arrive(version, adapter)
+    def _finish(self, record: AdapterRecord, result: ReadResult) -> None:
+        """The read of a version has ended."""
+        if not isinstance(result, AdapterFacts):
+            self._fail(record, result)
             return
+        self._counters.reloads += 1
+        seconds = time.monotonic() - record.read_began
+        self._counters.sample("adapter_reload_seconds", seconds)
+        assert record.ticket is not None
+        if self._residency.read_done(record.version, result.page_classes):
+            self._bytes.keep(record.ticket, record.version)
+            record.ticket = None
+            self._arrive(record)
+        else:
+            self.cancel(record)
+
+    def _fail(self, record: AdapterRecord, error: BaseException) -> None:
+        version, seconds = record.version, record.retry_seconds
         if not isinstance(error, AdapterError):
             logger.error("reading adapter version %d again failed", version, exc_info=error)
         reason = str(error) or type(error).__name__
-        names = ", ".join(self._registry.names_of(version))
-        _, seconds = self._retries.get(version, (0.0, FIRST_RETRY_S))
-        self._retries[version] = (time.monotonic() + seconds, min(2 * seconds, LAST_RETRY_S))
+        record.retry_at = time.monotonic() + seconds
+        record.retry_seconds = min(2 * seconds, LAST_RETRY_S)
         logger.warning(
             "Adapter %s failed: version %d, %s; read again at the earliest in %.0f s",
-            names,
+            ", ".join(self._registry.names_of(version)),
             version,
             reason,
             seconds,
         )
         # Requests are told it, and where the files lie is not their matter.
-        origins = self._known[version].origins.values()
+        origins = record.origins.values()
         shown = without_paths(printable(reason), *(origin.path for origin in origins))
         self._residency.read_failed(version, shown)
 
@@ -159,27 +205,39 @@ class HostMoves:
         if now < self._pins_due:
             return
         self._pins_due = now + PINS_S
-        for version in list(self._retries):
+        if not self._residency.count(Tier.FAILED):
+            return
+        for version, record in self._records.items():
             if self._registry.is_pinned(version) and self._residency.failure(version) is not None:
-                self.retry(version)
+                self.retry(record)
 
-    def _arrive(self, version: int, adapter: HostAdapter) -> None:
-        self._retries.pop(version, None)
-        if self._residency.read_done(version, adapter.page_classes):
-            self._host.put(version, adapter)
+    def _arrive(self, record: AdapterRecord) -> None:
+        """A version's bytes are in host memory, and count as such."""
+        record.retry_at, record.retry_seconds = 0.0, FIRST_RETRY_S
+        record.is_kept = False
+        if not record.is_held:
+            record.is_held = True
+            self.nbytes += record.facts.nbytes
+
+    def _leave(self, record: AdapterRecord) -> None:
+        """They do not count any more."""
+        if record.is_held:
+            record.is_held = False
+            self.nbytes -= record.facts.nbytes
 
     def _drop_evicted(self) -> None:
         for version in self._residency.take_host_drops():
-            if version not in self._host:
+            record = self._records.get(version)
+            if record is None or not record.is_held:
                 continue
-            adapter = self._host.get(version)
-            if self._registry.is_hidden(version):
-                self._kept[version] = adapter
-            self._host.drop(version)
+            self._leave(record)
+            record.is_kept = self._registry.is_hidden(version)
+            if not record.is_kept:
+                self._bytes.drop(version)
             self._counters.host_evictions += 1
             logger.info(
                 "Adapter %s evicted from host memory: version %d, %.2f MB",
-                adapter.name,
+                self._registry.info(version).name,
                 version,
-                adapter.nbytes / 1e6,
+                record.facts.nbytes / 1e6,
             )

@@ -21,6 +21,7 @@ from enum import Enum
 from lorikeet.adapters.device_tier import DeviceTier
 from lorikeet.adapters.eviction import POLICIES
 from lorikeet.adapters.host_tier import MAX_READS, HostTier
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
 from lorikeet.core.plan import PageCopy
@@ -87,6 +88,24 @@ class Residency:
         self._num_pinned = 0
         # Pinned versions whose copy was not planned yet, or failed.
         self._unplaced_pins: set[int] = set()
+
+    @classmethod
+    def of_pool(
+        cls, layout: PoolLayout | None, *, policy: str = "lru", max_host: int | None = None
+    ) -> Residency:
+        """The residency of a pool with this layout. None is no pool: the base model is all there is."""
+        if layout is None:
+            return cls(allocator=RankPageAllocator(), num_slots=1, policy=policy, max_pinned=0)
+        allocator = RankPageAllocator(
+            layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
+        )
+        return cls(
+            allocator=allocator,
+            num_slots=layout.num_slots,
+            policy=policy,
+            max_pinned=layout.max_loras_per_batch - 1,
+            max_host=max_host,
+        )
 
     def __contains__(self, version: int) -> bool:
         entry = self._entries.get(version)

@@ -1,15 +1,25 @@
-"""How much memory the K/V pages get: what is there, what the weights and the adapter pool take, what is left."""
+"""How memory is divided: what is there, what the weights and the adapter pool take, what is left for K/V pages. What does
+not fit is refused here, in one way."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorikeet.errors import ConfigError
 
 # Main memory is shared with everything else on the machine, so a CPU engine takes a modest part unless told otherwise.
 DEFAULT_CPU_FRACTION = 0.5
+
+WEIGHTS, POOL, STEP = "weights", "adapters", "steps"
+# What helps if there is no room for something; for whatever is not named here it is the last.
+_ADVICE = {
+    WEIGHTS: "Use a smaller --dtype or a smaller model, or end what else uses the device",
+    POOL: "Lower --max-loras-per-batch or --max-lora-rank, or name fewer --lora-target-modules",
+}
+_KV_ADVICE = "Lower --context-length, --max-total-tokens, --max-loras-per-batch or --max-lora-rank, or raise --mem-fraction-static"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +68,32 @@ class MemoryRequest:
     reserve_bytes: int = 0
 
 
+def check_memory(
+    available: int | None, needs: Mapping[str, int], *, left: int | None = None
+) -> None:
+    """Refuse what finds no room.
+
+    Args:
+        available: bytes in all; None: not known, and nothing is refused.
+        needs: what needs memory -> bytes, in the order in which it is given. The last is what is asked about.
+        left: bytes that are left for it; None: what the others leave.
+
+    Raises:
+        ConfigError: with all numbers, and what to change.
+    """
+    if available is None:
+        return
+    *others, (last, num_bytes) = needs.items()
+    if left is None:
+        left = available - sum(size for _, size in others)
+    if num_bytes > left:
+        listed = ", ".join(f"{what} need {size_text(size)}" for what, size in needs.items() if size)
+        raise ConfigError(
+            f"not enough memory: {size_text(available)} available; {listed}, but only {size_text(max(0, left))} is left "
+            f"for {last}. {_ADVICE.get(last, _KV_ADVICE)}"
+        )
+
+
 def split_memory(request: MemoryRequest) -> MemorySplit:
     """Divide memory between weights, adapter pool and K/V.
 
@@ -78,8 +114,13 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
         left = most - request.weights_bytes - request.pool_bytes
     else:
         tokens, needed = request.useful_tokens, min(request.min_tokens, request.useful_tokens)
-    if needed * request.kv_bytes_per_token > left:
-        raise ConfigError(_shortage(request, needed, left))
+    needs = {
+        WEIGHTS: request.weights_bytes,
+        POOL: request.pool_bytes,
+        STEP: request.reserve_bytes,
+        f"K/V for {needed} tokens": needed * request.kv_bytes_per_token,
+    }
+    check_memory(request.available_bytes, needs, left=left)
     num_pages = min(-(-tokens // request.page_size), left // page_bytes)
     return MemorySplit(
         weights_bytes=request.weights_bytes,
@@ -116,17 +157,6 @@ def available_host_bytes() -> int:
     except (OSError, KeyError, ValueError):
         pass  # not Linux, or no limit ("max"): the plain figure stands
     return free
-
-
-def _shortage(request: MemoryRequest, needed_tokens: int, left: int) -> str:
-    return (
-        f"not enough memory: {size_text(request.available_bytes)} available; weights need "
-        f"{size_text(request.weights_bytes)}, the adapter pool {size_text(request.pool_bytes)}, "
-        f"{f'a step {size_text(request.reserve_bytes)}, ' if request.reserve_bytes else ''}and K/V for "
-        f"{needed_tokens} tokens {size_text(needed_tokens * request.kv_bytes_per_token)}, but {size_text(max(0, left))} is "
-        "left for it. Lower --context-length, --max-total-tokens, --max-loras-per-batch or --max-lora-rank, or raise "
-        "--mem-fraction-static"
-    )
 
 
 def size_text(num_bytes: int) -> str:

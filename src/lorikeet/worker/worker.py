@@ -21,6 +21,7 @@ from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.errors import EngineFault, OutOfMemoryError
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.copier import Copier
+from lorikeet.lora.host_memory import HostMemory
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.sampling.logprobs import PendingPrompt
 from lorikeet.worker.sampling.pending_sample import PendingSample
@@ -75,7 +76,7 @@ class Worker:
         network: a batch to logits [M, V], and to states that are pooled.
         inputs: builder of batches, with the states of running sequences.
         sampler: logits to tokens.
-        copier: brings adapters to the device; None when LoRA is off.
+        copier: brings adapters from host memory to the device; None when LoRA is off.
         graphs: captured steps, asked in this order; what none of them runs runs eagerly.
         max_logits_rows: rows of logits that are there at a time, at least as many as sequences run; None is any number.
         overlap: a step may be submitted before the one before it is collected.
@@ -110,6 +111,11 @@ class Worker:
         """``submit`` and ``collect`` at once; nothing else may be submitted."""
         self.submit(plan)
         return self.collect()
+
+    @property
+    def host(self) -> HostMemory | None:
+        """Adapters in this rank's host memory; None when LoRA is off."""
+        return self._copier.host if self._copier is not None else None
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
@@ -165,8 +171,9 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """End the thread that copies."""
+        """End the threads that read and copy."""
         if self._copier is not None:
+            self._copier.host.close()
             self._copier.close()
 
     def _end(self, ended: list[int]) -> None:
