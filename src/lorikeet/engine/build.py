@@ -67,7 +67,7 @@ def _build(
     progress: bool,
 ) -> EngineCore:
     defaults = _sampling_defaults(config, directory, spec)
-    target = _target(config, spec)
+    target = read_target(config, spec)
     rank = build_rank(
         target,
         directory,
@@ -119,7 +119,7 @@ def load_first(
             store.load(source)
 
 
-def _target(config: ServerConfig, spec: ModelSpec) -> Target:
+def read_target(config: ServerConfig, spec: ModelSpec) -> Target:
     """What is served where; raises ConfigError if the options do not fit the model or the device."""
     context_length = resolve_context_length(config, spec)
     assert config.device in ("cpu", "cuda"), "the configuration is resolved"

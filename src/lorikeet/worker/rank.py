@@ -148,7 +148,7 @@ def _weights_bytes(model: Decoder) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a GPU now; None for a CPU, whose memory is divided when the weights and the pool are there."""
+    """Memory of a GPU that is free now; None for a CPU, whose memory is asked for when weights and pool are there."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -165,10 +165,13 @@ def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit
     reserve = _step_bytes(target, model, lora) if on_gpu else 0
     if on_gpu:
         torch.cuda.empty_cache()
-        available = torch.cuda.mem_get_info(target.device)[0] + weights_bytes + pool_bytes
-    else:
-        # Weights and pool are allocated already, so they count as available again.
+    free = free_bytes(target.device)
+    # Weights and pool are allocated already, so they count as available again; of main memory the pool has taken nothing
+    # before adapters are written to it.
+    if free is None:
         available = available_host_bytes() + weights_bytes
+    else:
+        available = free + weights_bytes + pool_bytes
     scale = target.kv_head_dim / spec.head_dim
     return split_memory(
         MemoryRequest(
