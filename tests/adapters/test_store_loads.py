@@ -258,7 +258,7 @@ def test_a_thousand_loads_and_unloads_of_the_same_names(make_rig: MakeRig) -> No
         rig.unload(str(name))
     rig.finish()
     assert len(rig.host) == 0
-    assert rig.residency.resident() == []
+    assert list(rig.residency.device.placed) == []
     assert rig.store.describe() == []
     assert not rig.store.is_waiting
 

@@ -1,4 +1,4 @@
-"""Places in host memory, and who leaves so that another may come. The bytes are ``lora/host_cache.py``'s."""
+"""Places in host memory, and who leaves so that another may come. The bytes lie in ``lora/host_memory.py``."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ class HostTier:
             self._give_place()
 
     def take_drops(self) -> list[int]:
+        """Versions that were evicted since the last call; their bytes are to be dropped."""
         drops, self.drops = list(self.drops), {}
         return drops
 
@@ -123,6 +124,7 @@ class HostTier:
         return ended
 
     def take_failures(self) -> dict[int, str]:
+        """Versions that became FAILED since the last call, and why."""
         failures, self.failures = self.failures, {}
         return failures
 

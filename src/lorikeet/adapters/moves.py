@@ -205,7 +205,7 @@ class HostMoves:
         if now < self._pins_due:
             return
         self._pins_due = now + PINS_S
-        if not self._residency.count(Tier.FAILED):
+        if not self._residency.ledger.num_in[Tier.FAILED]:
             return
         for version, record in self._records.items():
             if self._registry.is_pinned(version) and self._residency.failure(version) is not None:
@@ -226,7 +226,7 @@ class HostMoves:
             self.nbytes -= record.facts.nbytes
 
     def _drop_evicted(self) -> None:
-        for version in self._residency.take_host_drops():
+        for version in self._residency.host.take_drops():
             record = self._records.get(version)
             if record is None or not record.is_held:
                 continue

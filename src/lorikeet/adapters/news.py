@@ -37,7 +37,7 @@ class AdapterNews:
 
     def take(self) -> AdaptersChanged | None:
         """What has changed since the last call; None if nothing has."""
-        versions = self._versions.union(self._residency.take_moved())
+        versions = self._versions.union(self._residency.ledger.take_moved())
         names, self._names, self._versions = self._names, {}, set()
         if not names and not versions:
             return None

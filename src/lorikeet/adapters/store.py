@@ -265,7 +265,9 @@ class AdapterStore:
     def stats(self) -> dict[str, float]:
         if not self._has_lora:
             return {}
-        values = {f"num_adapters_{tier.value}": float(self.residency.count(tier)) for tier in Tier}
+        values = {
+            f"num_adapters_{tier.value}": float(self.residency.ledger.num_in[tier]) for tier in Tier
+        }
         names = float(len(self._registry))
         return (
             values

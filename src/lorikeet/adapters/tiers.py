@@ -147,6 +147,11 @@ class Ledger:
             self.moved.add(entry.version)
         self.note(entry)
 
+    def take_moved(self) -> list[int]:
+        """Versions whose tier has changed since the last call, in no order; some may be gone."""
+        moved, self.moved = list(self.moved), set()
+        return moved
+
     def set_removed(self, entry: Resident, *, removed: bool) -> None:
         if entry.removed != removed:
             entry.removed = removed
