@@ -107,7 +107,7 @@ class AdapterRecord:
     """A version that somebody can still use: everything that the store knows of it.
 
     Attributes:
-        facts: of its first load.
+        facts: of its first load, without templates.
         origins: name -> where its bytes can be read, newest last.
         holders: ids of the completions that lease it.
         last_use: seconds since the epoch, of the newest lease or its end; None: never.

@@ -2,7 +2,7 @@
 
 Names, versions and leases are the registry's decisions, tiers the residency's; the bytes lie in the host memories behind
 ``HostBytes``. What the store adds is their order, and the commands that are under way. Everything here runs on the
-engine's loop and nothing blocks: what takes long is a read, and :meth:`AdapterStore.poll` looks what came of it.
+engine's loop and nothing blocks: what takes long is a read, and :meth:`AdapterStore.poll` sees what came of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lorikeet.adapters.moves import IN_MEMORY, HostMoves, ReadResult
 from lorikeet.adapters.news import AdapterNews
@@ -199,6 +201,7 @@ class AdapterStore:
         return version
 
     def release(self, version: int, number: int) -> None:
+        """The completion ``number`` has ended."""
         if version == BASE_VERSION:
             return
         record = self._records[version]
@@ -255,6 +258,7 @@ class AdapterStore:
         ]
 
     def names(self, versions: Iterable[int]) -> list[str]:
+        """Names that mean these versions, sorted; as many as a report lists."""
         found: set[str] = set()
         for version in versions:
             found.update(self._registry.names_of(version)[:MAX_NAMES])
@@ -263,6 +267,7 @@ class AdapterStore:
         return sorted(found)[:MAX_NAMES]
 
     def stats(self) -> dict[str, float]:
+        """Gauges and counters by name; none without LoRA."""
         if not self._has_lora:
             return {}
         values = {
@@ -276,6 +281,7 @@ class AdapterStore:
         )
 
     def take_samples(self) -> dict[str, list[float]]:
+        """Durations in seconds, by name, measured since the last call."""
         return self._counters.take_samples()
 
     def take_changes(self) -> AdaptersChanged | None:
@@ -375,7 +381,11 @@ class AdapterStore:
             if repin and old is not None:
                 self.residency.set_pinned(old.version, pinned=True)
             raise
-        record = self._records.setdefault(version, AdapterRecord(version, facts))
+        record = self._records.get(version)
+        if record is None:
+            # Templates are a name's, and others remember them.
+            kept = msgspec.structs.replace(facts, chat_templates={})
+            record = self._records[version] = AdapterRecord(version, kept)
         self._moves.put(record, load)
         path = public_path(facts.origin.path)
         name_it = self._registry.register if old is None else self._registry.replace

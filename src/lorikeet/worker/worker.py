@@ -107,11 +107,6 @@ class Worker:
         # Slots whose copies are not complete.
         self._copying: dict[int, int] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """``submit`` and ``collect`` at once; nothing else may be submitted."""
-        self.submit(plan)
-        return self.collect()
-
     @property
     def host(self) -> HostMemory | None:
         """Adapters in this rank's host memory; None when LoRA is off."""
