@@ -1,4 +1,4 @@
-"""Places in host memory, and who leaves so that another may come. The bytes lie in ``lora/host_memory.py``."""
+"""How many versions host memory holds, and which are evicted to make room. The bytes lie in ``lora/host_memory.py``."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class HostTier:
 
     def arrive(self, entry: Resident, page_classes: Sequence[int]) -> None:
         """READING -> HOST."""
-        # If it was evicted and nobody has taken note of it: the new bytes stand where the old ones were.
+        # It may have been evicted without its bytes having been dropped: now they must not be.
         self.drops.pop(entry.version, None)
         entry.page_classes, entry.needs = tuple(page_classes), Counter(page_classes)
         entry.reason = None
@@ -129,7 +129,7 @@ class HostTier:
         return failures
 
     def check_integrity(self) -> None:
-        """Recount.
+        """Check the number of versions in host memory.
 
         Raises:
             AssertionError: the count is wrong or above the limit.

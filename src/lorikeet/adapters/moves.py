@@ -1,4 +1,4 @@
-"""Carries out what the residency decides about host memory: bytes dropped, versions read again."""
+"""Carries out what the residency decides about host memory: drops bytes and reads versions again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ReadResult = AdapterFacts | BaseException
 
 
 class HostMoves:
-    """Host memory follows the residency.
+    """Keeps host memory as the residency wants it.
 
     Args:
         host: None without LoRA; then nothing is ever read.
@@ -49,7 +49,7 @@ class HostMoves:
         self._counters = state.counters
         self._host = host
         self._tickets = count(1)
-        # Whose read is under way, by its ticket.
+        # Ticket -> the load or version that is being read.
         self._reading: dict[int, Load | AdapterRecord] = {}
         self._pins_due = time.monotonic() + PINS_S
         self.nbytes = 0
@@ -74,7 +74,7 @@ class HostMoves:
         self._bytes.read(reader.ticket, order)
 
     def cancel(self, reader: Load | AdapterRecord) -> None:
-        """What is read for it, or was read, is for nothing."""
+        """Give up a read, whether it is under way or at its end."""
         if reader.ticket is not None:
             self._reading.pop(reader.ticket, None)
             self._bytes.cancel(reader.ticket)
@@ -134,7 +134,7 @@ class HostMoves:
         self._bytes.forget(origin)
 
     def check_integrity(self) -> None:
-        # Who has left since the last poll may still be here.
+        # Bytes that were evicted since the last poll may still be there.
         self._drop_evicted()
         records = self._records.values()
         for record in records:
@@ -194,13 +194,13 @@ class HostMoves:
             reason,
             seconds,
         )
-        # Requests are told it, and where the files lie is not their matter.
+        # Requests are told the reason, but not where the files lie.
         origins = record.origins.values()
         shown = without_paths(printable(reason), *(origin.path for origin in origins))
         self._residency.read_failed(version, shown)
 
     def _retry_pins(self) -> None:
-        """Nobody has to ask for a pinned version that could not be read."""
+        """Try again to read the pinned versions that could not be read, though no request asks for them."""
         now = time.monotonic()
         if now < self._pins_due:
             return
@@ -220,7 +220,7 @@ class HostMoves:
             self.nbytes += record.facts.nbytes
 
     def _leave(self, record: AdapterRecord) -> None:
-        """They do not count any more."""
+        """A version's bytes do not count as in host memory any more."""
         if record.is_held:
             record.is_held = False
             self.nbytes -= record.facts.nbytes

@@ -130,7 +130,7 @@ class RankPageAllocator:
             self._put_back(slab, pages)
 
     def check_integrity(self, in_use: Iterable[int]) -> None:
-        """Compare with the offsets that somebody holds.
+        """Check that the pages in use are exactly those that are held.
 
         Raises:
             AssertionError: a page is leaked, shared, or a slab is on the wrong list.
@@ -253,7 +253,7 @@ class Trial:
         self._freed: dict[int, int] = {}
 
     def free(self, spread: Spread) -> None:
-        """Somebody's pages were free, too."""
+        """Count these pages as free."""
         for slab, count in spread.items():
             self._change(slab, count)
 

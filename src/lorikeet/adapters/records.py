@@ -62,7 +62,7 @@ class Load:
 
     @property
     def is_abandoned(self) -> bool:
-        """Whoever asked for it has gone, and nobody else waits for it."""
+        """True if whoever asked for it has gone and nobody else waits for it."""
         return self.reply.cancelled() and all(waiter.cancelled() for waiter in self.waiting)
 
     def succeed(self, outcome: LoadOutcome) -> None:
@@ -73,7 +73,7 @@ class Load:
                 waiter.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """Tell everybody why; requests without the places of files, which are the operator's matter."""
+        """Tell everybody who waits why it failed. Requests are not told where files lie, which is the operator's matter."""
         if self.reply.set_running_or_notify_cancel():
             self.reply.set_exception(error)
         told = AdapterError(without_paths(str(error))) if type(error) is AdapterError else error

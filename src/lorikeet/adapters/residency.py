@@ -46,7 +46,7 @@ class Admission(Enum):
 
 
 class Residency:
-    """Owner of the state of every adapter version.
+    """Knows where every adapter version is and decides what moves.
 
     Version 0 is the base model: always ready, in slot 0, and it takes nothing.
 
@@ -434,7 +434,7 @@ class Residency:
         self._settle(entry)
 
     def _settle(self, entry: Resident) -> None:
-        """Carry out what waited for the last user to leave."""
+        """Free what a removed version holds, once nobody uses it and no copy of it is on its way."""
         if not entry.removed or entry.uses or entry.tier is Tier.COPYING:
             return
         if entry.tier is Tier.DEVICE:

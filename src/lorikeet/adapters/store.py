@@ -55,7 +55,7 @@ MAX_NAMES = 100
 
 
 class AdapterStore:
-    """What the engine asks of its adapters.
+    """All adapters of an engine: loads and unloads them, and gives requests their versions.
 
     Args:
         host: where the bytes lie, in as many host memories as there are ranks; None without LoRA: the base model is
@@ -84,7 +84,7 @@ class AdapterStore:
     # -- commands ------------------------------------------------------------------------------------------------
 
     def load(self, source: LoRAPath) -> int:
-        """Load an adapter of the start: blocks until it is in host memory. Its path is the operator's own choice.
+        """Load an adapter at the start and wait until it is in host memory. Its path is the operator's own choice.
 
         Raises:
             AdapterError: it cannot be served exactly, or the name is taken.
@@ -143,7 +143,7 @@ class AdapterStore:
         if load is None:
             load = self._begin(LoRAPath(name, name), ReadOrder(name=name), replace=False)
             load.found = True
-        # One of its own: others wait for the same, and whoever leaves must not take them along.
+        # Each caller has a future of its own: cancelling it must not end the search for others.
         waiter: Future[None] = Future()
         load.waiting.append(waiter)
         return waiter

@@ -26,7 +26,7 @@ from lorikeet.ops.lora.select import BackendName, make_backend
 
 @dataclass(frozen=True, slots=True)
 class LoRAParts:
-    """What a rank has only with LoRA.
+    """The parts of a rank that exist only with LoRA.
 
     Attributes:
         backend: ``--lora-backend``, ``auto`` resolved.

@@ -19,7 +19,7 @@ from lorikeet.lora.host_memory import HostMemory
 
 logger = logging.getLogger(__name__)
 
-# What a copy may fail with without the engine's being to blame: memory, a device that is busy.
+# Errors of a copy that are no bugs: no memory, a busy device.
 _FAILURES = (RuntimeError, MemoryError, OSError)
 
 
@@ -63,7 +63,7 @@ class Copier:
         self._copies.append(_Copy(order, adapter, time.monotonic(), written))
 
     def free(self, slot: int) -> None:
-        """A slot was evicted, or its copy has failed: rank 0 from now on."""
+        """Empty a slot that was evicted, or whose copy has failed: it has rank 0 from now on."""
         copy = self._resident.pop(slot, None)
         self._pool.clear_slot(slot)
         if copy is not None:

@@ -1,4 +1,4 @@
-"""Reading adapters away from the loop: from wherever they come to packed weights, on a few threads.
+"""Reads adapters on threads, from wherever they come to packed weights.
 
 Loads, reloads and downloads have threads of their own. Reloads, and what the resolver finds, are what requests wait for.
 Everything begins with what the disk has; what turns out to need the network goes on among the downloads, where a host
@@ -30,11 +30,11 @@ from lorikeet.masking import shortened
 
 logger = logging.getLogger(__name__)
 
-# Several, since a disk may be slow, too.
+# Several at a time, since disks may be slow, too.
 NUM_LOADS = 4
 NUM_RELOADS = 2
 NUM_DOWNLOADS = 16
-# From one host, so that one that is silent leaves places for the others.
+# From one host: a silent one must leave places for the others.
 NUM_DOWNLOADS_PER_HOST = 4
 
 
@@ -140,7 +140,7 @@ class AdapterReader:
         host = None
         self._transfers[reply] = transfer
         try:
-            # After the line above: whoever cancels it from now on finds the transfer.
+            # Asked after the line above: who cancels it from now on finds the transfer.
             if not reply.cancelled():
                 self._answer(reply, order, transfer)
         except NeedsNetworkError as error:

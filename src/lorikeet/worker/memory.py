@@ -1,5 +1,4 @@
-"""How memory is divided: what is there, what the weights and the adapter pool take, what is left for K/V pages. What does
-not fit is refused here, in one way."""
+"""Divides memory between weights, adapters and K/V pages, and refuses what does not fit: the only place that does."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from lorikeet.errors import ConfigError
 DEFAULT_CPU_FRACTION = 0.5
 
 WEIGHTS, POOL, STEP = "weights", "adapters", "steps"
-# What helps if there is no room for something; for whatever is not named here it is the last.
+# What helps if there is no room for something; for K/V it is ``_KV_ADVICE``.
 _ADVICE = {
     WEIGHTS: "Use a smaller --dtype or a smaller model, or end what else uses the device",
     POOL: "Lower --max-loras-per-batch or --max-lora-rank, or name fewer --lora-target-modules",
@@ -71,7 +70,7 @@ class MemoryRequest:
 def check_memory(
     available: int | None, needs: Mapping[str, int], *, left: int | None = None
 ) -> None:
-    """Refuse what finds no room.
+    """Check that there is room for what needs memory.
 
     Args:
         available: bytes in all; None: not known, and nothing is refused.
@@ -109,7 +108,7 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
     left = min(budget, most) - request.weights_bytes - request.pool_bytes
     page_bytes = request.kv_bytes_per_token * request.page_size
     if request.max_total_tokens is not None:
-        # The user's number is taken as it is, short of what does not exist at all.
+        # The user's number is taken as given, unless there is not that much memory.
         tokens, needed = request.max_total_tokens, request.max_total_tokens
         left = most - request.weights_bytes - request.pool_bytes
     else:
@@ -132,7 +131,7 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
 
 
 def _check_fraction(request: MemoryRequest) -> None:
-    """A fraction that leaves too little for the steps would fail in the middle of one."""
+    """Refuse a ``--mem-fraction-static`` that leaves too little memory for the steps themselves."""
     if request.fraction is None or request.reserve_bytes == 0:
         return
     left = int(request.available_bytes * (1 - request.fraction))

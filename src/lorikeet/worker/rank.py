@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """What the engine gets of a rank that is built.
+    """A rank that is ready for plans.
 
     Attributes:
         lora: None without LoRA.

@@ -198,7 +198,7 @@ class Worker:
         try:
             self._queue(layout, flight)
         except torch.OutOfMemoryError:
-            # What the allocator keeps for later may be what is missing. Computing twice stores the same K/V twice.
+            # What the allocator has cached may be enough. To compute the step again is safe: it stores the same K/V.
             torch.cuda.empty_cache()
             try:
                 self._queue(layout, flight)
@@ -208,7 +208,7 @@ class Worker:
                 ) from error
 
     def _queue(self, layout: StepLayout, flight: _Flight) -> None:
-        """Queue a step's work: inputs, network, sampling. What a first attempt left of it is made anew."""
+        """Queue a step's work: inputs, network, sampling. A second attempt begins from scratch."""
         flight.prompts = {}
         arrays = self._sampler.arrays(layout.sampled, layout.sampled_lanes)
         most = self._max_logits_rows
@@ -264,7 +264,7 @@ class Worker:
         first = 0
         for seq, position, num_rows in layout.prompt_rows:
             low, high = max(first, begin), min(first + num_rows, end)
-            # A prompt of one token has no rows, but an entry.
+            # A prompt of one token has no rows of logits but still gets an entry.
             is_bare = num_rows == 0 and seq not in flight.prompts
             if low < high or is_bare:
                 rows_MV = logits_MV[low - begin : high - begin] if low < high else logits_MV[:0]
@@ -273,7 +273,7 @@ class Worker:
             first += num_rows
 
     def _finish_samples(self) -> None:
-        """A grammar needs its newest token. The device computes this step meanwhile."""
+        """Read the tokens of earlier steps, which grammars need now; the device computes this step meanwhile."""
         for flight in self._flights:
             if flight.sample is not None:
                 flight.sample.finish()
@@ -282,7 +282,7 @@ class Worker:
         self, layout: StepLayout, arrays: list, flight: _Flight
     ) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
-        # States that are pooled come out of no graph.
+        # Graphs do not return the hidden states that are pooled.
         for graphs in () if layout.pooled_rows else self._graphs:
             found = graphs.run(layout, arrays)
             if found is not None:
