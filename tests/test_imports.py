@@ -26,6 +26,7 @@ DECISIONS = [
     *("kv.pages", "kv.radix", "kv.manager"),
     *("adapters.spec", "adapters.targets", "adapters.registry", "adapters.eviction"),
     *("adapters.residency", "adapters.rank_pages", "adapters.layout", "adapters.sources.source"),
+    *("adapters.store", "adapters.limits", "core.adapters"),
 ]
 
 

@@ -23,23 +23,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
     ".": 1_850,
-    "adapters": 2_950,
+    "adapters": 3_800,
     "attention": 680,
     "client": 1_400,
     "config": 900,
-    "core": 550,
+    "core": 600,
     "demo": 150,
-    "engine": 2_500,
+    "engine": 950,
     "kv": 470,
     "layers": 380,
-    "lora": 1_200,
+    "lora": 1_550,
     "models": 930,
     "ops": 2_100,
     "parallel": 50,
     "scheduler": 1_000,
     "server": 3_450,
     "text": 1_500,
-    "worker": 3_050,
+    "worker": 3_400,
 }
 # A higher number invites files that are several things, a lower one cuts objects in halves that share private state.
 MAX_FILE_LINES = 600

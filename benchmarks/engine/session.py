@@ -16,8 +16,8 @@ from benchmarks.common import Row
 from benchmarks.engine.fixtures import linear_sites
 from lorikeet.config.parsing import config_from_values
 from lorikeet.config.values import LoRAPath
+from lorikeet.engine.build import build_engine
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.setup import build_engine
 from lorikeet.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -70,11 +70,11 @@ def take(residency: Residency, version: int) -> tuple[float, int] | None:
     """Bring a version to the device, use it and let it go. Seconds of its placement and victims; None if it was there."""
     found = None
     if not residency.is_resident(version):
-        victims = residency.num_device_evictions
+        victims = residency.device.num_evictions
         begin = time.thread_time()
         answer = residency.admit(version)
         residency.take_decisions()
-        found = time.thread_time() - begin, residency.num_device_evictions - victims
+        found = time.thread_time() - begin, residency.device.num_evictions - victims
         assert answer is Admission.WAIT, f"no room for version {version}"
         residency.copies_done([version], {})
     residency.admit(version)

@@ -14,15 +14,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from lorikeet.adapters.files import write_atomically
+from lorikeet.adapters.records import LoadOutcome
 from lorikeet.client.call_limits import OWN
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.reply import native_reply, vector_floats
 from lorikeet.client.uploads import Uploads
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
-from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.engine.build import build_engine
 from lorikeet.engine.paths import tokenizer_dir
-from lorikeet.engine.setup import build_engine
 from lorikeet.errors import AdapterError, EngineFault, RequestError
 from lorikeet.signals import interrupt_later
 from lorikeet.text.completion import Completion

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.residency import Admission, Residency
-from lorikeet.adapters.tiers import Resident, Tier
+from lorikeet.adapters.tiers import FIRST, Resident, Tier
 from tests.support.count_operations import count_operations
 from tests.support.slow_placement import SlowPages, leaving, victims
 
@@ -61,7 +61,7 @@ class Shadow:
         expected: list[int] | None = []
         if entry.tier is Tier.HOST:
             order = [self.entries[v] for v in self.order(version, device=True)]
-            has_slot = len(self.residency.resident()) < self.num_slots
+            has_slot = len(self.residency.device.placed) < self.num_slots
             expected = victims(self.slow, order, entry, has_slot=has_slot)
         elif entry.tier is Tier.DISK:
             held = sum(tier not in (Tier.DISK, Tier.FAILED) for tier in before.values())
@@ -104,7 +104,7 @@ class Shadow:
                     residency.read_done(reading, page_classes(rng))
             case _:
                 self.wanted = rng.sample(list(self.entries), rng.randint(0, 4))
-                residency.want(self.wanted)
+                residency.ledger.want(self.wanted)
                 self.pin(rng.choice(list(self.entries)), rng)
 
     def pin(self, version: int, rng: random.Random) -> None:
@@ -133,11 +133,11 @@ def test_choices_agree_with_looking_at_everything(
     shadow = Shadow(policy, max_host, num_slots)
     residency = shadow.residency
     for version in range(1, 13):
-        if residency.has_host_room():
+        if residency.host.has_room(FIRST):
             residency.add(version, page_classes(rng))
     for _ in range(60):
         shadow.do_something(rng)
-        residency.take_host_drops()
+        residency.host.take_drops()
         residency.take_reads()
         residency.check_integrity()
 
@@ -170,10 +170,10 @@ def test_a_placement_costs_the_same_among_hundreds() -> None:
             assert residency.admit(version) is Admission.WAIT
             residency.copies_done([version], [])
         residency.take_decisions()
-        before = residency.num_device_evictions
+        before = residency.device.num_evictions
         version = num_slots + 1
         count, answer = count_operations(lambda r=residency, v=version: r.admit(v))
         assert answer is Admission.WAIT
-        assert residency.num_device_evictions == before + 1
+        assert residency.device.num_evictions == before + 1
         counts.append(count)
     assert counts[1] <= counts[0] + 10, counts

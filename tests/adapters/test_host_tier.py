@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorikeet.adapters.residency import Admission
-from lorikeet.adapters.tiers import Tier
+from lorikeet.adapters.tiers import FIRST, Tier
 from lorikeet.errors import AdapterError
 from tests.support.count_operations import count_operations
 from tests.support.residency_rig import NO_ROOM, WAIT, bring, make, use
@@ -12,20 +12,20 @@ from tests.support.residency_rig import NO_ROOM, WAIT, bring, make, use
 def test_loads_beyond_the_host_limit() -> None:
     residency = make(max_host=2, max_pinned=1)
     for version in (1, 2, 3):
-        assert residency.has_host_room()
+        assert residency.host.has_room(FIRST)
         residency.add(version, [0])
-    assert residency.take_host_drops() == [1]
-    assert residency.take_host_drops() == []
+    assert residency.host.take_drops() == [1]
+    assert residency.host.take_drops() == []
     assert residency.tier(1) is Tier.DISK
     residency.set_pinned(2, pinned=True)
     bring(residency, 3)
-    assert not residency.has_host_room()
+    assert not residency.host.has_room(FIRST)
     with pytest.raises(AdapterError, match="--max-loaded-loras"):
         residency.add(4, [0])
     assert 4 not in residency
     residency.release(3)
     residency.add(4, [0])
-    assert residency.take_host_drops() == [3]
+    assert residency.host.take_drops() == [3]
     assert residency.take_decisions()[0] == [1], "off the device first"
     residency.check_integrity()
 
@@ -37,17 +37,17 @@ def test_host_victims_follow_the_policy(policy: str, leaves: int) -> None:
         residency.add(version, [0])
     use(residency, 1)
     residency.add(4, [0])
-    assert residency.take_host_drops() == [leaves]
+    assert residency.host.take_drops() == [leaves]
 
 
 def test_an_evicted_version_comes_back_on_demand() -> None:
     residency = make(max_host=2)
     for version in (1, 2, 3):
         residency.add(version, [0])
-    residency.take_host_drops()
+    residency.host.take_drops()
     assert residency.admit(1) is WAIT
     assert residency.tier(1) is Tier.READING
-    assert (residency.take_host_drops(), residency.take_reads()) == ([2], [1])
+    assert (residency.host.take_drops(), residency.take_reads()) == ([2], [1])
     assert residency.take_reads() == []
     assert residency.admit(1) is WAIT
     residency.check_integrity()
@@ -64,9 +64,9 @@ def test_no_room_to_read() -> None:
     bring(residency, 2, 3)
     assert residency.admit(1) is NO_ROOM, "both are in use"
     residency.release(3)
-    residency.want([3, 1])
+    residency.ledger.want([3, 1])
     assert residency.admit(1) is NO_ROOM, "3 is wanted before"
-    residency.want([1, 3])
+    residency.ledger.want([1, 3])
     assert residency.admit(1) is WAIT
     residency.check_integrity()
 
@@ -75,12 +75,12 @@ def test_reads_ahead_in_the_order_of_the_queue() -> None:
     residency = make(max_host=2)
     for version in range(1, 6):
         residency.add(version, [0])
-    residency.want([3, 2, 1])
+    residency.ledger.want([3, 2, 1])
     residency.take_decisions()
-    assert residency.has_reads
+    assert residency.host.reads
     assert residency.take_reads() == [3, 2], "4 and 5 are wanted by nobody, 3 before 1"
-    assert not residency.has_reads
-    assert residency.take_host_drops() == [1, 2, 3, 4, 5]
+    assert not residency.host.reads
+    assert residency.host.take_drops() == [1, 2, 3, 4, 5]
     residency.check_integrity()
 
 
@@ -91,8 +91,8 @@ def test_a_failed_read() -> None:
     assert residency.admit(1) is WAIT
     assert residency.read_failed(1, "it has changed")
     assert (residency.tier(1), residency.failure(1)) == (Tier.FAILED, "it has changed")
-    assert residency.take_failures() == {1: "it has changed"}
-    assert residency.take_failures() == {}
+    assert residency.host.take_failures() == {1: "it has changed"}
+    assert residency.host.take_failures() == {}
     assert residency.admit(1) is Admission.FAILED
     assert residency.take_reads() == []
     residency.check_integrity()
@@ -109,7 +109,11 @@ def test_a_failed_version_can_be_removed() -> None:
     assert residency.admit(1) is WAIT
     residency.read_failed(1, "it has changed")
     residency.remove(1)
-    assert (1 in residency, residency.failure(1), residency.take_failures()) == (False, None, {})
+    assert (1 in residency, residency.failure(1), residency.host.take_failures()) == (
+        False,
+        None,
+        {},
+    )
     residency.check_integrity()
 
 
@@ -136,7 +140,7 @@ def test_a_load_overtakes_a_read() -> None:
     assert residency.admit(1) is WAIT
     residency.add(1, [0])
     assert (residency.tier(1), residency.read_done(1, [0])) == (Tier.HOST, False)
-    assert residency.take_host_drops() == [2]
+    assert residency.host.take_drops() == [2]
     residency.check_integrity()
 
 
@@ -145,22 +149,22 @@ def test_a_drop_that_nobody_carried_out_yet_is_forgotten_when_new_bytes_come() -
     residency.add(1, [0])
     residency.add(2, [0])
     residency.add(1, [0])
-    assert residency.take_host_drops() == [2]
+    assert residency.host.take_drops() == [2]
     residency.add(2, [0])
     residency.remove(1)
-    assert residency.take_host_drops() == [], "a removed one is not named"
+    assert residency.host.take_drops() == [], "a removed one is not named"
 
 
 def test_a_pin_on_disk_is_read_and_copied() -> None:
     residency = make(max_host=2, max_pinned=1)
     for version in (1, 2, 3):
         residency.add(version, [0])
-    residency.want([2, 3])
+    residency.ledger.want([2, 3])
     residency.set_pinned(1, pinned=True)
     assert residency.has_unplaced_pins
     residency.take_decisions()
     assert residency.take_reads() == [1]
-    assert residency.take_host_drops() == [1, 3]
+    assert residency.host.take_drops() == [1, 3]
     residency.read_done(1, [0])
     assert 1 in [copy.version for copy in residency.take_decisions()[1]]
     assert not residency.has_unplaced_pins
@@ -174,13 +178,13 @@ def test_a_choice_costs_the_same_among_thousands(policy: str) -> None:
         residency = make(policy=policy, max_host=num_adapters // 2)
         for version in range(1, num_adapters):
             residency.add(version, [0])
-        residency.take_host_drops()
-        residency.want(range(num_adapters - 70, num_adapters - 10))
+        residency.host.take_drops()
+        residency.ledger.want(range(num_adapters - 70, num_adapters - 10))
         load = count_operations(lambda r=residency, v=num_adapters: r.add(v, [0]))[0]
         once = count_operations(lambda r=residency, v=num_adapters - 1: use(r, v))[0]
         read = count_operations(lambda r=residency: r.admit(1))[0]
         assert residency.tier(1) is Tier.READING
-        assert len(residency.take_host_drops()) == 2
+        assert len(residency.host.take_drops()) == 2
         counts.append([load, once, read])
     few, many = counts
     assert all(more <= less + 10 for less, more in zip(few, many, strict=True)), counts
@@ -190,14 +194,14 @@ def test_reads_at_a_time() -> None:
     residency = make(max_host=10, max_reads=2)
     for version in range(1, 16):
         residency.add(version, [0])
-    residency.take_host_drops()
+    residency.host.take_drops()
     assert [residency.admit(version) for version in (1, 2, 3)] == [WAIT] * 3
     assert (residency.take_reads(), residency.tier(3), residency.num_free_reads) == (
         [1, 2],
         Tier.DISK,
         0,
     )
-    residency.want([3, 4])
+    residency.ledger.want([3, 4])
     residency.take_decisions()
     assert residency.take_reads() == []
     residency.take_ended_reads()

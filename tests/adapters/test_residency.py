@@ -75,7 +75,7 @@ def test_pages_are_room_too() -> None:
     use(residency, 1)
     bring(residency, 2)
     assert residency.admit(3) is WAIT, "1 leaves"
-    assert residency.resident() == [2, 3]
+    assert list(residency.device.placed) == [2, 3]
     residency.check_integrity()
 
 
@@ -88,7 +88,7 @@ def test_policy(policy: str, leaves: int) -> None:
     use(residency, 2)
     use(residency, 1)
     use(residency, 3)
-    assert residency.resident() == sorted({1, 2, 3} - {leaves})
+    assert list(residency.device.placed) == sorted({1, 2, 3} - {leaves})
 
 
 def test_eviction_looks_at_the_queue_before_the_clock() -> None:
@@ -97,12 +97,12 @@ def test_eviction_looks_at_the_queue_before_the_clock() -> None:
         residency.add(version, [0])
     use(residency, 1)
     use(residency, 2)
-    residency.want([3, 1])
+    residency.ledger.want([3, 1])
     use(residency, 3)
-    assert residency.resident() == [1, 3]
-    residency.want([4, 1, 3])
+    assert list(residency.device.placed) == [1, 3]
+    residency.ledger.want([4, 1, 3])
     use(residency, 4)
-    assert residency.resident() == [1, 4], "3 is wanted later than 1"
+    assert list(residency.device.placed) == [1, 4], "3 is wanted later than 1"
 
 
 def test_nobody_makes_room_for_one_that_is_wanted_later() -> None:
@@ -111,11 +111,11 @@ def test_nobody_makes_room_for_one_that_is_wanted_later() -> None:
         residency.add(version, [0])
     use(residency, 1)
     use(residency, 2)
-    residency.want([1, 2, 3])
+    residency.ledger.want([1, 2, 3])
     assert residency.admit(3) is NO_ROOM
-    residency.want([1, 3])
+    residency.ledger.want([1, 3])
     assert residency.admit(3) is WAIT, "nobody wants 2 any more"
-    assert residency.resident() == [1, 3]
+    assert list(residency.device.placed) == [1, 3]
 
 
 def test_what_the_queue_wants_is_copied_ahead() -> None:
@@ -124,11 +124,11 @@ def test_what_the_queue_wants_is_copied_ahead() -> None:
         residency.add(version, [0])
     bring(residency, 1)
     residency.take_decisions()
-    residency.want([2, 3, 4])
+    residency.ledger.want([2, 3, 4])
     assert [copy.version for copy in residency.take_decisions()[1]] == [2, 3]
     residency.copies_done([2], {})
     assert residency.take_decisions() == ([], []), "whoever is there is wanted before 4"
-    residency.want([4])
+    residency.ledger.want([4])
     residency.copies_done([3], {})
     slots, copies = residency.take_decisions()
     assert (slots, [copy.version for copy in copies]) == ([2], [4])
@@ -143,8 +143,8 @@ def test_no_more_victims_than_needed() -> None:
     for version in (1, 2):
         use(residency, version)
     use(residency, 3)
-    assert residency.num_device_evictions == 1
-    assert residency.resident() == [1, 3], "1 is the oldest, but its pages are of no use"
+    assert residency.device.num_evictions == 1
+    assert list(residency.device.placed) == [1, 3], "1 is the oldest, but its pages are of no use"
     residency.check_integrity()
 
 
@@ -168,11 +168,11 @@ def test_pinned_is_copied_unasked_and_stays() -> None:
     for version in (2, 3, 4):
         residency.add(version, [0])
         use(residency, version)
-        assert 1 in residency.resident()
+        assert 1 in residency.device.placed
     residency.set_pinned(1, pinned=False)
     residency.add(5, [0])
     use(residency, 5)
-    assert residency.resident() == [4, 5]
+    assert list(residency.device.placed) == [4, 5]
     residency.check_integrity()
 
 
@@ -214,7 +214,7 @@ def test_failed_copy_gives_its_room_back() -> None:
     assert residency.admit(1) is WAIT
     residency.take_decisions()
     residency.copies_done([], {1: "device lost"})
-    assert (residency.resident(), residency.tier(1)) == ([], Tier.HOST)
+    assert (list(residency.device.placed), residency.tier(1)) == ([], Tier.HOST)
     residency.check_integrity()
     assert residency.admit(2) is WAIT
     slots, copies = residency.take_decisions()
@@ -232,7 +232,7 @@ def test_remove_waits_for_the_last_user() -> None:
     assert 1 not in residency
     assert residency.slot(1) == 1, "the sequence that runs with it goes on"
     residency.release(1)
-    assert residency.resident() == []
+    assert list(residency.device.placed) == []
     assert residency.take_decisions()[0] == [1]
     residency.check_integrity()
     with pytest.raises(ValueError, match="not in host memory"):
@@ -245,10 +245,10 @@ def test_remove_waits_for_the_copy(ok: bool) -> None:
     residency.add(1, [0])
     assert residency.admit(1) is WAIT
     residency.remove(1)
-    assert (1 in residency, residency.resident()) == (False, [1])
+    assert (1 in residency, list(residency.device.placed)) == (False, [1])
     residency.check_integrity()
     residency.copies_done([1] if ok else [], {} if ok else {1: "lost"})
-    assert (residency.resident(), residency.take_decisions()[0]) == ([], [1])
+    assert (list(residency.device.placed), residency.take_decisions()[0]) == ([], [1])
     residency.check_integrity()
 
 
@@ -259,7 +259,7 @@ def test_a_version_may_come_back_before_it_is_gone() -> None:
     residency.remove(1)
     residency.add(1, [0])
     residency.release(1)
-    assert residency.resident() == [1]
+    assert list(residency.device.placed) == [1]
     residency.check_integrity()
 
 
@@ -268,7 +268,7 @@ def test_remove_of_an_idle_version_frees_it_at_once() -> None:
     residency.add(1, [0])
     use(residency, 1)
     residency.remove(1)
-    assert (residency.resident(), residency.take_decisions()[0]) == ([], [1])
+    assert (list(residency.device.placed), residency.take_decisions()[0]) == ([], [1])
     residency.add(2, [0])
     residency.remove(2)
     assert residency.take_decisions()[0] == []
@@ -385,14 +385,14 @@ def test_counts_by_tier_and_what_has_moved() -> None:
     residency = make(max_host=2)
     for version in (1, 2, 3):
         residency.add(version, [0])
-    assert sorted(residency.take_moved()) == [1, 2, 3]
-    assert residency.take_moved() == []
+    assert sorted(residency.ledger.take_moved()) == [1, 2, 3]
+    assert residency.ledger.take_moved() == []
     bring(residency, 3)
-    assert residency.take_moved() == [3]
-    counts = {tier: residency.count(tier) for tier in Tier if residency.count(tier)}
+    assert residency.ledger.take_moved() == [3]
+    counts = {tier: residency.ledger.num_in[tier] for tier in Tier if residency.ledger.num_in[tier]}
     assert counts == {Tier.DISK: 1, Tier.HOST: 1, Tier.DEVICE: 1}
     residency.remove(3)
-    assert residency.count(Tier.DEVICE) == 0, "it runs on, but is not listed"
+    assert residency.ledger.num_in[Tier.DEVICE] == 0, "it runs on, but is not listed"
     residency.release(3)
     residency.check_integrity()
 

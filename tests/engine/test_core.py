@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.store import AdapterStore
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.executor import Executor
-from lorikeet.engine.lora_setup import no_residency
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -42,12 +42,13 @@ def make_core(
         max_queued=max_queued,
     )
     seeds = iter(range(1000))
+    store = AdapterStore(Residency.of_pool(None), None)
     return EngineCore(
-        scheduler=Scheduler(limits, kv, no_residency()),
+        scheduler=Scheduler(limits, kv, store.residency),
         kv=kv,
         worker=worker
         or FakeWorker(page_size=PAGE_SIZE, num_pages=PAGES, num_slots=1, vocab_size=100),
-        adapters=NoAdapters(),
+        adapters=store,
         compile_grammar=lambda sampling: GRAMMAR_THREADS.submit(compile_grammar, sampling),
         seeds=lambda: next(seeds),
         info={"version": "test"},

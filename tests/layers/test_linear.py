@@ -24,9 +24,6 @@ class Rank:
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         raise AssertionError("all_gather was called")
 
-    def broadcast(self, data: bytes) -> bytes:
-        raise AssertionError("broadcast was called")
-
 
 def make(rule: ShardRule, *, bias: bool = True, in_features: int = IN) -> Linear:
     placement = Placement(Rank(rule.rank, rule.size), torch.float32, torch.device("cpu"))

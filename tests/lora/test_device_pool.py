@@ -13,7 +13,7 @@ from lorikeet.lora import page_upload
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.loader import load_adapter
 from lorikeet.ops.lora.reference import read_factors
-from tests.support.lora_runner import AdapterPool
+from tests.support.lora_runner import AdapterPool, copy_in
 from tests.support.peft_adapters import make_adapter, peft_model
 
 
@@ -112,9 +112,9 @@ def test_pages_and_slots_in_use_are_never_overwritten(resident, adapters):
         _copy(adapters["narrow"], slot + 1, [other[0], -16]),
     ):
         with pytest.raises(EngineFault):
-            resident.pool.copy_in(adapters["narrow"], copy)
+            copy_in(resident.pool, adapters["narrow"], copy)
     assert torch.equal(resident.pool._pool_E.nan_to_num(), before)
-    resident.pool.copy_in(adapters["narrow"], _copy(adapters["narrow"], slot + 1, other))
+    copy_in(resident.pool, adapters["narrow"], _copy(adapters["narrow"], slot + 1, other))
     resident.pool.check_integrity()
 
 
@@ -125,10 +125,10 @@ def test_a_copy_that_fails_half_way_is_undone_by_clearing_the_slot(resident, ada
     failing[-1] = torch.zeros(3)  # does not fit its page: the copy raises after most pages are in
     monkeypatch.setattr(type(adapter), "pages", property(lambda self: failing))
     with pytest.raises(RuntimeError):
-        resident.pool.copy_in(adapter, _copy(adapter, 1, pages))
+        copy_in(resident.pool, adapter, _copy(adapter, 1, pages))
     monkeypatch.undo()
     resident.pool.clear_slot(1)
-    resident.pool.copy_in(adapter, _copy(adapter, 1, pages))
+    copy_in(resident.pool, adapter, _copy(adapter, 1, pages))
     assert int(resident.pool.table(1).slices[0].ranks_S[1]) == 40
 
 
@@ -143,11 +143,11 @@ def test_pages_reach_a_gpu_in_pieces(sites, layout, adapters, monkeypatch):
     for _ in range(2):
         pages = allocator.alloc(adapters["wide"].page_classes)
         copy = PageCopy(version=1, slot=1, page_ids=pages)
-        pool.copy_in(adapters["wide"], copy)
+        copy_in(pool, adapters["wide"], copy)
         for page, start in zip(adapters["wide"].pages, pages, strict=True):
             assert torch.equal(pool._pool_E[start : start + len(page)].cpu(), page)
         on_cpu = AdapterPool(sites, layout)
-        on_cpu.pool.copy_in(adapters["wide"], copy)
+        copy_in(on_cpu.pool, adapters["wide"], copy)
         words_LW = on_cpu.pool.page_table.words_SLW[1]
         assert torch.equal(pool.page_table.words_SLW[1].cpu(), words_LW)
         pool.clear_slot(1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lorikeet.core.adapters import format_report
 from lorikeet.lora.base_weights import checkpoint_weight
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.report import adapter_report, format_report, product_norm
+from lorikeet.lora.report import adapter_report, product_norm
 from tests.support.peft_adapters import WEIGHTS, edit_weights, make_adapter
 
 PREFIX = "base_model.model."

@@ -14,16 +14,13 @@ def test_a_group_of_one_is_the_identity() -> None:
     assert (group.rank, group.size) == (0, 1)
     assert group.all_reduce(tensor) is tensor
     assert group.all_gather(tensor, 0) is tensor
-    assert group.broadcast(b"plan") == b"plan"
 
 
 def test_thread_ranks_keep_the_contract() -> None:
-    def work(group: TPGroup) -> tuple[torch.Tensor, torch.Tensor, bytes]:
+    def work(group: TPGroup) -> tuple[torch.Tensor, torch.Tensor]:
         mine = torch.full((1, 2), float(group.rank))
-        data = group.broadcast(b"plan" if group.rank == 0 else b"")
-        return group.all_reduce(mine), group.all_gather(mine, 0), data
+        return group.all_reduce(mine), group.all_gather(mine, 0)
 
-    for total, gathered, data in run_ranks(3, work):
+    for total, gathered in run_ranks(3, work):
         assert total.tolist() == [[3.0, 3.0]]
         assert gathered.tolist() == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
-        assert data == b"plan"

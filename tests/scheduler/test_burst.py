@@ -34,7 +34,7 @@ class Burst:
         )
         for version in range(1, 1 + num_adapters):
             self.residency.add(version, [0])
-        self.residency.take_host_drops()
+        self.residency.host.take_drops()
         limits = SchedulerLimits(
             max_running=16,
             max_step_tokens=64,
@@ -63,7 +63,7 @@ class Burst:
             self.worker.submit(plan)
             self.scheduler.commit(plan, self.worker.collect())
         self.num_ended += sum(output.finish is not None for output in self.scheduler.drain())
-        self.residency.take_host_drops()
+        self.residency.host.take_drops()
         self.reading += self.residency.take_reads()
         for version in self.reading[:PER_STEP]:
             self.residency.read_done(version, [0])
@@ -80,7 +80,9 @@ def test_a_burst_of_absent_adapters() -> None:
         burst.step()  # takes note of the loads
         burst.ask(*range(1, 1 + BURST))
         first[num_adapters] = burst.step()
-        assert burst.residency.count(Tier.READING) + PER_STEP == 64, "so many are read at a time"
+        assert burst.residency.ledger.num_in[Tier.READING] + PER_STEP == 64, (
+            "so many are read at a time"
+        )
         counts: list[int] = []
         for _ in range(400):
             counts.append(burst.step())

@@ -236,12 +236,12 @@ def test_the_next_adapters_in_line_are_copied_ahead() -> None:
 
 def test_a_sequence_waits_for_the_read_of_its_adapter() -> None:
     rig = Rig(max_host=2, max_loras=1)
-    assert rig.residency.take_host_drops() == [1, 2, 3]
+    assert rig.residency.host.take_drops() == [1, 2, 3]
     seq, other = rig.add(6, version=1), rig.add(6, version=5)
     plan = rig.step()
     assert rig.residency.take_reads() == [1]
     assert [copy.version for copy in plan.copies] == [5], "others pass"
-    assert rig.residency.take_host_drops() == [4]
+    assert rig.residency.host.take_drops() == [4]
     rig.run()
     assert rig.end_of(other).kind == "length"
     assert not rig.scheduler.has_work, "nothing can be done before it is read"

@@ -11,21 +11,20 @@ from typing import Any, cast
 import torch
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.registry import AdapterRegistry
+from lorikeet.adapters.records import LoadOutcome
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import LoRASpec
+from lorikeet.adapters.store import AdapterStore
 from lorikeet.adapters.views import AdapterViews, make_report
 from lorikeet.core.messages import AdaptersChanged, decode_to_client, encode
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.adapter_reader import AdapterReader
-from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.errors import AdapterError
 from lorikeet.kv.manager import KVManager
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.lora.host_memory import HostMemory
+from lorikeet.lora.reader import AdapterReader
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 
@@ -121,11 +120,9 @@ class AdapterRig:
             max_pinned=max_loras - 1,
             max_host=max_host,
         )
-        self.host = HostCache()
-        self.reader = AdapterReader(self.disk.load, resolver=self.disk if resolver else None)
-        self.store = LoadedAdapters(
-            registry=AdapterRegistry(), residency=self.residency, host=self.host, reader=self.reader
-        )
+        reader = AdapterReader(self.disk.load, resolver=self.disk if resolver else None)
+        self.host = HostMemory(reader)
+        self.store = AdapterStore(self.residency, self.host, can_find=resolver)
         limits = SchedulerLimits(
             max_running=16,
             max_step_tokens=64,
@@ -150,6 +147,7 @@ class AdapterRig:
             compile_grammar=lambda sampling: Future(),
             seeds=lambda: 0,
             info={},
+            on_close=self.host.close,
         )
         self.outputs: dict[int, list[RequestOutput]] = {}
         self.copy = AdapterViews()
@@ -176,8 +174,14 @@ class AdapterRig:
 
     def load(self, name: str, content: str | None = None, **args: Any) -> int:
         future = self.start_load(name, content, **args)
-        wait([self.store._loads[name].read], PATIENCE_S)  # without a step of those that run
+        wait([self.read_of(name)], PATIENCE_S)  # without a step of those that run
         return self.wait(future).version
+
+    def read_of(self, name: str) -> Future[Any]:
+        """The read of a name that is being loaded."""
+        ticket = self.store._loads[name].ticket
+        assert ticket is not None
+        return self.host._reads[ticket].future
 
     def unload(self, name: str) -> None:
         self.wait(self.command("unload_adapter", name=name))

@@ -107,10 +107,6 @@ class FakeWorker:
         # Sequences of steps that were never executed: their ends say nothing to this worker.
         self.ignored: set[int] = set()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        self.submit(plan)
-        return self.collect()
-
     def submit(self, plan: StepPlan) -> None:
         """Take a plan; its copies begin now, its computation happens in ``collect``."""
         copying = {begun.copy.slot for begun in self._copies}

@@ -37,6 +37,13 @@ def poison(pool: DevicePool) -> None:
     pool._pool_E.fill_(torch.nan)
 
 
+def copy_in(pool: DevicePool, adapter: HostAdapter, copy: PageCopy) -> None:
+    """A whole copy, at once."""
+    pool.reserve(adapter, copy)
+    pool.write(adapter, copy)
+    pool.describe(adapter, copy)
+
+
 class AdapterPool:
     """A pool with an allocator beside it, and adapters by name."""
 
@@ -62,7 +69,7 @@ class AdapterPool:
         pages = self.allocator.alloc(adapter.page_classes)
         assert pages is not None, f"no room for {name}"
         slot = next(n for n in range(1, self.pool.num_slots) if n not in self.slots.values())
-        self.pool.copy_in(adapter, PageCopy(version=slot, slot=slot, page_ids=pages))
+        copy_in(self.pool, adapter, PageCopy(version=slot, slot=slot, page_ids=pages))
         self.slots[name], self._pages[name] = slot, pages
         return slot
 

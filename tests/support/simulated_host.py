@@ -87,7 +87,7 @@ class SimulatedHost:
             self.held[version] = self._disk[version]
 
     def _drop(self) -> list[int]:
-        drops = self._residency.take_host_drops()
+        drops = self._residency.host.take_drops()
         for version in drops:
             del self.held[version]
         return drops

@@ -8,7 +8,7 @@ from collections import deque
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
-from lorikeet.adapters.tiers import Tier
+from lorikeet.adapters.tiers import FIRST, Tier
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
@@ -127,7 +127,7 @@ class Simulation:
         plan = self.scheduler.plan()
         self.scheduler.check_integrity()
         assert had_work or plan is None, "there was work after all"
-        if plan is None and not self.in_flight and not self.residency.has_reads:
+        if plan is None and not self.in_flight and not self.residency.host.reads:
             assert not self.scheduler.has_work, "the loop would spin"
         if plan is not None:
             self._check_plan(plan, waiting)
@@ -304,7 +304,7 @@ class Simulation:
             self.registry.unload(name)
         self._drop_unleased()
         self.registry.check_integrity()
-        assert not self.residency.resident()
+        assert not self.residency.device.placed
         assert self.allocator.num_free_elems == self.allocator.num_elems
         assert self.kv.num_available == self.kv.num_pages
         assert self.kv.flush()
@@ -387,7 +387,7 @@ class Simulation:
     def _maybe_replace(self) -> None:
         if self.random.random() >= self.scenario.replace_rate:
             return
-        if not self.residency.has_host_room():
+        if not self.residency.host.has_room(FIRST):
             return
         index = self.random.randrange(self.scenario.num_adapters)
         self._load(f"a{index}", pinned=index < self.scenario.num_pinned)

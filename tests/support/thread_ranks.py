@@ -36,11 +36,6 @@ class ThreadRank:
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         return torch.cat([t for t in self._exchange(tensor) if isinstance(t, torch.Tensor)], dim)
 
-    def broadcast(self, data: bytes) -> bytes:
-        first = self._exchange(data)[0]
-        assert isinstance(first, bytes)
-        return first
-
 
 def run_ranks(size: int, work: Callable[[ThreadRank], ResultT]) -> list[ResultT]:
     """Call ``work`` once for each rank, at the same time; the results in rank order."""

@@ -13,12 +13,18 @@ from lorikeet.errors import EngineFault
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.copier import Copier
 from lorikeet.lora.device_pool import DevicePool
+from lorikeet.lora.host_memory import HostMemory
 
 PATIENCE_S = 10.0
 
 
 class Adapter:
     name, nbytes = "a", 1000
+
+
+class Host:
+    def get(self, version: int) -> HostAdapter:
+        return cast(HostAdapter, Adapter())
 
 
 class Pool:
@@ -52,8 +58,7 @@ def pool() -> Pool:
 
 @pytest.fixture
 def copier(pool: Pool) -> Iterator[Copier]:
-    adapter = cast(HostAdapter, Adapter())
-    made = Copier(cast(DevicePool, pool), lambda version: adapter)
+    made = Copier(cast(DevicePool, pool), cast(HostMemory, Host()))
     yield made
     pool.gate.set()
     made.close()

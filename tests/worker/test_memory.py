@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from lorikeet.errors import ConfigError
-from lorikeet.worker.memory import MemoryRequest, available_host_bytes, split_memory
+from lorikeet.worker.memory import (
+    POOL,
+    WEIGHTS,
+    MemoryRequest,
+    available_host_bytes,
+    check_memory,
+    split_memory,
+)
 
 GB = 10**9
 
@@ -57,3 +64,34 @@ def test_too_little_memory_is_refused_with_the_numbers(changes, words) -> None:
 
 def test_available_memory_is_a_plausible_figure() -> None:
     assert 10**7 < available_host_bytes() < 10**14
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ({WEIGHTS: 9 * GB}, ["weights need 9.00 GB", "only 8.00 GB is left", "--dtype"]),
+        (
+            {WEIGHTS: 6 * GB, POOL: 3 * GB},
+            ["weights need 6.00 GB, adapters need 3.00 GB", "only 2.00 GB", "--max-lora-rank"],
+        ),
+        ({WEIGHTS: 9 * GB, POOL: GB}, ["only 0.00 MB is left for adapters"]),
+        ({WEIGHTS: GB, POOL: 0, "K/V for 7 tokens": 8 * GB}, ["--context-length"]),
+    ],
+)
+def test_what_finds_no_room_is_refused_with_what_would_help(needs, words) -> None:
+    with pytest.raises(ConfigError, match=r"^not enough memory: 8.00 GB available; ") as caught:
+        check_memory(8 * GB, needs)
+    for word in words:
+        assert word in str(caught.value)
+    assert "need 0" not in str(caught.value)
+
+
+def test_what_fits_is_not_refused() -> None:
+    check_memory(8 * GB, {WEIGHTS: 8 * GB})
+    check_memory(8 * GB, {WEIGHTS: 6 * GB, POOL: 2 * GB})
+    check_memory(None, {WEIGHTS: 10**20})
+
+
+def test_a_fraction_that_leaves_too_little_for_steps_says_which_would_do() -> None:
+    with pytest.raises(ConfigError, match=r"--mem-fraction-static 0.95 .*at most 0.9, "):
+        split_memory(request(fraction=0.95, reserve_bytes=GB))

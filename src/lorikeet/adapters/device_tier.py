@@ -1,4 +1,4 @@
-"""Slots and rank pages of the device, and who leaves so that another may come.
+"""Slots and rank pages of the device: which versions have them, and which are evicted to make room.
 
 Half-open life of a slot and its pages: from ``place`` (the copy is written into the next plan) until ``vacate``. In
 between nobody else gets them. ``vacate`` happens only when no sequence uses the version and no copy of it is on its
@@ -42,7 +42,7 @@ class DeviceTier:
         self.num_evictions = 0
 
     def check_size(self, page_classes: Sequence[int], num_adapters: int) -> None:
-        """Refuse what would not fit ``num_adapters`` times: once beside as many pinned ones as there may be."""
+        """Refuse an adapter that would not fit beside as many pinned ones of its size as there may be."""
         for page_class, count in Counter(page_classes).items():
             room = self._allocator.guaranteed_pages(page_class)
             if count * num_adapters > room:
@@ -137,7 +137,7 @@ class DeviceTier:
         self._ledger.num_changes += 1
 
     def _victims_for(self, entry: Resident) -> list[Resident] | None:
-        """Whom to evict for a version, as few as the policy's order allows; None if all of them are not enough."""
+        """Versions to evict so that another fits, as few as the policy's order allows; None if evicting all is not enough."""
         trial, ledger = self._allocator.trial(), self._ledger
         if self._free_slots and trial.fits(entry.needs):
             return []
@@ -150,7 +150,7 @@ class DeviceTier:
         return None
 
     def _needed(self, trial: Trial, victims: list[Resident], entry: Resident) -> list[Resident]:
-        """The first ones may have turned out useless (pages of other classes): whoever can stay, stays."""
+        """Those of the victims that are really needed: the pages of the first may be of other classes than those asked for."""
         needed = victims[-1:]
         for victim in victims[-2::-1]:
             trial.keep(victim.spread)

@@ -1,4 +1,4 @@
-"""Places in host memory, and who leaves so that another may come. The bytes are ``lora/host_cache.py``'s."""
+"""How many versions host memory holds, and which are evicted to make room. The bytes lie in ``lora/host_memory.py``."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class HostTier:
 
     def arrive(self, entry: Resident, page_classes: Sequence[int]) -> None:
         """READING -> HOST."""
-        # If it was evicted and nobody has taken note of it: the new bytes stand where the old ones were.
+        # It may have been evicted without its bytes having been dropped: now they must not be.
         self.drops.pop(entry.version, None)
         entry.page_classes, entry.needs = tuple(page_classes), Counter(page_classes)
         entry.reason = None
@@ -111,6 +111,7 @@ class HostTier:
             self._give_place()
 
     def take_drops(self) -> list[int]:
+        """Versions that were evicted since the last call; their bytes are to be dropped."""
         drops, self.drops = list(self.drops), {}
         return drops
 
@@ -123,11 +124,12 @@ class HostTier:
         return ended
 
     def take_failures(self) -> dict[int, str]:
+        """Versions that became FAILED since the last call, and why."""
         failures, self.failures = self.failures, {}
         return failures
 
     def check_integrity(self) -> None:
-        """Recount.
+        """Check the number of versions in host memory.
 
         Raises:
             AssertionError: the count is wrong or above the limit.

@@ -21,7 +21,7 @@ class RankPageAllocator:
     """Pages of several sizes out of slabs of one size.
 
     A slab with pages in use belongs to exactly one class. A class may claim a free slab if it holds fewer than its
-    reserved number, or if free slabs outnumber what the other classes may still claim.
+    reserved number, or if free slabs outnumber what the other classes may still claim. By default there is no memory.
 
     Args:
         class_elems: elements of a page, by class.
@@ -34,10 +34,10 @@ class RankPageAllocator:
 
     def __init__(
         self,
-        class_elems: Sequence[int],
-        slab_elems: int,
-        num_slabs: int,
-        reserved_slabs: Sequence[int],
+        class_elems: Sequence[int] = (),
+        slab_elems: int = 1,
+        num_slabs: int = 0,
+        reserved_slabs: Sequence[int] = (),
     ) -> None:
         if any(not 0 < elems <= slab_elems for elems in class_elems):
             raise ValueError(f"pages of {list(class_elems)} elements in slabs of {slab_elems}")
@@ -130,7 +130,7 @@ class RankPageAllocator:
             self._put_back(slab, pages)
 
     def check_integrity(self, in_use: Iterable[int]) -> None:
-        """Compare with the offsets that somebody holds.
+        """Check that the pages in use are exactly those that are held.
 
         Raises:
             AssertionError: a page is leaked, shared, or a slab is on the wrong list.
@@ -253,7 +253,7 @@ class Trial:
         self._freed: dict[int, int] = {}
 
     def free(self, spread: Spread) -> None:
-        """Somebody's pages were free, too."""
+        """Count these pages as free."""
         for slab, count in spread.items():
             self._change(slab, count)
 

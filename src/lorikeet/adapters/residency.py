@@ -8,7 +8,7 @@
                             +--read_failed--> FAILED --retry--> DISK
 
 A version is usable on the device only. What is on the device is in host memory, too. Both tiers keep to the queue's
-order (``want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
+order (``Ledger.want``): a version makes room only for one that is wanted before it, so what was fetched for a request stays
 until that request ran.
 """
 
@@ -21,8 +21,9 @@ from enum import Enum
 from lorikeet.adapters.device_tier import DeviceTier
 from lorikeet.adapters.eviction import POLICIES
 from lorikeet.adapters.host_tier import MAX_READS, HostTier
+from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.tiers import FIRST, IN_HOST_MEMORY, Ledger, Resident, Tier
+from lorikeet.adapters.tiers import IN_HOST_MEMORY, Ledger, Resident, Tier
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
 
@@ -45,9 +46,13 @@ class Admission(Enum):
 
 
 class Residency:
-    """Owner of the state of every adapter version.
+    """Knows where every adapter version is and decides what moves.
 
     Version 0 is the base model: always ready, in slot 0, and it takes nothing.
+
+    Attributes:
+        ledger: who is where, and in what order the queue wants them.
+        host, device: the two tiers; what may be asked of them alone is asked there.
 
     Args:
         num_slots: rows of the device's page tables, slot 0 included.
@@ -79,14 +84,32 @@ class Residency:
         if max_host is not None and max_host <= max_pinned:
             raise ValueError(f"max_host is {max_host}; {max_pinned} pinned versions would fill it")
         self._max_pinned = max_pinned
-        self._ledger = Ledger(policy)
-        self._entries = self._ledger.entries
-        self._device = DeviceTier(self._ledger, allocator, num_slots)
-        self._host = HostTier(self._ledger, max_host, self._device.evict, max_reads)
+        self.ledger = Ledger(policy)
+        self._entries = self.ledger.entries
+        self.device = DeviceTier(self.ledger, allocator, num_slots)
+        self.host = HostTier(self.ledger, max_host, self.device.evict, max_reads)
         self._clock = clock
         self._num_pinned = 0
         # Pinned versions whose copy was not planned yet, or failed.
         self._unplaced_pins: set[int] = set()
+
+    @classmethod
+    def of_pool(
+        cls, layout: PoolLayout | None, *, policy: str = "lru", max_host: int | None = None
+    ) -> Residency:
+        """The residency of a pool with this layout. None is no pool: the base model is all there is."""
+        if layout is None:
+            return cls(allocator=RankPageAllocator(), num_slots=1, policy=policy, max_pinned=0)
+        allocator = RankPageAllocator(
+            layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
+        )
+        return cls(
+            allocator=allocator,
+            num_slots=layout.num_slots,
+            policy=policy,
+            max_pinned=layout.max_loras_per_batch - 1,
+            max_host=max_host,
+        )
 
     def __contains__(self, version: int) -> bool:
         entry = self._entries.get(version)
@@ -117,33 +140,33 @@ class Residency:
             raise ValueError(f"version {version} is there already")
         if pinned and not (entry is not None and entry.pinned):
             self._check_pin()
-        self._device.check_size(page_classes, self._max_pinned + 1)
+        self.device.check_size(page_classes, self._max_pinned + 1)
         if entry is None or not self._is_reading(version):
-            self._host.take_place()
+            self.host.take_place()
         if entry is None:
-            entry = self._ledger.add(version)
-        self._ledger.set_removed(entry, removed=False)
+            entry = self.ledger.add(version)
+        self.ledger.set_removed(entry, removed=False)
         self._set_pin(entry, pinned=entry.pinned or pinned)
         if entry.tier in (Tier.DISK, Tier.FAILED):
-            self._ledger.move(entry, Tier.READING)
+            self.ledger.move(entry, Tier.READING)
         if entry.tier is Tier.READING:
-            self._host.arrive(entry, page_classes)
-        self._ledger.num_changes += 1
+            self.host.arrive(entry, page_classes)
+        self.ledger.num_changes += 1
 
     def remove(self, version: int) -> None:
         """A version is unloaded. What it holds on the device is freed once nobody uses it and no copy is on its way.
 
-        Its bytes are the caller's to drop; ``take_host_drops`` does not name it. A copy that is on its way needs a
+        Its bytes are the caller's to drop; ``host.take_drops`` does not name it. A copy that is on its way needs a
         reference of its own.
 
         Raises:
             ValueError: the version is not there.
         """
         entry = self._find(version)
-        self._host.forget(entry)
+        self.host.forget(entry)
         self._set_pin(entry, pinned=False)
-        self._ledger.set_removed(entry, removed=True)
-        self._ledger.num_changes += 1
+        self.ledger.set_removed(entry, removed=True)
+        self.ledger.num_changes += 1
         self._settle(entry)
 
     def set_pinned(self, version: int, *, pinned: bool) -> None:
@@ -157,11 +180,7 @@ class Residency:
         if pinned and not entry.pinned:
             self._check_pin()
         self._set_pin(entry, pinned=pinned)
-        self._ledger.num_changes += 1
-
-    def has_host_room(self) -> bool:
-        """True if ``add`` of one more version would find room in host memory."""
-        return self._host.has_room(FIRST)
+        self.ledger.num_changes += 1
 
     def failure(self, version: int) -> str | None:
         """Why a version is FAILED; None if it is not, or not there."""
@@ -188,47 +207,20 @@ class Residency:
             raise ValueError(f"version {version} has no slot")
         return entry.slot
 
-    def count(self, tier: Tier) -> int:
-        """Versions in a tier."""
-        return self._ledger.num_in[tier]
-
-    def take_moved(self) -> list[int]:
-        """Versions whose tier has changed since the last call, in no order; some may be gone."""
-        moved, self._ledger.moved = list(self._ledger.moved), set()
-        return moved
-
     def num_uses(self, version: int) -> int:
         entry = self._entries.get(version)
         return entry.uses if entry is not None else 0
 
-    def resident(self) -> list[int]:
-        """Versions that own a slot."""
-        return list(self._device.placed)
-
     def usable(self) -> list[int]:
         """Versions on the device whose copies are complete."""
-        return [v for v, entry in self._device.placed.items() if entry.tier is Tier.DEVICE]
-
-    @property
-    def num_device_evictions(self) -> int:
-        """Versions that had to leave the device for others, since the start."""
-        return self._device.num_evictions
-
-    @property
-    def num_changes(self) -> int:
-        """Moves whenever a question that was answered with WAIT or NO_ROOM may have another answer."""
-        return self._ledger.num_changes
+        return [v for v, entry in self.device.placed.items() if entry.tier is Tier.DEVICE]
 
     @property
     def has_copies_in_flight(self) -> bool:
         """True if copies are decided or on their way: steps are needed to learn of their end."""
-        return self._device.num_copying > 0
+        return self.device.num_copying > 0
 
     # -- use -----------------------------------------------------------------------------------------------------
-
-    def want(self, versions: Iterable[int]) -> None:
-        """Say which versions the queue wants, in its order. The first come first, and stay longest."""
-        self._ledger.want(versions)
 
     def admit(self, version: int) -> Admission:
         """Ask for a version for one more sequence; starts its read or its copy if there is room.
@@ -243,16 +235,16 @@ class Residency:
         entry = self._find(version)
         if entry.tier is Tier.DEVICE:
             entry.uses += 1
-            entry.last_use = self._ledger.tick()
-            self._ledger.note(entry)
+            entry.last_use = self.ledger.tick()
+            self.ledger.note(entry)
             return Admission.READY
         if entry.tier is Tier.FAILED:
             return Admission.FAILED
-        if entry.tier is Tier.DISK and self._host.num_free_reads <= 0:
+        if entry.tier is Tier.DISK and self.host.num_free_reads <= 0:
             return Admission.WAIT
-        if entry.tier is Tier.DISK and not self._host.start_read(entry):
+        if entry.tier is Tier.DISK and not self.host.start_read(entry):
             return Admission.NO_ROOM
-        if entry.tier is Tier.HOST and not self._device.place(entry):
+        if entry.tier is Tier.HOST and not self.device.place(entry):
             return Admission.NO_ROOM
         return Admission.WAIT
 
@@ -268,16 +260,16 @@ class Residency:
         if entry is None or entry.uses == 0:
             raise ValueError(f"version {version} is not in use")
         entry.uses -= 1
-        entry.last_use = self._ledger.tick()
-        self._ledger.note(entry)
+        entry.last_use = self.ledger.tick()
+        self.ledger.note(entry)
         if entry.uses == 0:
-            self._ledger.num_changes += 1
+            self.ledger.num_changes += 1
             self._settle(entry)
 
     @property
     def has_decisions(self) -> bool:
         """True if the next plan has something to move, even if nothing is computed."""
-        return bool(self._device.freed_slots or self._device.copies)
+        return bool(self.device.freed_slots or self.device.copies)
 
     @property
     def has_unplaced_pins(self) -> bool:
@@ -290,9 +282,9 @@ class Residency:
         """
         self._place_pins()
         # Reads first: a copy ahead would hold on to a place in host memory that one wanted earlier needs.
-        self._host.read_ahead([*sorted(self._unplaced_pins), *self._ledger.wanted])
-        self._device.copy_ahead()
-        device = self._device
+        self.host.read_ahead([*sorted(self._unplaced_pins), *self.ledger.wanted])
+        self.device.copy_ahead()
+        device = self.device
         decisions = (device.freed_slots, device.copies)
         device.freed_slots, device.copies = [], []
         return decisions
@@ -310,21 +302,12 @@ class Residency:
 
     # -- host memory ---------------------------------------------------------------------------------------------
 
-    @property
-    def has_reads(self) -> bool:
-        """True if ``take_reads`` has something to hand out."""
-        return bool(self._host.reads)
-
     def take_reads(self) -> list[int]:
         """Versions to read now, as decided by ``admit`` and ``take_decisions``, in the queue's order.
 
         Each is answered by ``read_done`` or ``read_failed``. Carry out the drops first: they make the room for these.
         """
-        return [version for version in self._host.take_reads() if self._is_reading(version)]
-
-    def take_host_drops(self) -> list[int]:
-        """Versions evicted from host memory since the last call; drop their bytes."""
-        return self._host.take_drops()
+        return [version for version in self.host.take_reads() if self._is_reading(version)]
 
     def read_done(self, version: int, page_classes: Sequence[int]) -> bool:
         """READING -> HOST.
@@ -335,10 +318,10 @@ class Residency:
         if not self._is_reading(version):
             return False
         entry = self._entries[version]
-        self._host.arrive(entry, page_classes)
+        self.host.arrive(entry, page_classes)
         if entry.pinned:
             self._unplaced_pins.add(version)
-        self._ledger.num_changes += 1
+        self.ledger.num_changes += 1
         return True
 
     def read_failed(self, version: int, reason: str) -> bool:
@@ -350,7 +333,7 @@ class Residency:
         if not self._is_reading(version):
             return False
         self._unplaced_pins.discard(version)
-        self._host.fail(self._entries[version], reason)
+        self.host.fail(self._entries[version], reason)
         return True
 
     def retry(self, version: int) -> None:
@@ -362,24 +345,20 @@ class Residency:
         entry = self._find(version)
         if entry.tier is not Tier.FAILED:
             raise ValueError(f"version {version} has not failed: {entry.tier.value}")
-        self._ledger.move(entry, Tier.DISK)
+        self.ledger.move(entry, Tier.DISK)
         entry.reason = None
         if entry.pinned:
             self._unplaced_pins.add(version)
-        self._ledger.num_changes += 1
+        self.ledger.num_changes += 1
 
     @property
     def num_free_reads(self) -> int:
         """How many more versions may be read at this moment, if there is room for them."""
-        return self._host.num_free_reads
+        return self.host.num_free_reads
 
     def take_ended_reads(self) -> list[int]:
         """Versions that are not being read any more, whatever came of it, since the last call."""
-        return self._host.take_ended()
-
-    def take_failures(self) -> dict[int, str]:
-        """Versions that became FAILED since the last call, and why."""
-        return self._host.take_failures()
+        return self.host.take_ended()
 
     def check_integrity(self) -> None:
         """Recount both tiers.
@@ -387,9 +366,9 @@ class Residency:
         Raises:
             AssertionError: a slot, page or place is leaked or shared, or a version is in an impossible state.
         """
-        self._device.check_integrity()
-        self._host.check_integrity()
-        self._ledger.check_integrity()
+        self.device.check_integrity()
+        self.host.check_integrity()
+        self.ledger.check_integrity()
         pinned = {entry.version for entry in self._entries.values() if entry.pinned}
         if len(pinned) != self._num_pinned or not self._unplaced_pins <= pinned:
             raise AssertionError(
@@ -423,7 +402,7 @@ class Residency:
             self._unplaced_pins.add(entry.version)
         else:
             self._unplaced_pins.discard(entry.version)
-        self._ledger.note(entry)
+        self.ledger.note(entry)
 
     def _check_pin(self) -> None:
         if self._num_pinned >= self._max_pinned:
@@ -436,7 +415,7 @@ class Residency:
         for version in sorted(self._unplaced_pins):
             entry = self._entries[version]
             if entry.tier is Tier.HOST and entry.retry_at <= self._clock():
-                self._device.place(entry)
+                self.device.place(entry)
             if entry.tier in (Tier.COPYING, Tier.DEVICE):
                 self._unplaced_pins.discard(version)
 
@@ -444,7 +423,7 @@ class Residency:
         entry = self._entries.get(version)
         if entry is None or entry.tier is not Tier.COPYING:
             raise ValueError(f"no copy of version {version} is on its way")
-        self._device.end_copy(entry, ok=ok)
+        self.device.end_copy(entry, ok=ok)
         if ok:
             entry.num_failures = 0
         elif entry.pinned:
@@ -455,9 +434,9 @@ class Residency:
         self._settle(entry)
 
     def _settle(self, entry: Resident) -> None:
-        """Carry out what waited for the last user to leave."""
+        """Free what a removed version holds, once nobody uses it and no copy of it is on its way."""
         if not entry.removed or entry.uses or entry.tier is Tier.COPYING:
             return
         if entry.tier is Tier.DEVICE:
-            self._device.vacate(entry)
+            self.device.vacate(entry)
         del self._entries[entry.version]

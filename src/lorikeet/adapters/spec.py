@@ -32,7 +32,7 @@ _MAX_RANK = 1 << 20
 _RANKS = f"an integer from 1 to {_MAX_RANK}"
 ALL_LINEAR = "all-linear"
 
-# Of float32, in which scales are computed with.
+# Largest float32; scales are computed in float32.
 _LARGEST = 3.4028234663852886e38
 
 T = TypeVar("T")

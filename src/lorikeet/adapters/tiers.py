@@ -39,7 +39,7 @@ LEGAL_MOVES: dict[Tier, frozenset[Tier]] = {
 
 #: Tiers that take a place in host memory: what is on the device is in host memory, too.
 IN_HOST_MEMORY = frozenset({Tier.READING, Tier.HOST, Tier.COPYING, Tier.DEVICE})
-#: Those of them where nothing of a version is on its way.
+#: Those of them that a version may leave at once: nothing of it is being read or copied.
 IN_REACH = frozenset({Tier.HOST, Tier.DEVICE})
 
 
@@ -123,7 +123,7 @@ class Ledger:
         self.num_changes = 0
         self.num_in: Counter[Tier] = Counter()
         self.moved: set[int] = set()
-        # Whoever may leave and is not wanted.
+        # Versions that may be evicted and that the queue does not want.
         self._leaving_host = IdleLine()
         self._leaving_device = IdleLine()
 
@@ -146,6 +146,11 @@ class Ledger:
             self.num_in[tier] += 1
             self.moved.add(entry.version)
         self.note(entry)
+
+    def take_moved(self) -> list[int]:
+        """Versions whose tier has changed since the last call, in no order; some may be gone."""
+        moved, self.moved = list(self.moved), set()
+        return moved
 
     def set_removed(self, entry: Resident, *, removed: bool) -> None:
         if entry.removed != removed:

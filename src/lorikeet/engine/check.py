@@ -9,18 +9,19 @@ from __future__ import annotations
 from typing import Any, cast
 
 from lorikeet.adapters.layout import PoolLayout
-from lorikeet.adapters.sources.source import resolve_source
+from lorikeet.adapters.limits import resolve_limits
+from lorikeet.adapters.sources.source import SourceOptions, resolve_source
+from lorikeet.adapters.templates import read_templates
 from lorikeet.config import ServerConfig
-from lorikeet.engine.adapter_templates import read_templates
-from lorikeet.engine.lora_setup import resolve_limits
-from lorikeet.engine.worker_setup import resolve_dtype
+from lorikeet.core.adapters import format_report
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.lora.base_weights import BaseWeight, checkpoint_weight
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.report import adapter_report, format_report
+from lorikeet.lora.report import adapter_report
 from lorikeet.models.source import locate_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.utils import format_table
+from lorikeet.worker.target import resolve_dtype
 
 
 def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object]:
@@ -39,7 +40,13 @@ def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object
     spec = read_model_spec(model_dir)
     dtype = resolve_dtype(config, spec)
     directory = resolve_source(adapter_path.path)
-    limits = resolve_limits(config, spec.lora_sites)
+    limits = resolve_limits(
+        spec.lora_sites,
+        max_rank=config.max_lora_rank,
+        targets=config.lora_target_modules,
+        paths=config.lora_paths,
+        sources=SourceOptions.from_config(config).trusted(),
+    )
     layout = PoolLayout.make(
         spec.lora_sites,
         limits.targets,

@@ -42,8 +42,8 @@ from lorikeet.core.messages import (
     Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput
+from lorikeet.engine.build import build_engine
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.setup import build_engine
 from lorikeet.errors import (
     AdapterNotFoundError,
     EngineFault,

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorikeet.adapters.records import LoadOutcome
+from lorikeet.adapters.store import AdapterStore
 from lorikeet.config import LoRAPath
 from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
-from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.adapter_store import AdapterStore
 from lorikeet.engine.executor import Executor
 from lorikeet.engine.step_log import StepLog
 from lorikeet.errors import (
@@ -296,7 +296,6 @@ class EngineCore:
 
     def close(self) -> None:
         """End all threads and remove temporary files."""
-        self._adapters.close()
         self._on_close()
 
     def fail_all(self, message: str) -> list[RequestOutput]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from lorikeet.core.adapters import HostBytes
 from lorikeet.core.plan import StepPlan, StepResult
 
 
@@ -13,6 +14,11 @@ class Executor(Protocol):
     @property
     def max_ahead(self) -> int:
         """Steps that may be submitted before the oldest one is collected: 1 with overlap, else 0."""
+        ...
+
+    @property
+    def host(self) -> HostBytes | None:
+        """Adapters in host memory: what is read, kept and dropped there, beside the steps. None without LoRA."""
         ...
 
     def submit(self, plan: StepPlan) -> None:

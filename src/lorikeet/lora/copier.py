@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -16,10 +15,11 @@ from lorikeet.core.plan import PageCopy
 from lorikeet.errors import EngineFault
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.device_pool import DevicePool
+from lorikeet.lora.host_memory import HostMemory
 
 logger = logging.getLogger(__name__)
 
-# What a copy may fail with without the engine's being to blame: memory, a device that is busy.
+# Errors of a copy that are no bugs: no memory, a busy device.
 _FAILURES = (RuntimeError, MemoryError, OSError)
 
 
@@ -36,12 +36,12 @@ class Copier:
 
     Args:
         pool: its slots and page tables are touched on the caller's thread only.
-        adapters: host copies by version.
+        host: where it copies from.
     """
 
-    def __init__(self, pool: DevicePool, adapters: Callable[[int], HostAdapter]) -> None:
+    def __init__(self, pool: DevicePool, host: HostMemory) -> None:
+        self.host = host
         self._pool = pool
-        self._adapters = adapters
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-copy")
         self._copies: list[_Copy] = []
         self._resident: dict[int, _Copy] = {}
@@ -57,13 +57,13 @@ class Copier:
         Raises:
             EngineFault: the plan names pages or a slot that something else uses.
         """
-        adapter = self._adapters(order.version)
+        adapter = self.host.get(order.version)
         self._pool.reserve(adapter, order)
         written = self._thread.submit(self._pool.write, adapter, order)
         self._copies.append(_Copy(order, adapter, time.monotonic(), written))
 
     def free(self, slot: int) -> None:
-        """A slot was evicted, or its copy has failed: rank 0 from now on."""
+        """Empty a slot that was evicted, or whose copy has failed: it has rank 0 from now on."""
         copy = self._resident.pop(slot, None)
         self._pool.clear_slot(slot)
         if copy is not None:

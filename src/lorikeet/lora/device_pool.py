@@ -82,16 +82,6 @@ class DevicePool:
         """Page tables of a site; None if adapters may change nothing there."""
         return self._tables.get(site)
 
-    def copy_in(self, adapter: HostAdapter, copy: PageCopy) -> None:
-        """``reserve``, ``write`` and ``describe`` at once.
-
-        Raises:
-            EngineFault: as ``reserve``.
-        """
-        self.reserve(adapter, copy)
-        self.write(adapter, copy)
-        self.describe(adapter, copy)
-
     def reserve(self, adapter: HostAdapter, copy: PageCopy) -> None:
         """Note that a slot and pages are an adapter's. The slot is rank 0 until it is described.
 

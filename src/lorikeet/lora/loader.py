@@ -89,7 +89,7 @@ def load_adapter(
     ]
     path = directory / WEIGHTS_FILE
     if not os.path.exists(path):
-        # It says what is there in its place.
+        # Raises an error that says what is there instead.
         path = weights_file(directory)
     with open_tensors(path) as file:
         _check_header(file, wanted, sites, path)
@@ -259,7 +259,7 @@ class _Packer:
         )
 
     def close(self) -> None:
-        """Hash nothing more; for a load that failed, too."""
+        """End the thread that hashes, after a failure, too."""
         self._thread.shutdown(cancel_futures=True)
 
     def _hash(self, module: _Wanted, A_RK: torch.Tensor, B_OR: torch.Tensor) -> None:

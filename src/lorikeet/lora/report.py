@@ -9,7 +9,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 
@@ -123,18 +122,3 @@ def _gram(rows_RC: torch.Tensor) -> tuple[torch.Tensor, float]:
     scale = float(rows_RC.abs().max()) or 1.0
     rows_RC = rows_RC / scale
     return (rows_RC @ rows_RC.T).double(), scale
-
-
-def format_report(report: dict[str, object]) -> str:
-    """One line for the log."""
-    fields = cast("dict[str, Any]", report)
-    modules, (least, most) = fields["modules"], fields["scale"]
-    scale = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
-    relative = fields["relative_norm"]
-    return (
-        f"rank {fields['rank']}, {modules['hit']} of {modules['targeted']} targeted modules hit "
-        f"(the model has {modules['in_model']}), targets {','.join(fields['targets'])}, scale {scale}, "
-        f"norm of the change {fields['delta_norm']:.4g}"
-        + (f" ({relative:.2%} of the base)" if relative is not None else "")
-        + f", {fields['bytes'] / 1e6:.2f} MB"
-    )

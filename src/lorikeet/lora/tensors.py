@@ -26,7 +26,7 @@ from lorikeet.errors import AdapterError
 
 # What load_lora_adapter_from_tensors takes; rank 256 on every module of a 70B model in 16 bits has 6.6 GB.
 MAX_TENSORS_BYTES = 8 << 30
-# Of tensors in memory: that of the widest type.
+# Alignment of tensors in memory: that of the widest type.
 _ALIGNMENT = 8
 
 # Types that can be read, of those that a file may hold.
@@ -108,7 +108,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 
 
 def accept_tensors(config: Mapping[str, object], weights: Path) -> None:
-    """Make an adapter that came over the wire the two files that :func:`lorikeet.lora.loader.load_adapter` reads.
+    """Write an adapter that came over the wire as the two files that :func:`lorikeet.lora.loader.load_adapter` reads.
 
     Args:
         config: what ``adapter_config.json`` holds; sets are taken for lists, as PEFT's own ``to_dict`` gives them.

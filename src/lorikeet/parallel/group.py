@@ -29,10 +29,6 @@ class TPGroup(Protocol):
         """The ranks' tensors, concatenated along ``dim`` in rank order."""
         ...
 
-    def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's ``data``, on every rank. What other ranks pass is ignored."""
-        ...
-
 
 class SingleRank:
     """A group of one: every collective is the identity."""
@@ -45,6 +41,3 @@ class SingleRank:
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         return tensor
-
-    def broadcast(self, data: bytes) -> bytes:
-        return data

@@ -100,11 +100,11 @@ class Scheduler:
             or self._freed_slots
             or residency.has_decisions
             or residency.has_copies_in_flight
-            or residency.has_reads
+            or residency.host.reads
         ):
             return True
         is_waiting = len(self._queue) > 0 or residency.has_unplaced_pins
-        return is_waiting and self._stalled_at != residency.num_changes
+        return is_waiting and self._stalled_at != residency.ledger.num_changes
 
     def add(self, seq: Sequence) -> None:
         """Take a new sequence into the queue.
@@ -150,12 +150,12 @@ class Scheduler:
         """
         if len(self._state.in_flight) >= _MAX_IN_FLIGHT:
             raise ValueError("two plans are in flight; commit one first")
-        for version, reason in self._residency.take_failures().items():
+        for version, reason in self._residency.host.take_failures().items():
             self.fail_version(version, adapter_failure(reason))
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
         self._plan_rows(plan)
-        self._residency.want(self._queue.versions(_WANTED_VERSIONS))
+        self._residency.ledger.want(self._queue.versions(_WANTED_VERSIONS))
         budget = StepBudget.for_step(
             self.limits,
             num_rows=len(plan.rows),
@@ -171,7 +171,7 @@ class Scheduler:
             if self._state.in_flight:
                 return None
             if not self._residency.has_copies_in_flight:
-                self._stalled_at = self._residency.num_changes
+                self._stalled_at = self._residency.ledger.num_changes
                 return None
         self._state.in_flight[plan.step] = []
         self._next_step += 1

@@ -168,7 +168,7 @@ class State:
             total_output_tokens=self.counters.output_tokens,
             total_preemptions=self.counters.preemptions,
             total_finished=self.counters.finished,
-            total_adapter_device_evictions=self.residency.num_device_evictions,
+            total_adapter_device_evictions=self.residency.device.num_evictions,
         )
 
     def check_integrity(self, is_off: Callable[[int], bool]) -> None:
@@ -212,6 +212,6 @@ class State:
                 raise AssertionError(f"sequence {seq.id}: {seq.num_scheduled} tokens scheduled")
             if not self.in_flight and seq.num_pending:
                 raise AssertionError(f"sequence {seq.id} waits for a token that nobody samples")
-        for version in {*uses, *self.residency.resident()} - {0}:
+        for version in {*uses, *self.residency.device.placed} - {0}:
             if self.residency.num_uses(version) != uses.get(version, 0):
                 raise AssertionError(f"version {version}: uses are not those of its sequences")

@@ -1,15 +1,24 @@
-"""How much memory the K/V pages get: what is there, what the weights and the adapter pool take, what is left."""
+"""Divides memory between weights, adapters and K/V pages, and refuses what does not fit: the only place that does."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorikeet.errors import ConfigError
 
 # Main memory is shared with everything else on the machine, so a CPU engine takes a modest part unless told otherwise.
 DEFAULT_CPU_FRACTION = 0.5
+
+WEIGHTS, POOL, STEP = "weights", "adapters", "steps"
+# What helps if there is no room for something; for K/V it is ``_KV_ADVICE``.
+_ADVICE = {
+    WEIGHTS: "Use a smaller --dtype or a smaller model, or end what else uses the device",
+    POOL: "Lower --max-loras-per-batch or --max-lora-rank, or name fewer --lora-target-modules",
+}
+_KV_ADVICE = "Lower --context-length, --max-total-tokens, --max-loras-per-batch or --max-lora-rank, or raise --mem-fraction-static"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +67,32 @@ class MemoryRequest:
     reserve_bytes: int = 0
 
 
+def check_memory(
+    available: int | None, needs: Mapping[str, int], *, left: int | None = None
+) -> None:
+    """Check that there is room for what needs memory.
+
+    Args:
+        available: bytes in all; None: not known, and nothing is refused.
+        needs: what needs memory -> bytes, in the order in which it is given. The last is what is asked about.
+        left: bytes that are left for it; None: what the others leave.
+
+    Raises:
+        ConfigError: with all numbers, and what to change.
+    """
+    if available is None:
+        return
+    *others, (last, num_bytes) = needs.items()
+    if left is None:
+        left = available - sum(size for _, size in others)
+    if num_bytes > left:
+        listed = ", ".join(f"{what} need {size_text(size)}" for what, size in needs.items() if size)
+        raise ConfigError(
+            f"not enough memory: {size_text(available)} available; {listed}, but only {size_text(max(0, left))} is left "
+            f"for {last}. {_ADVICE.get(last, _KV_ADVICE)}"
+        )
+
+
 def split_memory(request: MemoryRequest) -> MemorySplit:
     """Divide memory between weights, adapter pool and K/V.
 
@@ -73,13 +108,18 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
     left = min(budget, most) - request.weights_bytes - request.pool_bytes
     page_bytes = request.kv_bytes_per_token * request.page_size
     if request.max_total_tokens is not None:
-        # The user's number is taken as it is, short of what does not exist at all.
+        # The user's number is taken as given, unless there is not that much memory.
         tokens, needed = request.max_total_tokens, request.max_total_tokens
         left = most - request.weights_bytes - request.pool_bytes
     else:
         tokens, needed = request.useful_tokens, min(request.min_tokens, request.useful_tokens)
-    if needed * request.kv_bytes_per_token > left:
-        raise ConfigError(_shortage(request, needed, left))
+    needs = {
+        WEIGHTS: request.weights_bytes,
+        POOL: request.pool_bytes,
+        STEP: request.reserve_bytes,
+        f"K/V for {needed} tokens": needed * request.kv_bytes_per_token,
+    }
+    check_memory(request.available_bytes, needs, left=left)
     num_pages = min(-(-tokens // request.page_size), left // page_bytes)
     return MemorySplit(
         weights_bytes=request.weights_bytes,
@@ -91,7 +131,7 @@ def split_memory(request: MemoryRequest) -> MemorySplit:
 
 
 def _check_fraction(request: MemoryRequest) -> None:
-    """A fraction that leaves too little for the steps would fail in the middle of one."""
+    """Refuse a ``--mem-fraction-static`` that leaves too little memory for the steps themselves."""
     if request.fraction is None or request.reserve_bytes == 0:
         return
     left = int(request.available_bytes * (1 - request.fraction))
@@ -116,17 +156,6 @@ def available_host_bytes() -> int:
     except (OSError, KeyError, ValueError):
         pass  # not Linux, or no limit ("max"): the plain figure stands
     return free
-
-
-def _shortage(request: MemoryRequest, needed_tokens: int, left: int) -> str:
-    return (
-        f"not enough memory: {size_text(request.available_bytes)} available; weights need "
-        f"{size_text(request.weights_bytes)}, the adapter pool {size_text(request.pool_bytes)}, "
-        f"{f'a step {size_text(request.reserve_bytes)}, ' if request.reserve_bytes else ''}and K/V for "
-        f"{needed_tokens} tokens {size_text(needed_tokens * request.kv_bytes_per_token)}, but {size_text(max(0, left))} is "
-        "left for it. Lower --context-length, --max-total-tokens, --max-loras-per-batch or --max-lora-rank, or raise "
-        "--mem-fraction-static"
-    )
 
 
 def size_text(num_bytes: int) -> str:

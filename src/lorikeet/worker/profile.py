@@ -97,7 +97,7 @@ def warm_up(
 def warm_up_draw(
     draw: DrawOp, vocab_size: int, dtype: torch.dtype, sampled_L: torch.Tensor
 ) -> None:
-    """Draw tokens that nobody keeps.
+    """Run the kernels that draw tokens, and throw the tokens away.
 
     Args:
         dtype: of the logits.
@@ -106,7 +106,7 @@ def warm_up_draw(
     device = sampled_L.device
     nothing = np.zeros(1, dtype=np.int64)
     logits_2V = torch.zeros((2, vocab_size), dtype=dtype, device=device)
-    # Of an odd vocabulary the second row begins where wide loads may not, which takes a kernel of its own.
+    # With an odd vocabulary the second row is not aligned for wide loads, which takes a kernel of its own.
     for logits_1V in logits_2V.split(1):
         draw(
             logits_1V,

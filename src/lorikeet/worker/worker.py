@@ -21,6 +21,7 @@ from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.errors import EngineFault, OutOfMemoryError
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.copier import Copier
+from lorikeet.lora.host_memory import HostMemory
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.sampling.logprobs import PendingPrompt
 from lorikeet.worker.sampling.pending_sample import PendingSample
@@ -75,7 +76,7 @@ class Worker:
         network: a batch to logits [M, V], and to states that are pooled.
         inputs: builder of batches, with the states of running sequences.
         sampler: logits to tokens.
-        copier: brings adapters to the device; None when LoRA is off.
+        copier: brings adapters from host memory to the device; None when LoRA is off.
         graphs: captured steps, asked in this order; what none of them runs runs eagerly.
         max_logits_rows: rows of logits that are there at a time, at least as many as sequences run; None is any number.
         overlap: a step may be submitted before the one before it is collected.
@@ -106,10 +107,10 @@ class Worker:
         # Slots whose copies are not complete.
         self._copying: dict[int, int] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """``submit`` and ``collect`` at once; nothing else may be submitted."""
-        self.submit(plan)
-        return self.collect()
+    @property
+    def host(self) -> HostMemory | None:
+        """Adapters in this rank's host memory; None when LoRA is off."""
+        return self._copier.host if self._copier is not None else None
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> None:
@@ -165,8 +166,9 @@ class Worker:
         return result
 
     def close(self) -> None:
-        """End the thread that copies."""
+        """End the threads that read and copy."""
         if self._copier is not None:
+            self._copier.host.close()
             self._copier.close()
 
     def _end(self, ended: list[int]) -> None:
@@ -196,7 +198,7 @@ class Worker:
         try:
             self._queue(layout, flight)
         except torch.OutOfMemoryError:
-            # What the allocator keeps for later may be what is missing. Computing twice stores the same K/V twice.
+            # What the allocator has cached may be enough. To compute the step again is safe: it stores the same K/V.
             torch.cuda.empty_cache()
             try:
                 self._queue(layout, flight)
@@ -206,7 +208,7 @@ class Worker:
                 ) from error
 
     def _queue(self, layout: StepLayout, flight: _Flight) -> None:
-        """Queue a step's work: inputs, network, sampling. What a first attempt left of it is made anew."""
+        """Queue a step's work: inputs, network, sampling. A second attempt begins from scratch."""
         flight.prompts = {}
         arrays = self._sampler.arrays(layout.sampled, layout.sampled_lanes)
         most = self._max_logits_rows
@@ -262,7 +264,7 @@ class Worker:
         first = 0
         for seq, position, num_rows in layout.prompt_rows:
             low, high = max(first, begin), min(first + num_rows, end)
-            # A prompt of one token has no rows, but an entry.
+            # A prompt of one token has no rows of logits but still gets an entry.
             is_bare = num_rows == 0 and seq not in flight.prompts
             if low < high or is_bare:
                 rows_MV = logits_MV[low - begin : high - begin] if low < high else logits_MV[:0]
@@ -271,7 +273,7 @@ class Worker:
             first += num_rows
 
     def _finish_samples(self) -> None:
-        """A grammar needs its newest token. The device computes this step meanwhile."""
+        """Read the tokens of earlier steps, which grammars need now; the device computes this step meanwhile."""
         for flight in self._flights:
             if flight.sample is not None:
                 flight.sample.finish()
@@ -280,7 +282,7 @@ class Worker:
         self, layout: StepLayout, arrays: list, flight: _Flight
     ) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
-        # States that are pooled come out of no graph.
+        # Graphs do not return the hidden states that are pooled.
         for graphs in () if layout.pooled_rows else self._graphs:
             found = graphs.run(layout, arrays)
             if found is not None:

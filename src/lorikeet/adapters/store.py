@@ -1,8 +1,8 @@
 """Adapters as the engine sees them: loaded by name, leased by requests, dropped when nobody holds them.
 
-This is glue and owns no decision: names, versions and leases are the registry's, tiers the residency's, bytes the host
-cache's, files the reader's. What it adds is their order, and the commands that are under way. Everything here runs on
-the engine's loop and nothing blocks: what takes long is a future, and :meth:`LoadedAdapters.poll` looks at it.
+Names, versions and leases are the registry's decisions, tiers the residency's; the bytes lie in the host memories behind
+``HostBytes``. What the store adds is their order, and the commands that are under way. Everything here runs on the
+engine's loop and nothing blocks: what takes long is a read, and :meth:`AdapterStore.poll` sees what came of it.
 """
 
 from __future__ import annotations
@@ -10,36 +10,43 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
-from lorikeet.adapters.residency import Residency
-from lorikeet.adapters.sources.resolver import is_name
-from lorikeet.adapters.sources.source import public_path
-from lorikeet.adapters.tiers import Tier
-from lorikeet.adapters.views import make_entry, make_report
-from lorikeet.config import LoRAPath
-from lorikeet.core.messages import AdaptersChanged
-from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
-from lorikeet.engine.adapter_news import AdapterNews
-from lorikeet.engine.adapter_reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
-from lorikeet.engine.adapter_records import (
-    AdapterCounters,
-    Known,
+import msgspec
+
+from lorikeet.adapters.moves import IN_MEMORY, HostMoves, ReadResult
+from lorikeet.adapters.news import AdapterNews
+from lorikeet.adapters.records import (
+    BASE_VERSION,
+    AdapterRecord,
+    AdapterState,
     Load,
     LoadOutcome,
     Unload,
     as_fault,
     log_load,
 )
-from lorikeet.engine.adapter_store import BASE_VERSION
-from lorikeet.engine.adapter_templates import TemplateNews, Templates
-from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
-from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
-from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.host_cache import HostCache
+from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.sources.resolver import is_name
+from lorikeet.adapters.sources.source import public_path
+from lorikeet.adapters.templates import TemplateNews, Templates
+from lorikeet.adapters.tiers import Tier
+from lorikeet.adapters.unloads import UnloadedNames, Unloads
+from lorikeet.adapters.views import make_entry, make_report
+from lorikeet.config import LoRAPath
+from lorikeet.core.adapters import (
+    TENSORS_PATH,
+    AdapterFacts,
+    HostBytes,
+    Origin,
+    ReadOrder,
+    SentTensors,
+)
+from lorikeet.core.messages import AdaptersChanged
+from lorikeet.errors import AdapterError, AdapterNotFoundError, LoRADisabledError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -47,63 +54,47 @@ logger = logging.getLogger(__name__)
 MAX_NAMES = 100
 
 
-class LoadedAdapters:
-    """The store of an engine with LoRA.
+class AdapterStore:
+    """All adapters of an engine: loads and unloads them, and gives requests their versions.
 
     Args:
-        host: the bytes; how many may be held is the residency's decision.
+        host: where the bytes lie, in as many host memories as there are ranks; None without LoRA: the base model is
+            all there is.
+        can_find: a name that is not loaded may be asked of the resolver.
     """
 
     def __init__(
-        self,
-        *,
-        registry: AdapterRegistry,
-        residency: Residency,
-        host: HostCache,
-        reader: AdapterReader,
+        self, residency: Residency, host: HostBytes | None, *, can_find: bool = False
     ) -> None:
-        self._registry = registry
-        self._residency = residency
-        self._host = host
-        self._reader = reader
-        self._known: dict[int, Known] = {}
-        self._loads: dict[str, Load] = {}
+        self.residency = residency
+        self._state = AdapterState(AdapterRegistry(), residency)
+        self._registry = self._state.registry
+        self._records = self._state.records
+        self._loads = self._state.loads
+        self._counters = self._state.counters
+        self._has_lora = host is not None
+        self._can_find = can_find
         # Names that were unloaded on purpose: the resolver must not bring them back behind the user's back.
         self._unloaded = UnloadedNames()
-        self._cold: dict[int, float] = {}
-        self._counters = AdapterCounters()
         self._templates = TemplateNews()
-        self._moves = HostMoves(
-            residency=residency,
-            registry=registry,
-            host=host,
-            reader=reader,
-            known=self._known,
-            counters=self._counters,
-        )
-        self._unloads = Unloads(registry, self._known, self._counters, self._unload_ended)
-        self._news = AdapterNews(
-            registry=registry,
-            residency=residency,
-            known=self._known,
-            loads=self._loads,
-            unloads=self._unloads,
-        )
+        self._news = AdapterNews(self._state)
+        self._moves = HostMoves(self._state, host)
+        self._unloads = Unloads(self._state, self._news.name)
 
     # -- commands ------------------------------------------------------------------------------------------------
 
     def load(self, source: LoRAPath) -> int:
-        """Load an adapter of the start: blocks until it is in host memory. Its path is the operator's own choice.
+        """Load an adapter at the start and wait until it is in host memory. Its path is the operator's own choice.
 
         Raises:
             AdapterError: it cannot be served exactly, or the name is taken.
         """
         self._check_name(source.name, replace=False)
-        origin = Origin(source.path, trust="operator")
-        load = self._begin(source, self._reader.load(source.name, origin), replace=False)
-        load.read.exception()  # waits
-        self._finish_load(load)
-        self._moves.poll()
+        order = ReadOrder(name=source.name, origins=(Origin(source.path, trust="operator"),))
+        load = self._begin(source, order, replace=False)
+        while not load.reply.done():
+            wait(self._moves.pending())
+            self.poll()
         return load.reply.result().version
 
     def start_load(self, source: LoRAPath, *, replace: bool = False) -> Future[LoadOutcome]:
@@ -116,8 +107,8 @@ class LoadedAdapters:
             AdapterError: the name is loaded (unless it is to be replaced) or being loaded.
         """
         self._check_name(source.name, replace=replace)
-        read = self._reader.load(source.name, Origin(source.path))
-        return self._begin(source, read, replace=replace).reply
+        order = ReadOrder(name=source.name, origins=(Origin(source.path),))
+        return self._begin(source, order, replace=replace).reply
 
     def load_tensors(
         self, name: str, config: Mapping[str, object], weights: Path, *, pinned: bool = False
@@ -129,25 +120,30 @@ class LoadedAdapters:
         Raises:
             AdapterError: as ``start_load``.
         """
+        origin = Origin(TENSORS_PATH, trust="operator", spool=str(weights.parent))
         try:
             self._check_name(name, replace=False)
         except AdapterError:
-            self._reader.forget(Origin(TENSORS_PATH, spool=weights.parent))
+            self._moves.forget(origin)
             raise
-        read = self._reader.load_tensors(name, config, weights)
+        order = ReadOrder(name=name, origins=(origin,), sent=SentTensors(config, str(weights)))
         source = LoRAPath(name, TENSORS_PATH, pinned=pinned)
-        return self._begin(source, read, replace=False).reply
+        return self._begin(source, order, replace=False).reply
 
     def find(self, name: str | None) -> Future[None] | None:
-        if name is None or not self._reader.can_find or name in self._unloaded:
+        """Look for a name that is not loaded; None if there is nowhere to look.
+
+        The future is the caller's own: it ends when the search does, with its error, and may be cancelled at any time.
+        """
+        if name is None or not self._can_find or name in self._unloaded:
             return None
         if not is_name(name) or self._registry.get(name) is not None:
             return None
         load = self._loads.get(name)
         if load is None:
-            load = self._begin(LoRAPath(name, name), self._reader.find(name), replace=False)
+            load = self._begin(LoRAPath(name, name), ReadOrder(name=name), replace=False)
             load.found = True
-        # One of its own: others wait for the same, and whoever leaves must not take them along.
+        # Each caller has a future of its own: cancelling it must not end the search for others.
         waiter: Future[None] = Future()
         load.waiting.append(waiter)
         return waiter
@@ -162,6 +158,7 @@ class LoadedAdapters:
         Raises:
             AdapterNotFoundError: the name is not loaded.
         """
+        self._check_enabled(name, "unloaded")
         info = self._registry.find(name)
         if info.pinned:
             self._unpin_for(name, info.version)
@@ -173,7 +170,7 @@ class LoadedAdapters:
         now = time.monotonic()
         deadline = None if timeout is None else now + timeout
         unload = Unload(name, info.path, info.version, info.nbytes, now, deadline)
-        self._unloads.add(unload)
+        self._state.unloads.append(unload)
         self._drop_unleased()
         self._unloads.poll()  # another name may mean the version: then there is nothing to wait for
         return unload.reply
@@ -181,53 +178,69 @@ class LoadedAdapters:
     # -- requests ------------------------------------------------------------------------------------------------
 
     def lease(self, name: str | None, number: int) -> int:
+        """Version that the completion ``number`` of ``name`` runs with; held until :meth:`release`. None is the base.
+
+        Raises:
+            AdapterNotFoundError: the name is not loaded.
+            RequestError: its adapter could not be read again, or LoRA is off.
+        """
         if name is None:
             return BASE_VERSION
+        self._check_enabled(name, "used", "lora_path")
         version = self._registry.lease(name)
-        reason = self._residency.failure(version)
-        if reason is not None and not self._moves.retry(version):
+        record = self._records[version]
+        reason = self.residency.failure(version)
+        if reason is not None and not self._moves.retry(record):
             self._registry.release(version)
             raise RequestError(f"adapter {name!r} cannot be served: {reason}", "lora_path")
-        known = self._known[version]
-        known.holders[number] = None
-        known.last_use = time.time()
+        record.holders[number] = None
+        record.last_use = time.time()
         self._news.version(version)
-        if self._residency.tier(version) is not Tier.DEVICE:
-            self._cold.setdefault(version, time.monotonic())
+        if record.cold_since is None and self.residency.tier(version) is not Tier.DEVICE:
+            record.cold_since = time.monotonic()
         return version
 
     def release(self, version: int, number: int) -> None:
+        """The completion ``number`` has ended."""
         if version == BASE_VERSION:
             return
-        known = self._known[version]
-        del known.holders[number]
-        known.last_use = time.time()
+        record = self._records[version]
+        del record.holders[number]
+        record.last_use = time.time()
         self._news.version(version)
         self._registry.release(version)
-        if not known.holders:
-            self._cold.pop(version, None)
+        if not record.holders:
+            record.cold_since = None
         self._drop_unleased()
 
     def note_copied(self, versions: Iterable[int]) -> None:
+        """These versions have arrived on the device."""
         for version in versions:
-            began = self._cold.pop(version, None)
-            if began is not None:
-                self._counters.sample("adapter_cold_start_seconds", time.monotonic() - began)
+            record = self._records.get(version)
+            if record is not None and record.cold_since is not None:
+                seconds = time.monotonic() - record.cold_since
+                self._counters.sample("adapter_cold_start_seconds", seconds)
+                record.cold_since = None
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        for load in [load for load in self._loads.values() if load.is_over]:
-            self._finish_load(load)
+        """Take in what has been read, and order what there is to read and to drop."""
+        for load in [load for load in self._loads.values() if load.is_abandoned]:
+            self._give_up(load)
+        for load, result in self._moves.collect():
+            self._finish_load(load, result)
         self._moves.poll()
         self._unloads.poll()
 
     def pending(self) -> list[Future[Any]]:
-        return [*(load.read for load in self._loads.values()), *self._moves.pending]
+        """What to wait for, if there is nothing else to do: done when ``poll`` will find something."""
+        return self._moves.pending()
 
     @property
     def is_waiting(self) -> bool:
-        return bool(self._loads or self._moves.pending or len(self._unloads))
+        """True if ``poll`` may find something without any step in between."""
+        return self._moves.is_reading or bool(self._loads or self._state.unloads)
 
     def describe(self, name: str | None = None) -> list[dict[str, object]]:
         """All adapters, or those called ``name``: one that is unloading and its successor may share it.
@@ -245,6 +258,7 @@ class LoadedAdapters:
         ]
 
     def names(self, versions: Iterable[int]) -> list[str]:
+        """Names that mean these versions, sorted; as many as a report lists."""
         found: set[str] = set()
         for version in versions:
             found.update(self._registry.names_of(version)[:MAX_NAMES])
@@ -253,47 +267,52 @@ class LoadedAdapters:
         return sorted(found)[:MAX_NAMES]
 
     def stats(self) -> dict[str, float]:
-        values = {f"num_adapters_{tier.value}": float(self._residency.count(tier)) for tier in Tier}
+        """Gauges and counters by name; none without LoRA."""
+        if not self._has_lora:
+            return {}
+        values = {
+            f"num_adapters_{tier.value}": float(self.residency.ledger.num_in[tier]) for tier in Tier
+        }
         names = float(len(self._registry))
         return (
             values
             | self._counters.values()
-            | {"num_adapters": names, "adapter_host_bytes": float(self._host.nbytes)}
+            | {"num_adapters": names, "adapter_host_bytes": float(self._moves.nbytes)}
         )
 
     def take_samples(self) -> dict[str, list[float]]:
+        """Durations in seconds, by name, measured since the last call."""
         return self._counters.take_samples()
 
     def take_changes(self) -> AdaptersChanged | None:
+        """What has changed about the adapters since the last call; None if nothing has."""
         return self._news.take()
 
     def take_templates(self) -> dict[str, Templates | None]:
+        """Names that came since the last call, with their chat templates, and those that went, with None."""
         return self._templates.take()
-
-    def close(self) -> None:
-        self._reader.close()
 
     def check_integrity(self, leases: Mapping[int, int]) -> None:
         """Compare registry, residency, host memory and the completions that are open (id -> version)."""
-        self._residency.check_integrity()
+        self.residency.check_integrity()
         self._registry.check_integrity()
-        self._host.check_integrity()
         held = {(number, version) for number, version in leases.items() if version}
-        ours = {(number, v) for v, known in self._known.items() for number in known.holders}
+        ours = {(number, v) for v, record in self._records.items() for number in record.holders}
         assert ours == held, f"leases of {ours}, requests {held}"
-        for version, known in self._known.items():
-            assert self._registry.num_leases(version) == len(known.holders)
-            assert version in self._residency, f"version {version} is unknown to the residency"
+        for version, record in self._records.items():
+            assert self._registry.num_leases(version) == len(record.holders)
+            assert version in self.residency, f"version {version} is unknown to the residency"
         self._moves.check_integrity()
         names = {info.version for info in self._registry.loaded().values()}
-        hidden = {unload.version for unload in self._unloads}
-        assert names <= self._known.keys()
-        assert self._known.keys() >= hidden
+        hidden = {unload.version for unload in self._state.unloads}
+        assert names <= self._records.keys()
+        assert self._records.keys() >= hidden
 
     # -- loading -------------------------------------------------------------------------------------------------
 
     def _check_name(self, name: str, *, replace: bool) -> None:
         """Refuse a name that is taken; one whose files are gone may be loaded anew."""
+        self._check_enabled(name, "loaded")
         load = self._loads.get(name)
         if load is not None:
             raise AdapterError(
@@ -301,75 +320,88 @@ class LoadedAdapters:
                 "another name"
             )
         info = self._registry.get(name)
-        if info is None or replace or self._residency.failure(info.version) is not None:
+        if info is None or replace or self.residency.failure(info.version) is not None:
             return
         raise AdapterError(
             f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name"
         )
 
-    def _begin(self, source: LoRAPath, read: Future[ReadAdapter], *, replace: bool) -> Load:
+    def _check_enabled(self, name: str, verb: str, field: str = "lora_name") -> None:
+        if not self._has_lora:
+            raise LoRADisabledError(
+                f"LoRA is not enabled, so adapter {name!r} cannot be {verb}; start the server with --enable-lora",
+                field,
+            )
+
+    def _begin(self, source: LoRAPath, order: ReadOrder, *, replace: bool) -> Load:
         load = Load(
             name=source.name,
             path=public_path(source.path),
             pinned=source.pinned,
             replace=replace,
             began=time.monotonic(),
-            read=read,
         )
         self._loads[source.name] = load
         self._news.name(source.name)
+        self._moves.read(load, order)
         return load
 
-    def _finish_load(self, load: Load) -> None:
+    def _give_up(self, load: Load) -> None:
+        """Nobody waits for a load any more."""
         del self._loads[load.name]
         self._news.name(load.name)
-        if load.is_abandoned:
-            self._reader.discard(load.read)
-            logger.info("Adapter %s: loading was cancelled", load.name)
-            return
-        error = load.read.exception()
-        if error is None:
-            try:
-                load.succeed(self._register(load, load.read.result()))
-            except AdapterError as refusal:
-                self._reader.discard(load.read)
-                error = refusal
-        if error is not None:
-            if not load.found:
-                self._counters.load_failures += 1
-            if not isinstance(error, AdapterNotFoundError):
-                logger.warning("Adapter %s not loaded: %s", load.name, error)
-            load.fail(as_fault(error, load.name))
+        self._moves.cancel(load)
+        logger.info("Adapter %s: loading was cancelled", load.name)
 
-    def _register(self, load: Load, read: ReadAdapter) -> LoadOutcome:
+    def _finish_load(self, load: Load, result: ReadResult) -> None:
+        del self._loads[load.name]
+        self._news.name(load.name)
+        if isinstance(result, AdapterFacts):
+            try:
+                load.succeed(self._register(load, result))
+                return
+            except AdapterError as refusal:
+                self._moves.cancel(load)
+                result = refusal
+        if not load.found:
+            self._counters.load_failures += 1
+        if not isinstance(result, AdapterNotFoundError):
+            logger.warning("Adapter %s not loaded: %s", load.name, result)
+        load.fail(as_fault(result, load.name))
+
+    def _register(self, load: Load, facts: AdapterFacts) -> LoadOutcome:
         """Place what was read and let the name mean it; nothing has changed if that is refused."""
-        name, adapter = load.name, read.adapter
+        name = load.name
         old = self._registry.get(name)
-        version = self._registry.version_of(adapter.digest)
+        version = self._registry.version_of(facts.digest)
         repin = old is not None and old.pinned and self._unpin_for(name, old.version)
         try:
-            self._place(version, adapter, pinned=load.pinned)
+            self._place(version, facts, pinned=load.pinned)
         except AdapterError:
             if repin and old is not None:
-                self._residency.set_pinned(old.version, pinned=True)
+                self.residency.set_pinned(old.version, pinned=True)
             raise
-        if version not in self._known:
-            self._known[version] = Known(adapter.digest, read.report)
-        path = public_path(read.origin.path)
+        record = self._records.get(version)
+        if record is None:
+            # Templates are a name's, and others remember them.
+            kept = msgspec.structs.replace(facts, chat_templates={})
+            record = self._records[version] = AdapterRecord(version, kept)
+        self._moves.put(record, load)
+        path = public_path(facts.origin.path)
         name_it = self._registry.register if old is None else self._registry.replace
         name_it(
             name,
             path=path,
-            digest=adapter.digest,
-            rank=adapter.rank,
-            targets=adapter.targets,
-            nbytes=adapter.nbytes,
+            digest=facts.digest,
+            rank=facts.rank,
+            targets=facts.targets,
+            nbytes=facts.nbytes,
             pinned=load.pinned,
         )
-        self._templates.load(name, adapter.chat_templates)
+        self._templates.load(name, facts.chat_templates)
         is_alone = self._registry.num_names(version) == 1
-        for origin in self._known[version].add_origin(name, read.origin, is_alone=is_alone):
-            self._reader.forget(origin)
+        for origin in record.add_origin(name, facts.origin, is_alone=is_alone):
+            self._moves.forget(origin)
         if old is not None and old.version != version:
             self._note_replaced(old)
         self._drop_unleased()
@@ -377,40 +409,36 @@ class LoadedAdapters:
         seconds = time.monotonic() - load.began
         self._counters.loads += 1
         self._counters.sample("adapter_load_seconds", seconds)
-        log_load(name, version, read, seconds)
+        log_load(name, version, facts, seconds)
         return LoadOutcome(name, path, version, seconds)
 
-    def _place(self, version: int, adapter: HostAdapter, *, pinned: bool) -> None:
-        """Hold a version in host memory and let it be admitted, unless another name has brought it already."""
-        if version in self._residency and self._residency.tier(version) in IN_MEMORY:
+    def _place(self, version: int, facts: AdapterFacts, *, pinned: bool) -> None:
+        """Let a version be admitted, unless another name has brought it already."""
+        if version in self.residency and self.residency.tier(version) in IN_MEMORY:
             if pinned:
-                self._residency.set_pinned(version, pinned=True)
-            return
-        self._residency.add(version, adapter.page_classes, pinned=pinned)
-        self._moves.put(version, adapter)
+                self.residency.set_pinned(version, pinned=True)
+        else:
+            self.residency.add(version, facts.page_classes, pinned=pinned)
 
     def _unpin_for(self, name: str, version: int) -> bool:
         """Take the pin away that ``name`` alone holds on ``version``; True if it did."""
         others = (n for n in self._registry.names_of(version) if n != name)
         if any(self._registry.find(other).pinned for other in others):
             return False
-        self._residency.set_pinned(version, pinned=False)
+        self.residency.set_pinned(version, pinned=False)
         return True
 
     def _note_replaced(self, old: AdapterInfo) -> None:
         """A name means another content now. The old one is listed as long as requests run with it."""
         self._forget_origin(old.name, old.version)
-        self._unloads.add(
+        self._state.unloads.append(
             Unload(old.name, old.path, old.version, old.nbytes, time.monotonic(), counts=False)
         )
-
-    def _unload_ended(self, name: str) -> None:
-        self._news.name(name)
 
     def _forget_origin(self, name: str, version: int) -> None:
         """A name does not mean a version any more. Without any name, its last origin is needed until it is free."""
         if self._registry.num_names(version):
-            self._reader.forget(self._known[version].origins.pop(name))
+            self._moves.forget(self._records[version].origins.pop(name))
 
     def paths(self) -> dict[str, str]:
         """Name -> path of what is loaded."""
@@ -419,11 +447,10 @@ class LoadedAdapters:
     def _drop_unleased(self) -> None:
         gone = self._registry.pop_unleased()
         for version in gone:
-            known = self._known.pop(version)
-            self._cold.pop(version, None)
-            self._residency.remove(version)
-            self._moves.drop(version)
-            for origin in known.origins.values():
-                self._reader.forget(origin)
+            record = self._records.pop(version)
+            self.residency.remove(version)
+            self._moves.drop(record)
+            for origin in record.origins.values():
+                self._moves.forget(origin)
         if gone:
             self._unloads.poll()

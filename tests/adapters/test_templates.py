@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lorikeet.adapters.templates import TemplateNews, read_templates
 from lorikeet.core.messages import AdapterTemplates
-from lorikeet.engine.adapter_templates import TemplateNews, read_templates
 from lorikeet.errors import AdapterError
 from tests.support.adapter_rig import AdapterRig
 

@@ -13,29 +13,23 @@ from pathlib import Path
 import torch
 
 import lorikeet
-from lorikeet.config import ServerConfig
+from lorikeet.adapters.limits import naming
+from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.store import AdapterStore
+from lorikeet.config import LoRAPath, ServerConfig
 from lorikeet.core.request import MAX_SEED
-from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency
 from lorikeet.engine.paths import tokenizer_dir
-from lorikeet.engine.worker_setup import (
-    Target,
-    check_weights_fit,
-    make_attention,
-    make_worker,
-    resolve_dtype,
-    split,
-)
 from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
-from lorikeet.models.build import build_model
+from lorikeet.lora.build import LoRAParts
 from lorikeet.models.source import locate_model
 from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
-from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.memory import MemorySplit
+from lorikeet.worker.rank import Rank, build_rank
+from lorikeet.worker.target import Target, make_attention, resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -73,57 +67,63 @@ def _build(
     progress: bool,
 ) -> EngineCore:
     defaults = _sampling_defaults(config, directory, spec)
-    target = _target(config, spec)
-    report(f"loading the weights of {config.model_path}")
-    model = build_model(
+    target = read_target(config, spec)
+    rank = build_rank(
+        target,
         directory,
-        spec,
-        dtype=target.dtype,
-        device=target.device,
-        load_format=config.load_format,
-        tp=SingleRank(),
-        attention=target.attention,
+        tokenizer_dir(config),
+        SingleRank(),
+        report=report,
         progress=progress,
     )
-    lora = build_lora(config, directory, spec.lora_sites, model) if config.enable_lora else None
-    parts = split(target, model, lora)
-    logger.info("Memory: %s", parts)
-    grammars = GrammarCompiler(tokenizer_dir(config), spec.vocab_size, spec.eos_token_ids)
-    report("preparing the device")
-    storage = target.storage(parts.num_pages)
-    worker = make_worker(target, model, storage, lora, grammars, progress=progress)
 
     def on_close() -> None:
-        grammars.close()
-        worker.close()
+        rank.grammars.close()
+        rank.worker.close()
 
+    memory = rank.memory
     kv = KVManager(
-        page_size=parts.page_size, num_pages=parts.num_pages, radix=not config.disable_radix_cache
+        page_size=memory.page_size, num_pages=memory.num_pages, radix=not config.disable_radix_cache
     )
-    if lora:
-        load_first(config.lora_paths, lora.store, report)
+    store = _store(config, rank)
+    load_first(config.lora_paths, store, report)
     return EngineCore(
-        scheduler=Scheduler(
-            _limits(config, spec, target.context_length),
-            kv,
-            lora.residency if lora else no_residency(),
-        ),
+        scheduler=Scheduler(_limits(config, spec, target.context_length), kv, store.residency),
         kv=kv,
-        worker=worker,
-        adapters=lora.store if lora else NoAdapters(),
-        compile_grammar=grammars.request,
+        worker=rank.worker,
+        adapters=store,
+        compile_grammar=rank.grammars.request,
         seeds=_seed_source(config.random_seed),
-        info=_info(target, parts, lora) | {"sampling_defaults": defaults},
+        info=_info(target, memory, rank.lora) | {"sampling_defaults": defaults},
         on_close=on_close,
     )
 
 
-def _target(config: ServerConfig, spec: ModelSpec) -> Target:
-    """What is served where; raises ConfigError if it cannot fit."""
+def _store(config: ServerConfig, rank: Rank) -> AdapterStore:
+    residency = Residency.of_pool(
+        rank.lora.plan.layout if rank.lora else None,
+        policy=config.lora_eviction_policy,
+        max_host=config.max_loaded_loras,
+    )
+    can_find = config.lora_resolver_dir is not None
+    return AdapterStore(residency, rank.worker.host, can_find=can_find)
+
+
+def load_first(
+    paths: tuple[LoRAPath, ...], store: AdapterStore, report: Callable[[str], None]
+) -> None:
+    """Load the adapters of ``--lora-paths``; one that fails is fatal and named."""
+    for number, source in enumerate(paths, 1):
+        report(f"loading adapter {source.name} ({number} of {len(paths)})")
+        with naming(source):
+            store.load(source)
+
+
+def read_target(config: ServerConfig, spec: ModelSpec) -> Target:
+    """What is served where; raises ConfigError if the options do not fit the model or the device."""
     context_length = resolve_context_length(config, spec)
     assert config.device in ("cpu", "cuda"), "the configuration is resolved"
     dtype, device = resolve_dtype(config, spec), torch.device(config.device)
-    check_weights_fit(spec, dtype, device)
     return Target(
         config=config,
         spec=spec,
@@ -223,6 +223,6 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
         "pool_bytes": split.pool_bytes,
         "kv_bytes": split.kv_bytes,
         "lora_enabled": lora is not None,
-        "max_lora_rank": lora.limits.max_rank if lora else None,
-        "lora_target_modules": sorted(lora.limits.targets) if lora else None,
+        "max_lora_rank": lora.plan.limits.max_rank if lora else None,
+        "lora_target_modules": sorted(lora.plan.limits.targets) if lora else None,
     }

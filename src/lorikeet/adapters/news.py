@@ -6,39 +6,24 @@ changed says so in a few numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import msgspec
 
-from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
-from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.records import AdapterState, Load, Unload
+from lorikeet.adapters.registry import AdapterInfo
 from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
-from lorikeet.engine.adapter_records import Known, Load, Unload
 
 
 class AdapterNews:
-    """Notes changes, and describes what they are about when it is asked.
+    """Notes changes, and describes what they are about when it is asked."""
 
-    Args:
-        known: versions that the registry knows; shared with the store, as are the next two.
-        loads: name -> load under way.
-        unloads: names that are hidden and whose versions are in use.
-    """
-
-    def __init__(
-        self,
-        *,
-        registry: AdapterRegistry,
-        residency: Residency,
-        known: Mapping[int, Known],
-        loads: Mapping[str, Load],
-        unloads: Iterable[Unload],
-    ) -> None:
-        self._registry = registry
-        self._residency = residency
-        self._known = known
-        self._loads = loads
-        self._unloads = unloads
+    def __init__(self, state: AdapterState) -> None:
+        self._registry = state.registry
+        self._residency = state.residency
+        self._records = state.records
+        self._loads = state.loads
+        self._unloads = state.unloads
         self._names: dict[str, None] = {}
         self._versions: set[int] = set()
 
@@ -52,7 +37,7 @@ class AdapterNews:
 
     def take(self) -> AdaptersChanged | None:
         """What has changed since the last call; None if nothing has."""
-        versions = self._versions.union(self._residency.take_moved())
+        versions = self._versions.union(self._residency.ledger.take_moved())
         names, self._names, self._versions = self._names, {}, set()
         if not names and not versions:
             return None
@@ -71,13 +56,13 @@ class AdapterNews:
 
     def use(self, version: int) -> AdapterUse | None:
         """Where a version is, and who uses it; None if it is gone."""
-        known = self._known.get(version)
-        if known is None:
+        record = self._records.get(version)
+        if record is None:
             return None
         return AdapterUse(
             tier=self._residency.tier(version).value,
-            in_flight=len(known.holders),
-            last_use=known.last_use,
+            in_flight=len(record.holders),
+            last_use=record.last_use,
             reason=self._residency.failure(version),
         )
 
@@ -115,7 +100,7 @@ class AdapterNews:
             rank=info.rank,
             targets=list(info.targets),
             nbytes=info.nbytes,
-            report=msgspec.json.encode(self._known[info.version].report),
+            report=msgspec.json.encode(self._records[info.version].facts.report),
         )
 
 

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorikeet.adapters import moves
+from lorikeet.adapters.records import FIRST_RETRY_S, LAST_RETRY_S, LoadOutcome
 from lorikeet.client.uploads import Uploads
-from lorikeet.engine import adapter_moves
-from lorikeet.engine.adapter_reader import NUM_LOADS, TENSORS_PATH
-from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.core.adapters import TENSORS_PATH
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
-from tests.engine.conftest import MakeRig
+from lorikeet.lora.reader import NUM_LOADS
+from tests.adapters.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
 from tests.support.count_operations import count_operations
 
@@ -34,7 +35,7 @@ class Spools:
         self.gate = threading.Event()
         self.gate.set()
         self.uploads = Uploads()
-        monkeypatch.setattr("lorikeet.engine.adapter_reader.accept_tensors", self.accept)
+        monkeypatch.setattr("lorikeet.lora.reader.accept_tensors", self.accept)
 
     def accept(self, config: object, weights: Path) -> None:
         self.rig.write(str(weights.parent), weights.read_text())
@@ -257,7 +258,7 @@ def test_a_thousand_loads_and_unloads_of_the_same_names(make_rig: MakeRig) -> No
         rig.unload(str(name))
     rig.finish()
     assert len(rig.host) == 0
-    assert rig.residency.resident() == []
+    assert list(rig.residency.device.placed) == []
     assert rig.store.describe() == []
     assert not rig.store.is_waiting
 
@@ -311,7 +312,7 @@ def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
     states = [view.state for view in rig.copy.views()]
     assert states == ["loaded", "loading"]
     gate.set()
-    wait([rig.store._loads["a"].read], 20)  # without a step of the request
+    wait([rig.read_of("a")], 20)  # without a step of the request
     rig.wait(load)
     assert [view.state for view in rig.copy.views()] == ["loaded", "unloading"]
     assert rig.copy.find("a")[0].version == 2
@@ -356,7 +357,7 @@ def test_news_cost_what_changes(make_rig: MakeRig) -> None:
             rig.store.lease("unknown", "rid")
         gate = rig.block("/new")
         rig.start_load("new", "the same for all")
-        read = rig.store._loads["new"].read
+        read = rig.read_of("new")
         gate.set()
         wait([read], 20)
         found.append(count_operations(rig.store.poll)[0])
@@ -466,7 +467,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the store sees pass, besides the real ones."""
     added, real = [0.0], time.monotonic
     monkeypatch.setattr(
-        "lorikeet.engine.adapter_moves.time",
+        "lorikeet.adapters.moves.time",
         SimpleNamespace(monotonic=lambda: real() + added[0]),
     )
     return added
@@ -483,7 +484,7 @@ def test_an_adapter_that_could_not_be_read_is_read_again_after_a_while(
     num_reads = rig.disk.num_reads
     assert "does not exist" in rig.refusal(rig.submit("a"))  # the reason, meanwhile
     assert rig.disk.num_reads == num_reads
-    clock[0] += adapter_moves.FIRST_RETRY_S
+    clock[0] += FIRST_RETRY_S
     assert rig.ask("a") == expected_tokens(versions["a"], PROMPT, 4)
     rig.finish()
 
@@ -499,9 +500,9 @@ def test_each_try_waits_longer_than_the_one_before(make_rig: MakeRig, clock: lis
         waits.append(0.0)
         while rig.disk.num_reads == num_reads:
             rig.refusal(rig.submit("a"))
-            clock[0] += adapter_moves.FIRST_RETRY_S
-            waits[-1] += adapter_moves.FIRST_RETRY_S
-    first, last = adapter_moves.FIRST_RETRY_S, adapter_moves.LAST_RETRY_S
+            clock[0] += FIRST_RETRY_S
+            waits[-1] += FIRST_RETRY_S
+    first, last = FIRST_RETRY_S, LAST_RETRY_S
     assert waits[1:6] == [first, 2 * first, 4 * first, 8 * first, 16 * first]
     assert waits[-1] == last
     rig.finish()
@@ -517,6 +518,6 @@ def test_a_pin_whose_copy_failed_is_placed_again(make_rig: MakeRig, clock: list[
     rig.failing_copies.clear()
     rig.finish()
     assert rig.view("a")["tier"] == "host"
-    clock[0] += adapter_moves.PINS_S
+    clock[0] += moves.PINS_S
     rig.until(lambda: rig.view("a")["tier"] == "device")
     rig.finish()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
-from lorikeet.adapters.registry import AdapterRegistry
-from lorikeet.engine.adapter_records import AdapterCounters, Known, LoadOutcome, Unload
+from lorikeet.adapters.records import AdapterState, LoadOutcome, Unload
 from lorikeet.errors import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -38,51 +37,32 @@ class Unloads:
     """Answers unloads when their versions are free, or when their time is over.
 
     Args:
-        known: versions and the requests that hold them; shared with the store.
         ended: told the name of each that is over.
     """
 
-    def __init__(
-        self,
-        registry: AdapterRegistry,
-        known: Mapping[int, Known],
-        counters: AdapterCounters,
-        ended: Callable[[str], None],
-    ) -> None:
-        self._registry = registry
-        self._known = known
-        self._counters = counters
+    def __init__(self, state: AdapterState, ended: Callable[[str], None]) -> None:
+        self._state = state
         self._ended = ended
-        self._waiting: list[Unload] = []
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __iter__(self) -> Iterator[Unload]:
-        return iter(self._waiting)
-
-    def add(self, unload: Unload) -> None:
-        self._waiting.append(unload)
 
     def poll(self) -> None:
         """Answer those whose version is free or has a name again, and those that have waited long enough."""
-        if not self._waiting:
+        if not self._state.unloads:
             return
-        now = time.monotonic()
-        ended = [u for u in self._waiting if not self._registry.is_hidden(u.version)]
-        if ended:
-            self._waiting = [u for u in self._waiting if self._registry.is_hidden(u.version)]
+        now, is_hidden = time.monotonic(), self._state.registry.is_hidden
+        waiting = [unload for unload in self._state.unloads if is_hidden(unload.version)]
+        ended = [unload for unload in self._state.unloads if not is_hidden(unload.version)]
+        self._state.unloads[:] = waiting
         for unload in ended:
             self._ended(unload.name)
             self._end(unload, now - unload.began)
-        for unload in self._waiting:
+        for unload in waiting:
             if unload.deadline is not None and now >= unload.deadline:
                 unload.deadline = None
                 if not unload.reply.cancelled():
                     unload.reply.set_exception(self._too_slow(unload, now - unload.began))
 
     def _end(self, unload: Unload, seconds: float) -> None:
-        self._counters.unloads += unload.counts
+        self._state.counters.unloads += unload.counts
         logger.info(
             "Adapter %s %s: version %d, %.2f MB, %.0f ms",
             unload.name,
@@ -95,7 +75,7 @@ class Unloads:
             unload.reply.set_result(LoadOutcome(unload.name, unload.path, unload.version, seconds))
 
     def _too_slow(self, unload: Unload, seconds: float) -> AdapterError:
-        num_running = len(self._known[unload.version].holders)
+        num_running = len(self._state.records[unload.version].holders)
         return AdapterError(
             f"adapter {unload.name!r} takes no new requests, but after {seconds:.1f} s {num_running} still run with "
             f"it; its memory is freed when they end"

@@ -1,4 +1,4 @@
-"""What the engine remembers of adapters besides what registry and residency do: commands under way, numbers, times."""
+"""What the store of adapters remembers besides what registry and residency do: versions, commands under way, numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from lorikeet.engine.adapter_reader import Origin, ReadAdapter
+from lorikeet.adapters.registry import AdapterRegistry
+from lorikeet.adapters.residency import Residency
+from lorikeet.core.adapters import AdapterFacts, Origin, format_report
 from lorikeet.errors import AdapterError, EngineFault, LorikeetError
-from lorikeet.lora.report import format_report
 from lorikeet.masking import printable, shortened, without_paths
 
 logger = logging.getLogger(__name__)
 
 # Measurements kept until somebody collects them; nobody does in offline use.
 MAX_SAMPLES = 1024
+
+BASE_VERSION = 0
+
+# Seconds until a version that could not be read is read again if somebody asks for it (or if it is pinned): the first
+# and the longest wait, each twice as long as the one before.
+FIRST_RETRY_S = 10.0
+LAST_RETRY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,7 @@ class Load:
     """A name that is being loaded.
 
     Attributes:
+        ticket: of its read, until its bytes are a version's or given up.
         found: it is not a command's, but a request's for a name that the resolver may know.
         waiting: one future for each request that waits for the name; each is told the end, or cancelled by itself.
     """
@@ -46,19 +55,15 @@ class Load:
     pinned: bool
     replace: bool
     began: float
-    read: Future[ReadAdapter]
+    ticket: int | None = None
     reply: Future[LoadOutcome] = field(default_factory=Future[LoadOutcome])
     found: bool = False
     waiting: list[Future[None]] = field(default_factory=list[Future[None]])
 
     @property
     def is_abandoned(self) -> bool:
-        """Whoever asked for it has gone, and nobody else waits for it."""
+        """True if whoever asked for it has gone and nobody else waits for it."""
         return self.reply.cancelled() and all(waiter.cancelled() for waiter in self.waiting)
-
-    @property
-    def is_over(self) -> bool:
-        return self.read.done() or self.is_abandoned
 
     def succeed(self, outcome: LoadOutcome) -> None:
         if self.reply.set_running_or_notify_cancel():
@@ -68,7 +73,7 @@ class Load:
                 waiter.set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        """Tell everybody why; requests without the places of files, which are the operator's matter."""
+        """Tell everybody who waits why it failed. Requests are not told where files lie, which is the operator's matter."""
         if self.reply.set_running_or_notify_cancel():
             self.reply.set_exception(error)
         told = AdapterError(without_paths(str(error))) if type(error) is AdapterError else error
@@ -97,23 +102,37 @@ class Unload:
     reply: Future[LoadOutcome] = field(default_factory=Future[LoadOutcome])
 
 
-@dataclass(slots=True)
-class Known:
-    """About a version that the registry knows.
+@dataclass(slots=True, eq=False)
+class AdapterRecord:
+    """A version that somebody can still use: everything that the store knows of it.
 
     Attributes:
-        digest: of its content.
+        facts: of its first load, without templates.
         origins: name -> where its bytes can be read, newest last.
-        report: of its first load.
         holders: ids of the completions that lease it.
         last_use: seconds since the epoch, of the newest lease or its end; None: never.
+        cold_since: when the first of those that wait for it to come to the device came; None if nobody waits.
+        is_held: its bytes are in host memory, and count as such.
+        is_kept: its bytes are there though they were evicted: no name means it any more, its files may have been
+            overwritten by its successor's, and requests still wait for it.
+        ticket: of the read that is under way.
+        read_began: when it did.
+        retry_at: when it may be read again after it could not be read.
+        retry_seconds: how long it is not read again if it cannot be read the next time.
     """
 
-    digest: str
-    report: dict[str, object]
+    version: int
+    facts: AdapterFacts
     origins: dict[str, Origin] = field(default_factory=dict[str, Origin])
     holders: dict[int, None] = field(default_factory=dict[int, None])
     last_use: float | None = None
+    cold_since: float | None = None
+    is_held: bool = False
+    is_kept: bool = False
+    ticket: int | None = None
+    read_began: float = 0.0
+    retry_at: float = 0.0
+    retry_seconds: float = FIRST_RETRY_S
 
     def add_origin(self, name: str, origin: Origin, *, is_alone: bool) -> list[Origin]:
         """``name`` means this version from now on, and no other does if it ``is_alone``. Returns origins to forget."""
@@ -168,13 +187,30 @@ def as_fault(error: BaseException, name: str) -> BaseException:
     return EngineFault(f"loading adapter '{shortened(name)}' failed: {reason}")
 
 
-def log_load(name: str, version: int, read: ReadAdapter, seconds: float) -> None:
-    adapter = read.adapter
+@dataclass(slots=True, eq=False)
+class AdapterState:
+    """What the parts of the store share, and each of them may change.
+
+    Attributes:
+        records: version -> what is known of it, for each that the registry knows.
+        loads: name -> its load, while it is under way.
+        unloads: names that are hidden and whose versions are in use.
+    """
+
+    registry: AdapterRegistry
+    residency: Residency
+    records: dict[int, AdapterRecord] = field(default_factory=dict[int, AdapterRecord])
+    loads: dict[str, Load] = field(default_factory=dict[str, Load])
+    unloads: list[Unload] = field(default_factory=list[Unload])
+    counters: AdapterCounters = field(default_factory=AdapterCounters)
+
+
+def log_load(name: str, version: int, facts: AdapterFacts, seconds: float) -> None:
     logger.info(
         "Adapter %s loaded: version %d, %.2f MB, %.0f ms, %s",
         name,
         version,
-        adapter.nbytes / 1e6,
+        facts.nbytes / 1e6,
         seconds * 1e3,
-        format_report(read.report) if read.report else f"rank {adapter.rank}",
+        format_report(facts.report) if facts.report else f"rank {facts.rank}",
     )

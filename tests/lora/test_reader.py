@@ -15,10 +15,20 @@ from lorikeet.adapters.sources.transfer import (
     Transfer,
     TransferEndedError,
 )
-from lorikeet.engine.adapter_reader import NUM_DOWNLOADS_PER_HOST, AdapterReader, Origin
+from lorikeet.core.adapters import Origin, ReadOrder
 from lorikeet.errors import AdapterError
 from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.reader import NUM_DOWNLOADS_PER_HOST, AdapterReader
 from tests.support.adapter_rig import PATIENCE_S, Disk
+
+
+def first(name: str, path: str) -> ReadOrder:
+    return ReadOrder(name=name, origins=(Origin(path),))
+
+
+def again(name: str, origin: Origin, digest: str) -> ReadOrder:
+    return ReadOrder(name=name, origins=(origin,), digest=digest)
+
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,10 +52,10 @@ def test_a_hub_adapter_is_read_again_from_the_commit_it_was_loaded_from() -> Non
     hub = Hub()
     hub.contents = {"owner/name": "old", f"owner/name@{COMMIT}": "old"}
     reader = AdapterReader(hub.load)
-    read = reader.load("sql", Origin("owner/name")).result(timeout=20)
+    read = reader.read(first("sql", "owner/name")).result(timeout=20)
     hub.contents["owner/name"] = "new"  # the branch moves on
-    again = reader.reload("sql", [read.origin], read.adapter.digest).result(timeout=20)
-    assert again.digest == read.adapter.digest
+    second = reader.read(again("sql", read.origin, read.adapter.digest)).result(timeout=20)
+    assert second.adapter.digest == read.adapter.digest
     assert hub.asked == ["owner/name", f"owner/name@{COMMIT}"]
     assert read.origin.path == "owner/name"  # what lists show
     reader.close()
@@ -55,10 +65,10 @@ def test_changed_bytes_are_refused() -> None:
     disk = Disk()
     disk.contents = {"/adapters/sql": "old"}
     reader = AdapterReader(disk.load)
-    read = reader.load("sql", Origin("/adapters/sql")).result(timeout=20)
+    read = reader.read(first("sql", "/adapters/sql")).result(timeout=20)
     disk.contents["/adapters/sql"] = "new"
     with pytest.raises(AdapterError, match="have changed"):
-        reader.reload("sql", [read.origin], read.adapter.digest).result(timeout=20)
+        reader.read(again("sql", read.origin, read.adapter.digest)).result(timeout=20)
     reader.close()
 
 
@@ -114,11 +124,11 @@ def test_a_reload_asks_no_source_whose_bytes_are_in_the_cache(
 ) -> None:
     url = "http://host/sql"
     sources.contents[url] = "x"
-    read = reader.load("sql", Origin(url)).result(PATIENCE_S)
+    read = reader.read(first("sql", url)).result(PATIENCE_S)
     assert sources.num_asked == 1
     sources.cached.add(url)
     sources.silent.add("host")
-    assert reader.reload("sql", [read.origin], read.adapter.digest).result(PATIENCE_S)
+    assert reader.read(again("sql", read.origin, read.adapter.digest)).result(PATIENCE_S)
     assert sources.num_asked == 1
 
 
@@ -127,23 +137,23 @@ def test_a_reload_goes_to_the_source_when_the_cache_has_lost_it(
 ) -> None:
     url = "http://host/sql"
     sources.contents[url] = "x"
-    read = reader.load("sql", Origin(url)).result(PATIENCE_S)
-    assert reader.reload("sql", [read.origin], read.adapter.digest).result(PATIENCE_S)
+    read = reader.read(first("sql", url)).result(PATIENCE_S)
+    assert reader.read(again("sql", read.origin, read.adapter.digest)).result(PATIENCE_S)
     assert sources.num_asked == 2
 
 
 def test_a_silent_host_holds_up_nobody_else(sources: Sources, reader: AdapterReader) -> None:
     sources.silent.add("silent")
     sources.contents |= {"/local": "l", "http://other/a": "o"}
-    stuck = [reader.load(f"s{n}", Origin(f"http://silent/{n}")) for n in range(40)]
+    stuck = [reader.read(first(f"s{n}", f"http://silent/{n}")) for n in range(40)]
     stuck_reloads = [
-        reader.reload(f"s{n}", [Origin(f"http://silent/{n}")], "digest") for n in range(40)
+        reader.read(again(f"s{n}", Origin(f"http://silent/{n}"), "digest")) for n in range(40)
     ]
     for _ in range(NUM_DOWNLOADS_PER_HOST):
         assert sources.began.acquire(timeout=PATIENCE_S)
-    local = reader.load("l", Origin("/local")).result(PATIENCE_S)
-    assert reader.reload("l", [local.origin], local.adapter.digest).result(PATIENCE_S)
-    assert reader.load("o", Origin("http://other/a")).result(PATIENCE_S)
+    local = reader.read(first("l", "/local")).result(PATIENCE_S)
+    assert reader.read(again("l", local.origin, local.adapter.digest)).result(PATIENCE_S)
+    assert reader.read(first("o", "http://other/a")).result(PATIENCE_S)
     assert not any(read.done() for read in (*stuck, *stuck_reloads))
 
 
@@ -151,12 +161,13 @@ def test_what_nobody_wants_any_more_is_ended(sources: Sources, reader: AdapterRe
     sources.silent.add("silent")
     sources.contents["http://silent/fine"] = "f"
     for number in range(3 * NUM_DOWNLOADS_PER_HOST):
-        read = reader.load(f"s{number}", Origin(f"http://silent/{number}"))
+        order = first(f"s{number}", f"http://silent/{number}")
+        read = reader.read(order)
         assert sources.began.acquire(timeout=PATIENCE_S)
-        reader.discard(read)
+        reader.cancel(read, order)
         assert read.cancelled()
     sources.silent.clear()
-    assert reader.load("f", Origin("http://silent/fine")).result(PATIENCE_S)
+    assert reader.read(first("f", "http://silent/fine")).result(PATIENCE_S)
     assert sources.num_ended >= 2 * NUM_DOWNLOADS_PER_HOST
 
 
@@ -164,13 +175,13 @@ def test_a_download_has_its_time(sources: Sources) -> None:
     sources.silent.add("silent")
     reader = AdapterReader(sources.load, download_seconds=0.05)
     with pytest.raises(AdapterError, match="--lora-download-timeout"):
-        reader.load("s", Origin("http://silent/a")).result(PATIENCE_S)
+        reader.read(first("s", "http://silent/a")).result(PATIENCE_S)
     reader.close()
 
 
 def test_closing_ends_downloads(sources: Sources, reader: AdapterReader) -> None:
     sources.silent.add("silent")
-    read = reader.load("s", Origin("http://silent/a"))
+    read = reader.read(first("s", "http://silent/a"))
     assert sources.began.acquire(timeout=PATIENCE_S)
     reader.close()
     with pytest.raises(AdapterError, match="cancelled"):

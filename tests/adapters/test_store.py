@@ -8,7 +8,7 @@ import pytest
 
 from lorikeet.adapters.tiers import Tier
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
-from tests.engine.conftest import MakeRig
+from tests.adapters.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
 
 PROMPT = list(range(10))

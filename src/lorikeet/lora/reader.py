@@ -1,0 +1,243 @@
+"""Reads adapters on threads, from wherever they come to packed weights.
+
+Loads, reloads and downloads have threads of their own. Reloads, and what the resolver finds, are what requests wait for.
+Everything begins with what the disk has; what turns out to need the network goes on among the downloads, where a host
+that is silent holds up its own only.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from lorikeet.adapters.sources.source import pin_source, public_path
+from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
+from lorikeet.core.adapters import Origin, ReadOrder, Trust
+from lorikeet.errors import AdapterError, AdapterNotFoundError
+from lorikeet.lora.adapter import HostAdapter
+from lorikeet.lora.reader_threads import ReaderThreads
+from lorikeet.lora.tensors import accept_tensors
+from lorikeet.masking import shortened
+
+logger = logging.getLogger(__name__)
+
+# Several at a time, since disks may be slow, too.
+NUM_LOADS = 4
+NUM_RELOADS = 2
+NUM_DOWNLOADS = 16
+# From one host: a silent one must leave places for the others.
+NUM_DOWNLOADS_PER_HOST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAdapter:
+    """An adapter that was read, and where.
+
+    Attributes:
+        report: what it changes in the base model; empty if it was read again.
+    """
+
+    adapter: HostAdapter
+    origin: Origin
+    report: dict[str, object] = field(default_factory=dict[str, object])
+
+
+class Finder(Protocol):
+    """A resolver: adapters by their names, see ``adapters/sources/resolver.py``. Called on a reader's thread."""
+
+    def find(self, name: str) -> Path | None: ...
+
+    def reject(self, name: str, reason: str) -> None: ...
+
+
+class LoadFiles(Protocol):
+    """Resolve a path, read, check and pack. Raises AdapterError. Called on a reader's thread.
+
+    ``trust``: who has named the path. ``is_first``: a name comes to mean the adapter, so that its chat templates are
+    read, too. ``transfer``: how far and how long; beyond it NeedsNetworkError is raised.
+    """
+
+    def __call__(
+        self, name: str, path: str, *, trust: Trust, is_first: bool, transfer: Transfer
+    ) -> HostAdapter: ...
+
+
+class AdapterReader:
+    """Threads that read adapters.
+
+    Args:
+        load: from a path to packed weights.
+        report: what is told of an adapter when it is loaded.
+        resolver: finds names that are not loaded; None: they stay unknown.
+        download_seconds: that one download may take; None: any time.
+    """
+
+    def __init__(
+        self,
+        load: LoadFiles,
+        *,
+        report: Callable[[HostAdapter], dict[str, object]] = lambda adapter: {},
+        resolver: Finder | None = None,
+        download_seconds: float | None = None,
+    ) -> None:
+        self._load_files = load
+        self._report = report
+        self._resolver = resolver
+        self._download_seconds = download_seconds
+        self._loads = ReaderThreads("adapter-load", NUM_LOADS)
+        self._reloads = ReaderThreads("adapter-reload", NUM_RELOADS)
+        self._downloads = ReaderThreads("adapter-download", NUM_DOWNLOADS, NUM_DOWNLOADS_PER_HOST)
+        # Downloads that may have to be ended, by the future of what they are for.
+        self._transfers: dict[Future[ReadAdapter], Transfer] = {}
+
+    def read(self, order: ReadOrder) -> Future[ReadAdapter]:
+        """Begin to read an adapter. The future is never "running": it can be cancelled until it has its answer.
+
+        It ends with AdapterNotFoundError if the resolver finds nothing, with AdapterError if the adapter cannot be
+        served, or if none of its origins has its bytes any more. What was downloaded is read again from the cache, and
+        its source is asked only if it has left that.
+        """
+        reply: Future[ReadAdapter] = Future()
+        reach = Reach.LOCAL if order.digest is None else Reach.CACHE
+        is_load = order.digest is None and order.origins
+        threads = self._loads if is_load else self._reloads
+        threads.submit(lambda: self._run(reply, order, Transfer(reach)))
+        return reply
+
+    def cancel(self, read: Future[ReadAdapter], order: ReadOrder) -> None:
+        """Nobody wants this any more: take it back or end its download, and remove what was sent for it."""
+        read.cancel()
+        if transfer := self._transfers.get(read):
+            transfer.cancel()
+        if order.sent is not None:
+            self.forget(*order.origins)
+
+    def forget(self, origin: Origin) -> None:
+        """An origin is not read again: what was written for it goes."""
+        if origin.spool is not None:
+            spool = origin.spool
+            with suppress(RuntimeError):  # closed: then all of them go
+                self._reloads.submit(lambda: shutil.rmtree(spool, ignore_errors=True))
+
+    def close(self) -> None:
+        """End what is being downloaded, and stop after what is being read."""
+        for threads in (self._loads, self._reloads, self._downloads):
+            threads.close()
+        for transfer in list(self._transfers.values()):
+            transfer.cancel()
+
+    def _run(self, reply: Future[ReadAdapter], order: ReadOrder, transfer: Transfer) -> None:
+        """Read within a reach, and once more among the downloads if that is not far enough."""
+        host = None
+        self._transfers[reply] = transfer
+        try:
+            # Asked after the line above: who cancels it from now on finds the transfer.
+            if not reply.cancelled():
+                self._answer(reply, order, transfer)
+        except NeedsNetworkError as error:
+            host = error.host
+        finally:
+            del self._transfers[reply]
+        if host is not None:
+            self._downloads.submit(lambda: self._run_far(reply, order), host)
+
+    def _run_far(self, reply: Future[ReadAdapter], order: ReadOrder) -> None:
+        # Made here: its time begins now.
+        self._run(reply, order, Transfer(Reach.NETWORK, self._download_seconds))
+
+    def _answer(self, reply: Future[ReadAdapter], order: ReadOrder, transfer: Transfer) -> None:
+        """Give ``reply`` what is read, or why it cannot be. What was sent goes if that fails, or if nobody waits any more.
+
+        Raises:
+            NeedsNetworkError: it needs more than ``transfer`` reaches; there is no answer yet.
+        """
+        try:
+            read = self._read(order, transfer)
+        except NeedsNetworkError:
+            if transfer.reach < Reach.NETWORK:
+                raise
+            raise AssertionError("there is nothing beyond the network") from None
+        except BaseException as error:  # noqa: BLE001 - whoever looks at the future raises it
+            _remove_sent(order)
+            if reply.set_running_or_notify_cancel():
+                reply.set_exception(error)
+        else:
+            if reply.set_running_or_notify_cancel():
+                reply.set_result(read)
+            else:
+                _remove_sent(order)
+
+    def _read(self, order: ReadOrder, transfer: Transfer) -> ReadAdapter:
+        if order.digest is not None:
+            return self._read_again(order, order.digest, transfer)
+        if not order.origins:
+            return self._find_and_read(order.name, transfer)
+        if order.sent is not None:
+            accept_tensors(order.sent.config, Path(order.sent.weights))
+        return self._read_first(order.name, *order.origins, transfer)
+
+    def _read_first(self, name: str, origin: Origin, transfer: Transfer) -> ReadAdapter:
+        adapter = self._read_files(name, origin, transfer, is_first=True)
+        if origin.spool is None:
+            pinned = pin_source(origin.path, Path(adapter.path))
+            origin = msgspec.structs.replace(origin, pinned=pinned)
+        return ReadAdapter(adapter, origin, self._report(adapter))
+
+    def _read_files(
+        self, name: str, origin: Origin, transfer: Transfer, *, is_first: bool
+    ) -> HostAdapter:
+        path = origin.spool or origin.pinned or origin.path
+        return self._load_files(
+            name, path, trust=origin.trust, is_first=is_first, transfer=transfer
+        )
+
+    def _find_and_read(self, name: str, transfer: Transfer) -> ReadAdapter:
+        assert self._resolver is not None
+        path = self._resolver.find(name)
+        if path is None:
+            raise AdapterNotFoundError(f"adapter '{shortened(name)}' was not found", "lora_path")
+        try:
+            return self._read_first(name, Origin(str(path), trust="resolver"), transfer)
+        except AdapterError as error:
+            self._resolver.reject(name, str(error))
+            raise
+
+    def _read_again(self, order: ReadOrder, digest: str, transfer: Transfer) -> ReadAdapter:
+        began = time.monotonic()
+        reason = f"adapter '{shortened(order.name)}' has no files to be read from"
+        farther: NeedsNetworkError | None = None
+        for origin in order.origins:
+            try:
+                adapter = self._read_files(order.name, origin, transfer, is_first=False)
+            except NeedsNetworkError as error:
+                farther = farther or error
+                continue
+            except AdapterError as error:
+                reason = f"its files could not be read again: {error}"
+                continue
+            if adapter.digest == digest:
+                logger.info(
+                    "Adapter %s read again: %.2f MB, %.0f ms",
+                    order.name,
+                    adapter.nbytes / 1e6,
+                    (time.monotonic() - began) * 1e3,
+                )
+                return ReadAdapter(adapter, origin)
+            reason = f"its files at {public_path(origin.path)} have changed since it was loaded; load it again"
+        if farther is not None:
+            raise farther
+        raise AdapterError(reason)
+
+
+def _remove_sent(order: ReadOrder) -> None:
+    if order.sent is not None:
+        shutil.rmtree(Path(order.sent.weights).parent, ignore_errors=True)
