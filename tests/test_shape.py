@@ -36,7 +36,7 @@ MAX_CODE_LINES = {
     "models": 930,
     "ops": 2_100,
     "parallel": 50,
-    "scheduler": 1_000,
+    "scheduler": 1_100,
     "server": 3_450,
     "text": 1_500,
     "worker": 3_400,

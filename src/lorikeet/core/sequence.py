@@ -50,6 +50,7 @@ class Sequence:
         request: shared by the completions of one prompt.
         version: adapter version; 0 is the base model.
         seed: sampling seed, always set.
+        call: id of the first completion of the call that it belongs to; None if it is to be treated as a call of its own.
         tokens: the prompt, then what was generated. While nothing was, it is the request's own list, so that many
             samples that wait cost no more than one: only :meth:`append` adds to it.
         max_tokens: the length at which it ends; set by ``Scheduler.add``.
@@ -69,6 +70,7 @@ class Sequence:
     request: Request
     version: int
     seed: int
+    call: int | None = None
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     state: SequenceState = field(init=False, default=SequenceState.WAITING)

@@ -246,12 +246,12 @@ class EngineLoop:
             return
         number = message.first_id
         for request in message.requests():
-            self._submit_one(request, number)
+            self._submit_one(request, number, message.first_id)
             number += request.num_samples
 
-    def _submit_one(self, request: Request, number: int) -> None:
+    def _submit_one(self, request: Request, number: int, call: int) -> None:
         try:
-            self._core.submit(request, number)
+            self._core.submit(request, number, call)
         except EngineFault:
             # The ids have been used. An answer under them would end somebody else's stream; the client never sends one
             # twice.

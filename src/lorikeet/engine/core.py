@@ -51,6 +51,7 @@ class _Open:
     request: Request  # shared with the others of its prompt
     sample: int
     version: int | None  # None while the resolver looks for its adapter
+    call: int | None = None  # id of the first completion of its call
     grammar: object = None  # held, so that the worker finds it
     is_started: bool = False  # not while that happens or its grammar compiles
 
@@ -146,11 +147,13 @@ class EngineCore:
         if limit is not None and waiting and waiting + num_new > limit:
             raise UnavailableError(full_queue(waiting, num_new, limit))
 
-    def submit(self, request: Request, first_id: int | None = None) -> int:
+    def submit(self, request: Request, first_id: int | None = None, call: int | None = None) -> int:
         """Take a request. Each completion ends in exactly one terminal output; a refusal is one with a status of 400.
 
         Args:
             first_id: of its completions, which are numbered from there on; above every id so far. None is the next one.
+            call: id of the first completion of the call that the request is part of, which then leaves room for others
+                (``scheduler/shares.py``). None: each of its completions counts as a call of its own.
 
         Returns:
             the first id.
@@ -167,10 +170,10 @@ class EngineCore:
             )
         self._next_id = first_id + request.num_samples
         for sample in range(request.num_samples):
-            self._take(first_id + sample, request, sample)
+            self._take(first_id + sample, request, sample, call)
         return first_id
 
-    def _take(self, number: int, request: Request, sample: int) -> None:
+    def _take(self, number: int, request: Request, sample: int, call: int | None) -> None:
         try:
             version = self._adapters.lease(request.adapter, number)
         except AdapterNotFoundError as error:
@@ -178,13 +181,13 @@ class EngineCore:
             if found is None:
                 self._outputs.append(_refusal(number, error))
             else:
-                self._open[number] = _Open(request, sample, None)
+                self._open[number] = _Open(request, sample, None, call)
                 self._finding[number] = found
             return
         except UserError as error:
             self._outputs.append(_refusal(number, error))
             return
-        self._open[number] = _Open(request, sample, version)
+        self._open[number] = _Open(request, sample, version, call)
         self._prepare(number)
 
     def abort(self, number: int | None, message: str, status_code: int | None = None) -> None:
@@ -347,6 +350,7 @@ class EngineCore:
             request=entry.request,
             version=entry.version,
             seed=self._seeds() if seed is None else seed,
+            call=entry.call,
         )
         try:
             self._scheduler.add(sequence)

@@ -76,7 +76,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return self._state.num_waiting
 
     @property
     def num_running(self) -> int:
@@ -103,7 +103,7 @@ class Scheduler:
             or residency.host.reads
         ):
             return True
-        is_waiting = len(self._queue) > 0 or residency.has_unplaced_pins
+        is_waiting = self._state.num_waiting > 0 or residency.has_unplaced_pins
         return is_waiting and self._stalled_at != residency.ledger.num_changes
 
     def add(self, seq: Sequence) -> None:
@@ -122,9 +122,7 @@ class Scheduler:
             raise RequestError(adapter_failure(reason), "lora_path")
         prepare(seq, self.limits, self._kv)
         self._stalled_at = -1
-        self._state.sequences[seq.id] = seq
-        self._state.classify(seq)
-        self._queue.push(seq)
+        self._state.take(seq)
 
     def abort(self, seq_id: int, reason: FinishReason) -> None:
         """End a sequence now. Its terminal output comes out of the next ``drain``; no effect if it has ended."""
@@ -152,6 +150,7 @@ class Scheduler:
             raise ValueError("two plans are in flight; commit one first")
         for version, reason in self._residency.host.take_failures().items():
             self.fail_version(version, adapter_failure(reason))
+        self._state.let_in()
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
         self._plan_rows(plan)

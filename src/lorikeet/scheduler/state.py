@@ -12,6 +12,7 @@ from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
+from lorikeet.scheduler.shares import CallShares, most_following
 from lorikeet.scheduler.stats import Counters, SchedulerStats
 
 
@@ -35,6 +36,7 @@ class State:
 
     Attributes:
         sequences: by id, waiting and running; a sequence that has ended is not here.
+        shares: what is held back before the queue.
         outputs: made since the last drain.
         ended: sequences whose worker state the next plan drops.
         in_flight: step of each plan that is not committed, oldest first -> adapters to release once it is.
@@ -47,6 +49,7 @@ class State:
         self.residency = residency
         self.sequences: dict[int, Sequence] = {}
         self.queue = WaitingQueue()
+        self.shares = CallShares(most_following(limits.max_running))
         self.running = RunningSet()
         self.outputs: list[RequestOutput] = []
         self.ended: list[int] = []
@@ -63,6 +66,21 @@ class State:
         seq.length_class = self.limits.length_class(seq.num_tokens)
         if seq.length_class:
             seq.length_class = self.limits.length_class(seq.num_tokens - self.num_cached(seq))
+
+    def take(self, seq: Sequence) -> None:
+        """A new sequence: to the queue, or held back for the sake of others."""
+        self.sequences[seq.id] = seq
+        if self.shares.take(seq):
+            self._line_up(seq)
+
+    def let_in(self) -> None:
+        """Those that were held back and need not be any more go to the queue."""
+        while (seq := self.shares.next()) is not None:
+            self._line_up(seq)
+
+    def _line_up(self, seq: Sequence) -> None:
+        self.classify(seq)
+        self.queue.push(seq)
 
     def preempt(self, seq: Sequence) -> None:
         """Back to the queue, in front, with all its tokens; what it computed stays findable for a while."""
@@ -102,7 +120,9 @@ class State:
         embedding: bytes | None = None,
     ) -> None:
         """The one place where a sequence ends: everything it holds is given back, and its terminal output made."""
-        if seq.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
+        if self.shares.forget(seq):
+            pass  # it was never in the queue
+        elif seq.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
             self.queue.remove(seq)
             # It may have been the one that pages were short for.
             self.page_wait = None
@@ -117,7 +137,13 @@ class State:
     def of_version(self, version: int) -> list[Sequence]:
         """All sequences of an adapter version, those that run first."""
         running = [seq for seq in self.running.sequences() if seq.version == version]
-        return [*running, *self.queue.of_version(version)]
+        held = [seq for seq in self.shares.sequences() if seq.version == version]
+        return [*running, *self.queue.of_version(version), *held]
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that were taken and do not run."""
+        return len(self.queue) + len(self.shares)
 
     def give_up(self, plan: StepPlan, reason: FinishReason) -> None:
         """A plan was not executed: end the sequence of its largest chunk, or its youngest row, and preempt the others."""
@@ -153,7 +179,7 @@ class State:
         num_pages, num_cached = self.kv.num_pages, self.kv.num_cached
         return SchedulerStats(
             num_running=len(self.running),
-            num_waiting=len(self.queue),
+            num_waiting=self.num_waiting,
             num_running_adapters=len(self.running.num_of_version),
             num_waiting_adapters=self.queue.num_versions,
             running_versions=tuple(self.running.num_of_version),
@@ -182,7 +208,7 @@ class State:
         """
         self.queue.check_integrity(self.running.num_of_version, is_off)
         running = self.running.sequences()
-        waiting = {seq.id for seq in self.queue.sequences()}
+        waiting = {seq.id for part in (self.queue, self.shares) for seq in part.sequences()}
         if waiting & {seq.id for seq in running} or len(waiting) + len(running) != len(
             self.sequences
         ):

@@ -64,6 +64,7 @@ def parts(number: int) -> list[Fields]:
     return [{"type": "text", "text": "a"}] * number
 
 
+LONG_ANSWERS: Fields = {"max_new_tokens": 300, "ignore_eos": True}
 MANY = [
     Case("200 prompts of n=1024", lambda: generate(["a"] * 200, n=1024), r"\d.*completions"),
     Case("500 prompts of n=1024", lambda: generate(["a"] * 500, n=1024), r"\d.*completions"),
@@ -87,6 +88,15 @@ MANY = [
     Case("n=1024, chat", lambda: chat(n=1024, max_tokens=1), r"\d", EITHER),
     Case("n=10^30", lambda: value("n", "1" + "0" * 30), "n|JSON"),
     Case("n=1024, a long prompt", lambda: tokens([5] * 2000, n=1024), leaves=15.0, slow=True),
+    Case("n=1024, long answers", lambda: generate(n=1024, **LONG_ANSWERS), leaves=10.0),
+    Case("2000 prompts, long answers", lambda: generate(["a"] * 2000, **LONG_ANSWERS), leaves=10.0),
+    Case(
+        "crowds of long answers",
+        lambda: generate(n=256, **LONG_ANSWERS),
+        leaves=10.0,
+        at_once=4,
+        slow=True,
+    ),
     Case("n=1024, biases", lambda: generate(n=1024, logit_bias=biases(2000)), r"bias|\bn\b"),
     Case("biases 128k", lambda: generate(logit_bias=biases(128_000)), "logit_bias"),
     Case("biases all", lambda: generate(logit_bias=biases(2048)), "logit_bias", EITHER),
