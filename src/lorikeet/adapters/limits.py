@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ def _allowed(targets: Sequence[str], sites: Sequence[LoRASite]) -> frozenset[str
 
 
 @contextmanager
-def naming(source: LoRAPath) -> Iterator[None]:
+def naming(source: LoRAPath) -> Generator[None]:
     """Errors inside say which of several adapters they are about."""
     try:
         yield

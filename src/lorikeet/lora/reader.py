@@ -181,9 +181,10 @@ class AdapterReader:
             return self._read_again(order, order.digest, transfer)
         if not order.origins:
             return self._find_and_read(order.name, transfer)
+        (origin,) = order.origins
         if order.sent is not None:
             accept_tensors(order.sent.config, Path(order.sent.weights))
-        return self._read_first(order.name, *order.origins, transfer)
+        return self._read_first(order.name, origin, transfer)
 
     def _read_first(self, name: str, origin: Origin, transfer: Transfer) -> ReadAdapter:
         adapter = self._read_files(name, origin, transfer, is_first=True)
