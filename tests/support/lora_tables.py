@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from lorikeet.ops.lora.api import LoRABackend
 from lorikeet.ops.lora.metadata import PageTable, RowGroup, SiteTable, SliceTable
 
 PAGE_RANKS = 8
@@ -158,3 +160,14 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, ratio:
     difference = (actual - expected).nan_to_num().double().square().mean().sqrt()
     size = expected.nan_to_num().double().square().mean().sqrt()
     assert difference <= ratio * size + 1e-12, f"{name}: relative RMS error {difference / size:.2e}"
+
+
+def add_delta_(
+    backend: LoRABackend[Any, Any],
+    y_TO: torch.Tensor,
+    x_TK: torch.Tensor,
+    site: SiteTable,
+    rows: Any,
+) -> None:
+    """Add the whole delta of a linear site to y in place, as a layer does in two calls."""
+    backend.expand_(y_TO, backend.shrink(x_TK, site, rows), site, rows)

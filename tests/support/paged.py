@@ -65,18 +65,16 @@ class PagedRunner:
     def step(
         self,
         parts: Mapping[int, Sequence[int]],
-        rope_lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Append tokens to sequences (number -> new tokens) in one batch; logits of all new tokens, or of ``rows``."""
-        batch = self.batch(parts, rope_lengths, rows)
+        batch = self.batch(parts, rows)
         with torch.inference_mode():
             return self.model(batch)
 
     def batch(
         self,
         parts: Mapping[int, Sequence[int]],
-        rope_lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> ForwardBatch:
         """The batch of :meth:`step`; pages are taken and lengths advance."""
@@ -114,5 +112,4 @@ class PagedRunner:
             logits_rows_N=torch.tensor(
                 range(len(ids)) if rows is None else rows, dtype=torch.int64
             ),
-            rope_lengths_T=None if rope_lengths is None else torch.tensor(rope_lengths),
         )

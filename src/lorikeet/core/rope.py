@@ -17,8 +17,8 @@ class RopeSpec:
     """Base frequencies ``theta ** (-2i / head_dim)`` and how they are scaled.
 
     Attributes:
-        kind: ``linear`` divides every frequency by ``factor``; ``dynamic`` raises theta once a sequence is longer than
-            ``max_position``; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
+        kind: ``linear`` divides every frequency by ``factor``; ``dynamic`` changes nothing up to
+            ``max_position``, beyond which it is not served; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
         max_position: the config's ``max_position_embeddings``.
         original_max_position: trained length that ``llama3`` and ``yarn`` refer to.
         low_freq_factor, high_freq_factor: ``llama3``: wavelengths, as parts of the original length, between which
@@ -39,8 +39,3 @@ class RopeSpec:
     beta_slow: float = 0.0
     truncate: bool = True
     attention_factor: float = 1.0
-
-    @property
-    def depends_on_length(self) -> bool:
-        """True if a position's frequencies depend on how long its sequence is (beyond ``max_position``)."""
-        return self.kind == "dynamic"

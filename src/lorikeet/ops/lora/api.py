@@ -9,7 +9,6 @@ For a row t that uses slot s, and a slice j of the site at output features [o, o
     expand_:  y[t, o : o + O_j]  += scale[s, j] * B[s, j] @ h[t, j]
     expand_into:  out = 0; expand_(out, h)
     silu_mul: silu_mul(expand_(y, h))                                       of a packed gate and up
-    delta_:   expand_(y, shrink(x))
 
 Sums are taken in float32 and y is rounded to its own type once. Rows that use no adapter, and slices in which a slot has
 rank 0, are not touched. The halves are separate because shrink needs only x: it can run beside the base layer's matmul.
@@ -58,10 +57,4 @@ class LoRABackend(Protocol[Rows, Shrunk]):
         self, y_T2I: torch.Tensor, h: Shrunk, site: SiteTable, rows: Rows, /
     ) -> torch.Tensor:
         """silu(gate) * up of y plus the delta, [T, I]; y may be written to."""
-        ...
-
-    def delta_(
-        self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, rows: Rows, /
-    ) -> None:
-        """Add the delta of a linear site to ``y_TO`` in place."""
         ...

@@ -68,11 +68,6 @@ class TorchBackend:
         self.expand_(y_T2I, h, site, groups)
         return silu_mul_torch(y_T2I)
 
-    def delta_(
-        self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]
-    ) -> None:
-        self.expand_(y_TO, self.shrink(x_TK, site, groups), site, groups)
-
 
 def _rows(x: torch.Tensor, group: RowGroup) -> torch.Tensor:
     if group.index_T is None:

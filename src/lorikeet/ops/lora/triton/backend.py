@@ -118,9 +118,6 @@ class TritonBackend:
             y_T2I, h.h_HNTC, h.launch, self._shape(site).regions(y_T2I.shape[1]), tile
         )
 
-    def delta_(self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, rows: Tiles) -> None:
-        self.expand_(y_TO, self.shrink(x_TK, site, rows), site, rows)
-
     def _expand(
         self, y_TO: torch.Tensor, h: ShrunkTiles, site: SiteTable, rows: Tiles, *, add: bool
     ) -> None:
