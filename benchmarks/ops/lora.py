@@ -22,7 +22,7 @@ from benchmarks.common import about, table, write_result
 from benchmarks.ops.timing import graph_us
 from lorikeet.adapters.layout import PAGE_RANKS
 from lorikeet.ops.lora.cutting import RowRuns, cut_tiles, most_tiles, padded
-from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, SliceTable, Tiles
+from lorikeet.ops.lora.metadata import LoRABatch, RankPageTable, SiteTable, SliceTable, Tiles
 from lorikeet.ops.lora.tiles import (
     DECODE_BLOCK_ROWS,
     ExpandTile,
@@ -61,7 +61,7 @@ class Layers:
         widths = [PAGE_RANKS * (self.in_features + size) for size in self.sizes]
         total = num_layers * num_adapters * num_pages * sum(widths)
         pool_E = torch.randn(total, device="cuda", dtype=torch.bfloat16) / 64
-        self.table = PageTable(
+        self.table = RankPageTable(
             num_slots=num_adapters + 1,
             num_slices=num_layers * len(self.sizes),
             max_pages=num_pages,

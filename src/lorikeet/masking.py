@@ -1,4 +1,4 @@
-"""Texts of strangers as they may be shown: URLs without their secrets, nothing that forges a line, nothing endless."""
+"""Makes untrusted text fit to be shown: URLs without secrets, no forged lines, nothing endless."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def mask(text: str) -> str:
 
 
 def mask_all(value: Any) -> Any:
-    """The same of every text in nested lists, tuples and dictionaries, their keys included."""
+    """:func:`mask` of every text in nested lists, tuples and dictionaries, their keys included."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What signals do to a process before it has a loop, and to the engine's."""
+"""How a process reacts to signals before it has an event loop, and how the engine process does."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_wanted(number: signal.Signals) -> bool:
 def exit_on_stop() -> None:
     """Until something else is installed, a signal to stop unwinds the process: exit code 128 and the signal's number.
 
-    SIGINT stays a KeyboardInterrupt (but see :func:`exit_on_interrupt`). SIGUSR1 writes to stderr where every thread is, also where one of them holds
-    the interpreter's lock for ever; SIGUSR2 does nothing.
+    SIGINT stays a KeyboardInterrupt (but see :func:`exit_on_interrupt`). SIGUSR1 writes to stderr where every thread is,
+    even if one of them holds the interpreter's lock for ever; SIGUSR2 does nothing.
     """
     for number in STOPS:
         if number != signal.SIGINT and is_wanted(number):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorikeet.ops.lora.api import LoRABackend
-from lorikeet.ops.lora.metadata import PageTable, RowGroup, SiteTable, SliceTable
+from lorikeet.ops.lora.metadata import RankPageTable, RowGroup, SiteTable, SliceTable
 
 PAGE_RANKS = 8
 
@@ -33,7 +33,7 @@ class RandomSite:
     pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     @property
-    def page_table(self) -> PageTable:
+    def page_table(self) -> RankPageTable:
         return self.table.slices[0].table
 
     def records(self, slot: int) -> dict[int, tuple[Sequence[int], int, float]]:
@@ -80,7 +80,7 @@ def random_site(
     max_pages = max(-(-rank // PAGE_RANKS) for parts in ranks.values() for rank in (*parts, 1))
     if offsets is None:
         offsets = [sum(out_features[:part]) for part in range(len(out_features))]
-    table = PageTable(
+    table = RankPageTable(
         num_slots=max(ranks, default=0) + 2,
         num_slices=len(out_features),
         max_pages=max_pages,

@@ -1,4 +1,4 @@
-"""What FlashInfer is told about a step before its layers run: which pages the sequences use, and a plan.
+"""What FlashInfer needs to know about a step before its layers run: which pages the sequences use, and a plan.
 
 Making a plan is host work that ends in a copy to the device; nothing here waits for what the device computes.
 
@@ -54,8 +54,8 @@ class Pages:
 
 
 class Planned:
-    """A wrapper of the library. Its plan is written into one pinned buffer and copied from there, so the next one must
-    not be made before that copy is done."""
+    """One of FlashInfer's wrappers, which hold a plan. A plan is written into one pinned buffer and copied from there, so
+    the next one must not be made before that copy is done."""
 
     def __init__(self, wrapper: Any, shape: Shape) -> None:
         self.wrapper = wrapper
@@ -91,7 +91,7 @@ class Planned:
 
 
 class Turns:
-    """Two planned wrappers that take turns: the copy that the one waits for is a step old, so it does not wait."""
+    """Two planned wrappers that take turns: the copy that one has to wait for is a step old, and done by then."""
 
     def __init__(self, first: Planned, second: Planned) -> None:
         self._next, self._other = first, second

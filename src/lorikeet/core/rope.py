@@ -18,8 +18,7 @@ class RopeSpec:
 
     Attributes:
         kind: ``linear`` divides every frequency by ``factor``; ``dynamic`` changes nothing up to
-            ``max_position``, beyond which it is not served; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
-        max_position: the config's ``max_position_embeddings``.
+            the config's ``max_position_embeddings``, beyond which it is not served; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
         original_max_position: trained length that ``llama3`` and ``yarn`` refer to.
         low_freq_factor, high_freq_factor: ``llama3``: wavelengths, as parts of the original length, between which
             the blend happens.
@@ -30,7 +29,6 @@ class RopeSpec:
 
     kind: RopeKind
     theta: float
-    max_position: int
     factor: float = 1.0
     original_max_position: int = 0
     low_freq_factor: float = 0.0

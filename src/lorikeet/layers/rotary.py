@@ -50,7 +50,7 @@ class RotaryEmbedding:
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     """Angle per position of each pair of dimensions, float32 [F] on the CPU.
 
-    ``dynamic`` scaling changes nothing up to ``max_position`` tokens, and longer sequences are not served
+    ``dynamic`` scaling changes nothing within the trained length, and longer sequences are not served
     (``ModelSpec.max_context_length``).
     """
     return _SCALINGS[rope.kind](_unscaled(rope.theta, head_dim), rope)

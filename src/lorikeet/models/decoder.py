@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         batch: ForwardBatch,
         rows_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(output, a delta of it, residual stream), which the next norm adds up, as this one does.
+        """Run the layer; returns (output, delta still to be added to it or None, residual stream). The next norm adds them.
 
         Args:
             rows_N: ``batch.logits_rows_N`` for a last layer, of which nobody reads other rows: past attention it computes

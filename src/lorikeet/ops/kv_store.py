@@ -15,7 +15,7 @@ def store_kv_torch(
     v_cache_CKH: torch.Tensor,
     slot_mapping_T: torch.Tensor,
 ) -> None:
-    """Semantics::
+    """Store the keys and values of T tokens at their places in the cache. Semantics::
 
         k_cache[slot_mapping] = k
         v_cache[slot_mapping] = v

@@ -35,7 +35,7 @@ class QKNorm:
 
 
 class RopeStoreOp(Protocol):
-    """Semantics, with an absent ``delta`` taken as 0::
+    """Rotates queries and keys, and stores keys and values. Semantics, with an absent ``delta`` taken as 0::
 
         q, k, v = split(qkv + delta)                     # [T, Q, H], [T, K, H], [T, K, H]
         q, k = rms_norm(q), rms_norm(k)                  # only with qk_norm

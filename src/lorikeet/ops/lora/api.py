@@ -22,7 +22,7 @@ import torch
 
 from lorikeet.ops.lora.metadata import LoRABatch, SiteTable
 
-# How a backend wants to be told which row uses which adapter: row groups, or tiles.
+# The form in which a backend takes the rows of each adapter: row groups, or tiles.
 Rows = TypeVar("Rows", contravariant=True)
 Shrunk = TypeVar("Shrunk")
 
@@ -34,15 +34,15 @@ class LoRABackend(Protocol[Rows, Shrunk]):
     """
 
     def begin(self, batch: LoRABatch) -> None:
-        """Prepare a forward pass: ``batch`` has the rows that all calls until the next ``begin`` are about."""
+        """Prepare a forward pass: all calls until the next ``begin`` are about the rows of ``batch``."""
         ...
 
     def shrink(self, x_TK: torch.Tensor, site: SiteTable, rows: Rows, /) -> Shrunk:
-        """h of a linear site; does not change x."""
+        """Compute h of a linear site; does not change x."""
         ...
 
     def gather(self, ids_T: torch.Tensor, site: SiteTable, rows: Rows, /) -> Shrunk:
-        """h of an embedding site."""
+        """Compute h of an embedding site."""
         ...
 
     def expand_(self, y_TO: torch.Tensor, h: Shrunk, site: SiteTable, rows: Rows, /) -> None:
@@ -56,5 +56,5 @@ class LoRABackend(Protocol[Rows, Shrunk]):
     def silu_mul(
         self, y_T2I: torch.Tensor, h: Shrunk, site: SiteTable, rows: Rows, /
     ) -> torch.Tensor:
-        """silu(gate) * up of y plus the delta, [T, I]; y may be written to."""
+        """Compute silu(gate) * up of y plus the delta, [T, I]; y may be written to."""
         ...

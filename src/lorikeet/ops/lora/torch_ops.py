@@ -23,7 +23,7 @@ class TorchBackend:
     """See :class:`lorikeet.ops.lora.api.LoRABackend`; its rows are groups."""
 
     def begin(self, batch: LoRABatch) -> None:
-        """Nothing is prepared: factors are views that exist already."""
+        """Do nothing: factors are views that exist already."""
 
     def shrink(
         self, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]

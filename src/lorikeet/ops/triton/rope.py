@@ -32,8 +32,8 @@ def rope_store_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of :class:`lorikeet.ops.rope.RopeStoreOp`.
 
-    q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose slot is below 0, such as a padded row
-    of a CUDA graph, is rotated but not stored. The caches may be views with any stride of places and heads.
+    q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose place is
+    below 0, such as a row that pads a CUDA graph's batch, is rotated but not stored. The caches may be views with any stride of places and heads.
 
     Raises:
         ValueError: an operand does not fit the heads, or its last dimension has a stride.
@@ -124,7 +124,7 @@ def _rope_store(
     qkv_ptr,
     delta_ptr,
     cos_sin_ptr,
-    slots_ptr,
+    places_ptr,
     q_ptr,
     kv_ptr,
     k_cache_ptr,
@@ -149,7 +149,7 @@ def _rope_store(
     follow(EARLY)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    place = tl.load(places_ptr + token).to(tl.int64)
     head_G1 = (tl.program_id(1) * G + tl.arange(0, G))[:, None]
     half_1F = tl.arange(0, F)[None, :]
     is_half_1F = half_1F < H // 2
@@ -182,9 +182,9 @@ def _rope_store(
     _store_halves(q_ptr + token * (Q * H) + at_GF, a_GF, b_GF, is_q_GF, H)
     kv_at_GF = token * (2 * K * H) + at_GF - Q * H
     _store_halves(kv_ptr + kv_at_GF, a_GF, b_GF, is_k_GF | is_v_GF, H)
-    # All heads or none: a token without a slot is stored nowhere.
-    is_stored_G1 = head_G1 < tl.where(slot >= 0, Q + 2 * K, 0)
-    k_at_G1 = slot * k_place_stride + (head_G1 - Q) * k_head_stride
+    # All heads or none: a token without a place is stored nowhere.
+    is_stored_G1 = head_G1 < tl.where(place >= 0, Q + 2 * K, 0)
+    k_at_G1 = place * k_place_stride + (head_G1 - Q) * k_head_stride
     _store_halves(k_cache_ptr + k_at_G1 + half_1F, a_GF, b_GF, is_k_GF & is_stored_G1, H)
-    v_at_G1 = slot * v_place_stride + (head_G1 - Q - K) * v_head_stride
+    v_at_G1 = place * v_place_stride + (head_G1 - Q - K) * v_head_stride
     _store_halves(v_cache_ptr + v_at_G1 + half_1F, a_GF, b_GF, is_v_GF & is_stored_G1, H)
