@@ -16,7 +16,9 @@ from lorikeet.kv.storage import KVStorage
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
-    """Which tokens of a step belong to which sequence, and where their keys and values lie. Made once for each step; layers only read it.
+    """Which tokens of a step belong to which sequence, and where their keys and values lie.
+
+    Made once for each step; layers only read it.
 
     Example: pages of 4 places; sequence 0 computes its tokens 0 to 2, sequence 1 decodes its token 5 ::
 

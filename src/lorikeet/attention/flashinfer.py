@@ -28,8 +28,8 @@ from lorikeet.kv.storage import KVStorage
 
 DECODE_PATHS = ("triton", "xqa", "fa2-tc")
 
-# Our own kernel serves up to this many keys, and any number of keys from this many rows on. In between, only XQA keeps the
-# device busy, because it cuts sequences into parts.
+# Our own kernel serves up to this many keys, and any number of keys from this many rows on. In between, only XQA keeps
+# the device busy, because it cuts sequences into parts.
 _SHORT_KEYS = 256
 _MANY_ROWS = 32
 

@@ -295,7 +295,7 @@ class Scheduler:
         second = budget.tokens // 2 if len(classes) > 1 else 0
         budget.tokens -= second
         self._fill(plan, budget, round_, None)
-        # The price of the last token of a half may be more than what was left of it; the other half does not pay for that.
+        # The last token of a half may cost more than what was left of it; the other half does not pay for that.
         budget.tokens = max(0, budget.tokens) + second
         for most in sorted(classes):
             self._fill(plan, budget, round_, most)

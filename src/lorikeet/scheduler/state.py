@@ -120,7 +120,7 @@ class SchedulerState:
         return [*running, *self.queue.of_version(version)]
 
     def give_up(self, plan: StepPlan, reason: FinishReason) -> None:
-        """Undo a plan that was not executed: end the sequence of its largest chunk, or its youngest row, and preempt the others."""
+        """Undo a plan that was not executed: end the sequence of its largest chunk, or its youngest row; preempt the others."""
         lengths = {chunk.seq: chunk.end - chunk.start for chunk in plan.chunks}
         lengths = {seq: length for seq, length in lengths.items() if seq in self.sequences}
         victim = max(lengths, key=lambda seq: (lengths[seq], seq), default=None)

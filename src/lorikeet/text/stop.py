@@ -29,8 +29,8 @@ from lorikeet.errors import LorikeetError, RequestError
 
 MAX_PATTERN_SPAN = 512
 MAX_PATTERN_LENGTH = 512
-# Product of the repeat counts of a pattern: no match may be longer anyway. Compiling copies what is repeated, in quadratic
-# time if it is empty.
+# Product of the repeat counts of a pattern: no match may be longer anyway. Compiling copies what is repeated, in
+# quadratic time if it is empty.
 MAX_PATTERN_REPEATS = MAX_PATTERN_SPAN
 # Seconds of processor time that the patterns of one call may take: in one search, and in all of them together with an
 # allowance per piece of text of each completion.

@@ -27,7 +27,7 @@ LIMITS = JobLimits(
 """What one template may take to compile and to render."""
 
 MAX_TEMPLATE = 256 * 1024
-"""Characters of the templates of one adapter. The HTTP process keeps those of all adapters; known ones have up to 30,000."""
+"""Characters of one adapter's templates, which the HTTP process keeps for every adapter; known ones have up to 30,000."""
 
 NUM_WORKERS = 4
 # Workers that one template may occupy, so that others find one at any time unless several are slow.

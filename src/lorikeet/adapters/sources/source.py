@@ -157,8 +157,8 @@ def public_path(path: str) -> str:
 
 
 def pin_source(path: str, directory: Path) -> str:
-    """``path`` changed so that reading it again gives the bytes that are in ``directory``, where it was resolved to: a hub id
-    gets its commit, as a branch may move on. Other paths have no such form and stay."""
+    """``path`` changed so that reading it again gives the bytes in ``directory``, to which it was resolved: a hub id gets its
+    commit, as a branch may move on. Other paths have no such form and stay."""
     identity = hub.parse_id(path)
     if identity is None or Path(path).exists():
         return path

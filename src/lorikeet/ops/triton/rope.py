@@ -33,7 +33,8 @@ def rope_store_triton(
     """Triton form of :class:`lorikeet.ops.rope.RopeStoreOp`.
 
     q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose place is
-    below 0, such as a row that pads a CUDA graph's batch, is rotated but not stored. The caches may be views with any stride of places and heads.
+    below 0, such as a row that pads a CUDA graph's batch, is rotated but not stored. The caches may be views with any
+    stride of places and heads.
 
     Raises:
         ValueError: an operand does not fit the heads, or its last dimension has a stride.

@@ -103,7 +103,7 @@ class SamplingState:
         )
 
     def launched(self, token_1: Tensor) -> None:
-        """Count a token that the sequence samples and only the device may know yet. Needs no memory, so it cannot fail."""
+        """Count a sampled token, which only the device may know yet. Needs no memory, so it cannot fail."""
         self.num_outputs += 1
         if self.counts_V is not None:
             self.counts_V.index_add_(0, token_1, self._one)
