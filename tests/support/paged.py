@@ -102,7 +102,7 @@ class PagedRunner:
                 query_starts=starts,
                 kv_lens=kv_lens,
                 page_table_NP=torch.tensor([t + [0] * (width - len(t)) for t in tables]),
-                slot_mapping_T=torch.tensor(places),
+                places_T=torch.tensor(places),
                 page_size=PAGE_SIZE,
                 num_chunks=len(tables),
                 query_starts_N1=torch.tensor(starts),

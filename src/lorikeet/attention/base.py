@@ -26,7 +26,7 @@ class AttentionInputs:
         kv_lens        [3, 6]                 # tokens with K/V, those of this step included
         num_chunks     1                      # sequence 0; the sequences after the chunks decode, one query each
         page_table_NP  [[7, 0], [2, 9]]       # unused entries are 0, which is also a page like any other
-        slot_mapping_T [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go; -1: nowhere
+        places_T       [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go; -1: nowhere
 
     The queries of a sequence are its newest tokens: row j of n has position ``kv_len - n + j``.
 
@@ -41,7 +41,7 @@ class AttentionInputs:
     query_starts: list[int]
     kv_lens: list[int]
     page_table_NP: torch.Tensor
-    slot_mapping_T: torch.Tensor
+    places_T: torch.Tensor
     page_size: int
     num_chunks: int
     query_starts_N1: torch.Tensor

@@ -111,13 +111,13 @@ def pages_of(inputs: AttentionInputs, first: int, last: int) -> Pages:
     width = inputs.page_table_NP.shape[1]
     # Entry i of sequence n is entry n * width + i of the flat table.
     jumps = np.arange(first, last, dtype=np.int32) * width - starts[:-1]
-    places = np.arange(starts[-1], dtype=np.int32) + np.repeat(jumps, counts)
+    entries = np.arange(starts[-1], dtype=np.int32) + np.repeat(jumps, counts)
     table = inputs.page_table_NP
-    places_I = on_host(places, inputs).to(table.device, non_blocking=True)
+    entries_I = on_host(entries, inputs).to(table.device, non_blocking=True)
     return Pages(
         starts=on_host(starts, inputs),
         last_lens=on_host((kv_lens - 1) % inputs.page_size + 1, inputs),
-        pages_I=table.view(-1).index_select(0, places_I).to(torch.int32),
+        pages_I=table.view(-1).index_select(0, entries_I).to(torch.int32),
     )
 
 

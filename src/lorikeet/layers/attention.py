@@ -94,7 +94,7 @@ class Attention(nn.Module):
             cos_sin_TH,
             batch.kv.k[self._layer][..., :size],
             batch.kv.v[self._layer][..., :size],
-            batch.attn.slot_mapping_T,
+            batch.attn.places_T,
             self._heads,
             self._qk_norm,
             delta_TO,

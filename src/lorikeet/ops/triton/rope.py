@@ -25,7 +25,7 @@ def rope_store_triton(
     cos_sin_TH: torch.Tensor,
     k_cache_CKH: torch.Tensor,
     v_cache_CKH: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
+    places_T: torch.Tensor,
     shape: HeadShape,
     qk_norm: QKNorm | None = None,
     delta_TO: torch.Tensor | None = None,
@@ -43,7 +43,7 @@ def rope_store_triton(
     token_shape = torch.Size((num_tokens, heads * shape.head_dim))
     check_rows(token_shape, qkv_TO, delta_TO)
     check_rows(torch.Size((num_tokens, shape.head_dim)), cos_sin_TH)
-    check_rows(torch.Size((num_tokens,)), slot_mapping_T)
+    check_rows(torch.Size((num_tokens,)), places_T)
     place = torch.Size((k_cache_CKH.shape[0], shape.num_kv_heads, shape.head_dim))
     check_rows(place, k_cache_CKH, v_cache_CKH)
     q_TQH = qkv_TO.new_empty((num_tokens, shape.num_heads, shape.head_dim))
@@ -53,7 +53,7 @@ def rope_store_triton(
         qkv_TO,
         delta_TO,
         cos_sin_TH,
-        slot_mapping_T,
+        places_T,
         q_TQH,
         kv_TXH,
         k_cache_CKH,
