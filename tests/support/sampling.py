@@ -9,8 +9,9 @@ from torch import Tensor
 from lorikeet.core.plan import SampledToken
 from lorikeet.core.request import SamplingParams, TokenLogprobs
 from lorikeet.worker.grammar.compiler import GrammarCompiler
-from lorikeet.worker.grammar.masks import CompiledGrammar
+from lorikeet.worker.grammar.masks import CompiledGrammar, GrammarMatcher
 from lorikeet.worker.sampling.sampler import Sampler
+from tests.support.grammar_tokenizer import VOCAB
 
 
 def sample(sampler: Sampler, logits_NV: Tensor, seqs: list[int]) -> list[SampledToken]:
@@ -30,3 +31,13 @@ def prompt_logprobs(
 def compile_grammar(compiler: GrammarCompiler, sampling: SamplingParams) -> CompiledGrammar | None:
     """Wait for the grammar of a request; None if it has none."""
     return None if sampling.grammar is None else compiler.request(sampling).result()
+
+
+def accepts(matcher: GrammarMatcher, token_id: int) -> bool:
+    """Advance a grammar by one token, as the thread that computes masks does; False if it does not admit the token."""
+    matcher.note(token_id)
+    try:
+        matcher.fill(torch.zeros((1, -(-VOCAB // 32)), dtype=torch.int32), 0)
+    except ValueError:
+        return False
+    return True

@@ -86,18 +86,9 @@ class GrammarMatcher:
         self._num_tokens = 0
         self._seconds = 0.0
 
-    @property
-    def is_terminated(self) -> bool:
-        """True once an end-of-sequence token was accepted."""
-        return self._caught_up().is_terminated()
-
     def note(self, token_id: int) -> None:
         """Note the token with which the output goes on; the matcher advances when the next mask is wanted."""
         self._noted.append(token_id)
-
-    def accept(self, token_id: int) -> bool:
-        """Advance by one token; False, and nothing changes, if the grammar does not admit it here."""
-        return self._accept(self._caught_up(), token_id)
 
     def fill(self, bits_GW: Tensor, row: int, avoid: tuple[int, ...] = ()) -> None:
         """Write the tokens that may come next into ``bits_GW[row]``: bit t % 32 of word t // 32.
