@@ -26,9 +26,8 @@ _TOKEN = re.compile(
 )
 _COUNT = re.compile(r"\{([0-9]+)(?:(,)([0-9]*))?\}")
 _QUANTIFIERS = "*+?{"
-_KNOWN_LETTER_ESCAPES = frozenset(
-    "dDwWsSnrtfv0xuc" + "bBpPk"
-)  # the last five are refused for reasons of their own
+# The last five are refused, each for a reason of its own.
+_KNOWN_LETTER_ESCAPES = frozenset("dDwWsSnrtfv0xuc" + "bBpPk")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _JSON_ESCAPES = r'"|\\\\|\\"|\\[nrtfv0]|\\c.|\\(?:x|u00|u\{0*)(?:[01]?[0-9a-fA-F]|22|5[cC])(?:\}|(?!\w))|[\x00-\x1f]'
 _NEEDS_JSON_ESCAPE = re.compile(_JSON_ESCAPES)
