@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-# A URL is looked for by its slashes, not by its scheme: whoever looks for a scheme first begins anew at each letter.
+# URLs are found by their slashes, not by their scheme: a pattern that begins with a scheme starts anew at each letter.
 # From there a match takes everything up to a blank, a quote or an angle bracket, so each character is read a few times.
 _URL = re.compile(
     r"""

@@ -16,7 +16,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def is_wanted(number: signal.Signals) -> bool:
-    """False for a SIGHUP that whoever started this process (nohup) has switched off."""
+    """True if this process reacts to a signal: not to a SIGHUP that its starter (nohup) has switched off."""
     return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
 
 
@@ -34,7 +34,7 @@ def exit_on_stop() -> None:
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """For imports: a SIGINT exits with 130, too.
+    """While the context lasts, a SIGINT exits with code 130, too; meant for imports.
 
     CPython remembers a KeyboardInterrupt that has passed through ``exec``, as dataclasses use it, and kills itself with the
     signal at the end, whoever has caught it.
@@ -51,7 +51,7 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def leave_stops_to_parent() -> None:
-    """For a child: a terminal and a supervisor may signal every process of a group, and the parent decides."""
+    """Ignore signals to stop in a child: a terminal or a supervisor may signal every process, and the parent decides."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     _show_threads()

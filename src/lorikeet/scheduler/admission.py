@@ -148,7 +148,7 @@ class Round:
         self._blocked: Sequence | None = None
         self._num_refused = 0
         self._lengths: dict[int, int] = {}
-        # For whom pages were short.
+        # Sequences that were refused pages.
         self._short: list[Sequence] = []
 
     def next(self, most: int | None = None) -> Sequence | None:
@@ -158,7 +158,7 @@ class Round:
             return first if first is not None and first.length_class <= most else None
         if not self._short:
             return self._pick(most)
-        # Those that pages were short for hold nobody who stands before them; behind them only shorter ones may pass.
+        # Sequences that were refused pages hold up nobody in front of them; behind them only shorter ones may pass.
         found = self._pick(most)
         if found is None or found.order < min(seq.order for seq in self._short):
             return found

@@ -426,7 +426,7 @@ class Scheduler:
         """The finish reason of a sequence whose row failed while the others went on."""
         if error not in NOT_FINITE:
             return failure(error)
-        # Its K/V may be no better; nobody shall find it.
+        # Its K/V may be wrong too: nobody may find it.
         self._kv.drop_version(seq.version)
         if seq.request.adapter is None:
             return failure(error)

@@ -468,7 +468,7 @@ def _refuse(error: Exception, name: str) -> None:
         raise _RefusedError(f"{name}: {addresses.REFUSAL}") from None
     status = getattr(error, "status", None) or getattr(error, "code", None)
     is_client_error = isinstance(status, int) and 400 <= status < 500
-    # A ValueError is a URL that is none.
+    # A ValueError says that the URL is not valid.
     if isinstance(error, PermissionError | ValueError) or (
         is_client_error and status not in _ASK_AGAIN
     ):

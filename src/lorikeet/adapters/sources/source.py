@@ -69,11 +69,11 @@ class SourceOptions:
         )
 
     def trusted(self) -> SourceOptions:
-        """The same for paths that the operator has given (``--lora-paths``): any source, any directory."""
+        """These options for paths that the operator has given (``--lora-paths``): any source, any directory."""
         return replace(self, kinds=LORA_SOURCES, roots=(), allow_private_hosts=True)
 
     def within(self, directory: Path) -> SourceOptions:
-        """The same for what is found in a directory that the operator has given (``--lora-resolver-dir``): local files,
+        """These options for what is found in a directory that the operator has given (``--lora-resolver-dir``): local files,
         that lie in it or where requests may load from."""
         return replace(self, kinds=("local",), roots=(directory, *self.roots))
 
