@@ -16,9 +16,9 @@ import torch
 
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
+from lorikeet.worker.grammar import compiler as grammar
+from lorikeet.worker.grammar import masks as grammar_masks
 from lorikeet.worker.grammar.compiler import CompiledGrammar, GrammarCompiler
-from lorikeet.worker.grammar.compiler import compiler as grammar
-from lorikeet.worker.grammar.compiler import masks as grammar_masks
 from lorikeet.worker.grammar.masks import GrammarMatcher, MaskFiller
 from tests.support.grammar_tokenizer import EOS_ID, VOCAB, save_byte_level_tokenizer
 from tests.support.sampling import accepts, compile_grammar
