@@ -84,7 +84,7 @@ def test_a_step_lies_in_the_buffers_padded_to_its_bucket() -> None:
     lanes = [rig.inputs.states[seq].lane for seq in (0, 1)]
     assert batch.input_ids_T.tolist() == [-1 - lanes[0], -1 - lanes[1], 0, 0]
     assert batch.positions_T.tolist() == [4, 4, 0, 0]
-    assert batch.attn.slot_mapping_T.tolist() == [9 * PAGE, 10 * PAGE, -1, -1]
+    assert batch.attn.places_T.tolist() == [9 * PAGE, 10 * PAGE, -1, -1]
     assert batch.attn.kv_lens_N.tolist() == batch.attn.kv_lens == [5, 5, 1, 1]
     assert batch.attn.page_table_NP[:2, :2].tolist() == [[5, 9], [6, 10]]
     assert batch.attn.query_starts_N1.tolist() == batch.attn.query_starts == [0, 1, 2, 3, 4]
@@ -98,7 +98,7 @@ def test_the_next_step_lies_at_the_same_place() -> None:
     for before, after in (
         (first.input_ids_T, second.input_ids_T),
         (first.positions_T, second.positions_T),
-        (first.attn.slot_mapping_T, second.attn.slot_mapping_T),
+        (first.attn.places_T, second.attn.places_T),
         (first.attn.kv_lens_N, second.attn.kv_lens_N),
         (first.attn.page_table_NP, second.attn.page_table_NP),
     ):
@@ -193,7 +193,7 @@ def test_the_rows_of_a_mixed_step() -> None:
     batch, _ = rig.inputs.stage(layout, [])
     assert batch.input_ids_T.tolist() == [4, 5, 6, 7, -1 - lane]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 3]
-    assert batch.attn.slot_mapping_T.tolist() == [44, 45, 46, 47, 6 * PAGE + 3]
+    assert batch.attn.places_T.tolist() == [44, 45, 46, 47, 6 * PAGE + 3]
     assert batch.attn.query_starts == [0, 4, 5]
     assert (batch.attn.num_chunks, batch.attn.kv_lens) == (1, [4, 4])
     assert layout.prompt_rows == [(7, 2, 3)]

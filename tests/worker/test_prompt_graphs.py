@@ -110,17 +110,17 @@ def test_a_step_lies_in_the_buffers_padded() -> None:
     lane = rig.inputs.states[0].lane
     assert batch.input_ids_T.tolist() == [4, 5, 6, 7, 8, -1 - lane, 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
-    assert batch.attn.slot_mapping_T.tolist() == [28, 29, 30, 31, 32, 23, -1, -1]
+    assert batch.attn.places_T.tolist() == [28, 29, 30, 31, 32, 23, -1, -1]
     assert batch.logits_rows_N is not None
     assert batch.logits_rows_N.tolist() == [5, *[0] * 7]
     assert got.tolist() == [0.5]
     assert (inputs.num_chunks, inputs.kv_lens) == (1, [5, 4])
     assert inputs.query_starts == inputs.query_starts_N1.tolist() == [0, 5, 6]
     assert inputs.page_table_NP.tolist() == [[7, 8], [5, 0]]
-    assert inputs.slot_mapping_T.tolist() == [28, 29, 30, 31, 32, 23]
+    assert inputs.places_T.tolist() == [28, 29, 30, 31, 32, 23]
     assert inputs.kv_lens_N.tolist() == [5, 4]
     buffers.clear(PromptKey(8))
-    assert batch.attn.slot_mapping_T.tolist() == [-1] * 8
+    assert batch.attn.places_T.tolist() == [-1] * 8
     assert not batch.input_ids_T.any()
 
 

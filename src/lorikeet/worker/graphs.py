@@ -107,7 +107,7 @@ class DecodeBuffers:
                 query_starts=list(range(rows + 1)),
                 kv_lens=kv_lens,
                 page_table_NP=self._table(key.pages)[:rows],
-                slot_mapping_T=places,
+                places_T=places,
                 page_size=self.page_size,
                 num_chunks=0,
                 query_starts_N1=self._starts_B1[: rows + 1],

@@ -223,7 +223,7 @@ class InputBuilder:
             query_starts=[0, *np.cumsum(layout.lengths_N).tolist()],
             kv_lens=layout.kv_lens_N.tolist(),
             page_table_NP=table_NP,
-            slot_mapping_T=places_T,
+            places_T=places_T,
             page_size=self.page_size,
             num_chunks=layout.num_chunks,
             query_starts_N1=starts_N1,

@@ -101,7 +101,7 @@ class PromptBuffers:
                 query_starts=[0, key.tokens],
                 kv_lens=[key.tokens],
                 page_table_NP=ids.new_zeros((1, num_pages)),
-                slot_mapping_T=places,
+                places_T=places,
                 page_size=self._kv.page_size,
                 num_chunks=1,
                 query_starts_N1=ids.new_tensor([0, key.tokens]),
