@@ -56,11 +56,13 @@ def test_a_decode_step_lies_in_fixed_inputs_padded_to_its_bucket() -> None:
     assert got.tolist() == [0.5, 2.0]
 
 
-@pytest.mark.parametrize("key", [GraphKey(4, 8), GraphKey(4, 8, 2), GraphKey(8), GraphKey(8, 0, 1)])
+@pytest.mark.parametrize(
+    "key", [GraphKey(64, 8), GraphKey(64, 8, 2), GraphKey(64), GraphKey(64, 0, 1)]
+)
 def test_every_step_of_a_pass_lies_where_its_capture_read(key: GraphKey) -> None:
     """However many sequences there are, and whatever else travels with them."""
-    rig = GraphRig((3, 0))
-    runner = rig.runner(lora=DecodeTiles(), prompt_sizes=(8,))
+    rig = GraphRig((3,) * 40, num_lanes=40)
+    runner = rig.runner(lora=DecodeTiles(), decode_sizes=(1, 64), prompt_sizes=(64,))
     fixed = runner.fixed_inputs(key)
 
     def places(layout: Any, plan: Any, *more: np.ndarray) -> list[int]:
@@ -76,7 +78,8 @@ def test_every_step_of_a_pass_lies_where_its_capture_read(key: GraphKey) -> None
     captured = places(padding, plan)
     assert places(rig.decode(3), plan, EXTRA) == captured
     assert places(rig.decode(4, (9,)), plan, EXTRA, EXTRA) == captured
-    rig.inputs.close(1)
+    for seq in range(39):
+        rig.inputs.close(seq)
     assert places(rig.decode(5), plan) == captured
 
 

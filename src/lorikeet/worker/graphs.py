@@ -326,18 +326,15 @@ class GraphRunner:
 
     def _most_bytes(self) -> int:
         """Bytes of the arrays of a step, at most."""
+        num_tokens = max(*self._decode_sizes, *self._prompt_sizes)
         num_lanes, num_pages = self._inputs.lanes.pages_LP.shape
-        plans = [self.padding(key)[1] for key in self.keys()]
+        num_sequences = min(num_lanes, num_tokens)
+        plans = [self.padding(key)[1] for key in self.keys() if key.num_tiles]
         tiles = max((sum(a.nbytes for a in plan.arrays) for plan in plans if plan), default=0)
-        # Numbers of a token or a sequence: seven arrays of as many, query starts of one more.
-        numbers = 8 * max(num_lanes, *self._decode_sizes, *self._prompt_sizes)
-        tables = num_lanes * num_pages
-        return (
-            _MAX_ARRAYS * ALIGNMENT
-            + tiles
-            + (numbers + tables) * np.dtype(self._int).itemsize
-            + _SAMPLER_NUMBERS * 8 * num_lanes
-        )
+        # Page tables, and seven arrays of a number for each token or sequence, of which query starts have one more.
+        numbers = num_sequences * num_pages + 8 * num_tokens
+        sampling = _SAMPLER_NUMBERS * 8 * num_sequences
+        return _MAX_ARRAYS * ALIGNMENT + tiles + numbers * np.dtype(self._int).itemsize + sampling
 
 
 def _fitting(sizes: Sequence[int], number: int) -> int | None:
