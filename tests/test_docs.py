@@ -26,6 +26,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RECORDS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+# Pages that say where things are: every path in them exists, packages and bare names of files included.
+MAPS = ("docs/structure.md", "docs/glossary.md", "CONTRIBUTING.md")
+PATH = re.compile(r"`(\w[\w.-]*/[\w./-]*|\w+\.py)`")
 SOURCE = re.compile(r"`((?:src|tests|scripts|docs|benchmarks)/[\w./-]*\w\.\w+)`")
 BODIES = (GenerateBody, LoadAdapterBody, UnloadAdapterBody, ChatBody, CompletionBody, EmbeddingBody)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -61,6 +64,21 @@ def test_links_and_paths_exist(page):
     missing = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
     missing += [path for path in SOURCE.findall(text) if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_every_path_of_a_map_exists(page):
+    files = {path.name for path in (ROOT / "src").rglob("*.py")}
+    paths = PATH.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert not [path for path in paths if path not in files and not (ROOT / path).exists()]
+    assert page == "docs/glossary.md" or len(paths) >= 5
+
+
+def test_the_glossary_is_in_order():
+    lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+    words = [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
+    assert len(words) >= 50
+    assert words == sorted(set(words), key=lambda word: word.replace("_", ""))
 
 
 def test_there_are_blocks_to_check():

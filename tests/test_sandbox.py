@@ -12,13 +12,17 @@ import psutil
 import pytest
 
 from lorikeet.errors import AdapterNotFoundError, EngineFault, ModelError, RequestError
-from lorikeet.sandbox import LimitError, Limits, Sandbox
+from lorikeet.sandbox import JobLimits, LimitError, Sandbox
 
-LIMITS = Limits(wall_seconds=30, cpu_seconds=20, memory_bytes=256 * 2**20, answer_bytes=10_000)
+LIMITS = JobLimits(wall_seconds=30, cpu_seconds=20, memory_bytes=256 * 2**20, answer_bytes=10_000)
 
 
 def make(
-    limits: Limits = LIMITS, *, greeting: str = "hi", jobs_per_worker: int = 1, num_spares: int = 0
+    limits: JobLimits = LIMITS,
+    *,
+    greeting: str = "hi",
+    jobs_per_worker: int = 1,
+    num_spares: int = 0,
 ) -> Sandbox:
     return Sandbox(
         "tests.support.hostile_work:prepare",
@@ -84,7 +88,7 @@ def test_a_spare_worker_waits_for_the_next_job():
 
 
 def test_a_job_may_have_less_time(sandbox):
-    short = Limits(wall_seconds=30, cpu_seconds=0.1, memory_bytes=0)
+    short = JobLimits(wall_seconds=30, cpu_seconds=0.1, memory_bytes=0)
     with pytest.raises(LimitError, match=r"more than 0\.1 s of processor time"):
         sandbox.submit(["spin", None], short).future.result(timeout=60)
     assert ask(sandbox, "echo", 1) == 1
@@ -103,7 +107,7 @@ def test_a_job_may_have_less_time(sandbox):
 )
 def test_limits(sandbox, kind, value, limits, limit, text):
     fields = ("wall_seconds", "cpu_seconds", "memory_bytes", "answer_bytes")
-    own = Limits(**({name: getattr(LIMITS, name) for name in fields} | limits))
+    own = JobLimits(**({name: getattr(LIMITS, name) for name in fields} | limits))
     limited = make(own) if limits else sandbox
     try:
         with pytest.raises(LimitError) as caught:

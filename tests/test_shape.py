@@ -30,15 +30,15 @@ MAX_CODE_LINES = {
     "core": 550,
     "demo": 150,
     "engine": 2_500,
-    "kv": 470,
+    "kv": 450,
     "layers": 380,
     "lora": 1_200,
     "models": 930,
-    "ops": 2_100,
+    "ops": 2_050,
     "parallel": 50,
     "scheduler": 1_000,
     "server": 3_450,
-    "text": 1_500,
+    "text": 1_450,
     "worker": 3_050,
 }
 # A higher number invites files that are several things, a lower one cuts objects in halves that share private state.
@@ -48,7 +48,7 @@ MAX_FUNCTION_LINES = 60
 # A kernel is one function by the nature of the compiler.
 MAX_KERNEL_LINES = 120
 CODE = {tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP}
-KERNELS = ("ops/triton", "ops/lora/triton", "ops/lora/csgmv")
+KERNELS = ("ops/triton", "ops/lora/triton")
 
 
 def num_lines(path: Path) -> int:

@@ -21,9 +21,8 @@ import torch
 from benchmarks.common import about, table, write_result
 from benchmarks.ops.timing import graph_us
 from lorikeet.adapters.layout import PAGE_RANKS
-from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
-from lorikeet.ops.lora.cutting import Pieces, padded
-from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, SliceTable, Tiles
+from lorikeet.ops.lora.cutting import RowRuns, cut_tiles, most_tiles, padded
+from lorikeet.ops.lora.metadata import LoRABatch, RankPageTable, SiteTable, SliceTable, Tiles
 from lorikeet.ops.lora.tiles import (
     DECODE_BLOCK_ROWS,
     ExpandTile,
@@ -62,7 +61,7 @@ class Layers:
         widths = [PAGE_RANKS * (self.in_features + size) for size in self.sizes]
         total = num_layers * num_adapters * num_pages * sum(widths)
         pool_E = torch.randn(total, device="cuda", dtype=torch.bfloat16) / 64
-        self.table = PageTable(
+        self.table = RankPageTable(
             num_slots=num_adapters + 1,
             num_slices=num_layers * len(self.sizes),
             max_pages=num_pages,
@@ -140,14 +139,14 @@ class Case:
 
     def _tiles(self, block: int | None) -> Tiles:
         slots = np.arange(self.tokens) * self.adapters // self.tokens + 1
-        pieces = Pieces(slots, np.ones_like(slots))
+        runs = RowRuns(slots, np.ones_like(slots))
         if block is None:
             block = DECODE_BLOCK_ROWS
             if not self.is_decode:
                 block = prefill_block(self.tokens, self.adapters, 128)
-        cut = cut_chunks(pieces, block)
+        cut = cut_tiles(runs, block, by_adapter=True)
         if self.is_decode:
-            cut = padded(cut, most_chunks(self.tokens, self.adapters, block))
+            cut = padded(cut, most_tiles(self.tokens, self.adapters, block, by_adapter=True))
         slot_J, rows_JM = (torch.from_numpy(array).cuda() for array in (cut.slot_J, cut.rows_JM))
         return Tiles(slot_J, rows_JM, self.tokens, len(cut.slot_J))
 

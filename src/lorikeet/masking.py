@@ -1,11 +1,11 @@
-"""Texts of strangers as they may be shown: URLs without their secrets, nothing that forges a line, nothing endless."""
+"""Makes untrusted text fit to be shown: URLs without secrets, no forged lines, nothing endless."""
 
 from __future__ import annotations
 
 import re
 from typing import Any, cast
 
-# A URL is looked for by its slashes, not by its scheme: whoever looks for a scheme first begins anew at each letter.
+# URLs are found by their slashes, not by their scheme: a pattern that begins with a scheme starts anew at each letter.
 # From there a match takes everything up to a blank, a quote or an angle bracket, so each character is read a few times.
 _URL = re.compile(
     r"""
@@ -44,7 +44,7 @@ def mask(text: str) -> str:
 
 
 def mask_all(value: Any) -> Any:
-    """The same of every text in nested lists, tuples and dictionaries, their keys included."""
+    """:func:`mask` of every text in nested lists, tuples and dictionaries, their keys included."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, dict):

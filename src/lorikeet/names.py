@@ -1,4 +1,4 @@
-"""What others may call things: ids of requests, names of adapters, paths. The one place that says what is in a name.
+"""Rules for names that come from outside: ids of requests, names of adapters, paths.
 
 Names stand in log lines, headers, labels of metrics and messages to other users, so they are short and consist of
 characters that can be seen: none that ends a line, moves a terminal's cursor or turns the direction of what follows.
@@ -25,7 +25,7 @@ _FORBIDDEN = re.compile(
 
 
 def check_name(text: str, field: str, *, most: int = MAX_NAME) -> str:
-    """Return a name that may be used, or refuse it.
+    """Return ``text`` if it may be used as a name.
 
     Args:
         field: what to call it in the message: ``lora_name``, ``rid[3]``.
@@ -53,7 +53,7 @@ def check_name(text: str, field: str, *, most: int = MAX_NAME) -> str:
 
 
 def check_adapter_name(text: str, base: str, field: str = "lora_name") -> str:
-    """Return a name that an adapter may get.
+    """Return ``text`` if it may be the name of an adapter.
 
     Args:
         base: what the base model is called; "" if it has no name.

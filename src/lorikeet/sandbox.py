@@ -1,4 +1,4 @@
-"""Work that strangers decide about, in processes that may die: what they ask for is bounded in time and memory.
+"""Runs untrusted work in worker processes, with limits on time and memory.
 
 A grammar, a template or a pattern of somebody else can take any time, any memory, and the process that runs it. So it
 runs in a *worker* process with limits on both. A worker is forked from a *fork server*, which has imported what
@@ -53,7 +53,7 @@ _STATUS = struct.Struct("!q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class JobLimits:
     """What one job may take.
 
     Attributes:
@@ -116,7 +116,7 @@ class Sandbox:
         setup: str,
         args: dict[str, Any],
         *,
-        limits: Limits,
+        limits: JobLimits,
         num_workers: int = 2,
         jobs_per_worker: int = 1,
         num_spares: int = 0,
@@ -131,7 +131,7 @@ class Sandbox:
         self._idle: list[_Worker] = []
         self._is_closed = False
 
-    def submit(self, work: object, limits: Limits | None = None) -> Job:
+    def submit(self, work: object, limits: JobLimits | None = None) -> Job:
         """Have a worker do ``work``, which is what msgpack can hold; from any thread. The first call starts the processes.
 
         Args:
@@ -151,7 +151,7 @@ class Sandbox:
             worker.sock.close()
         self._server.close()
 
-    def _run(self, job: Job, work: object, limits: Limits) -> Any:
+    def _run(self, job: Job, work: object, limits: JobLimits) -> Any:
         data = msgspec.msgpack.encode((limits.cpu_seconds, limits.answer_bytes, work))
         worker = self._take()
         try:
@@ -197,12 +197,14 @@ class Sandbox:
 
 @dataclass(slots=True)
 class _Worker:
+    """A worker, as this process sees it."""
+
     pid: int
     sock: socket.socket
     server: _ForkServer
     num_jobs: int = 0
 
-    def ask(self, data: bytes, limits: Limits, is_cancelled: threading.Event) -> tuple[str, Any]:
+    def ask(self, data: bytes, limits: JobLimits, is_cancelled: threading.Event) -> tuple[str, Any]:
         """Send a job and wait for the answer.
 
         Raises:
@@ -241,7 +243,7 @@ def _is_whole(received: bytearray) -> bool:
 class _ForkServer:
     """The fork server, as this process sees it; started when first needed, again if it has died."""
 
-    def __init__(self, setup: str, args: dict[str, Any], limits: Limits) -> None:
+    def __init__(self, setup: str, args: dict[str, Any], limits: JobLimits) -> None:
         self._config = json.dumps({"setup": setup, "args": args, "limits": asdict(limits)})
         self._limits = limits
         self._lock = threading.Lock()
@@ -250,7 +252,7 @@ class _ForkServer:
         self._is_closed = False
 
     def fork(self) -> _Worker:
-        """A new worker.
+        """Start a worker.
 
         Raises:
             UserError, EngineFault: the fork server could not prepare the work.
@@ -290,7 +292,7 @@ class _ForkServer:
                 self._drop()
                 return 0
 
-    def death(self, worker: _Worker, limits: Limits) -> LimitError:
+    def death(self, worker: _Worker, limits: JobLimits) -> LimitError:
         """Why a worker has hung up, with a job of these limits."""
         status = self.end(worker)
         if os.WIFSIGNALED(status):
@@ -368,15 +370,15 @@ def _environment() -> dict[str, str]:
     )
 
 
-def _megabytes(limits: Limits) -> str:
+def _megabytes(limits: JobLimits) -> str:
     return f"{limits.memory_bytes / 2**20:,.0f} MB"
 
 
-def _out_of_memory(limits: Limits) -> LimitError:
+def _out_of_memory(limits: JobLimits) -> LimitError:
     return LimitError("memory", f"it takes more than {_megabytes(limits)} of memory")
 
 
-def _exception(kind: str, value: Any, limits: Limits) -> LorikeetError:
+def _exception(kind: str, value: Any, limits: JobLimits) -> LorikeetError:
     """The exception that an answer of another kind stands for."""
     match kind:
         case "memory":
@@ -412,7 +414,7 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     config = json.loads(sys.argv[2])
-    limits = Limits(**config["limits"])
+    limits = JobLimits(**config["limits"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, _, function = config["setup"].partition(":")
     made: list[Handler] = []
@@ -426,7 +428,7 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def _serve(control: socket.socket, handler: Handler, limits: Limits) -> None:
+def _serve(control: socket.socket, handler: Handler, limits: JobLimits) -> None:
     pids: set[int] = set()
     while True:
         data, fds, _, _ = socket.recv_fds(control, 1 + _STATUS.size, 1)
@@ -451,7 +453,7 @@ def _serve(control: socket.socket, handler: Handler, limits: Limits) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _fork(control: socket.socket, sock: socket.socket, handler: Handler, limits: Limits) -> int:
+def _fork(control: socket.socket, sock: socket.socket, handler: Handler, limits: JobLimits) -> int:
     """The worker's number, or an error's as a negative one."""
     try:
         pid = os.fork()
@@ -471,7 +473,7 @@ def _fork(control: socket.socket, sock: socket.socket, handler: Handler, limits:
         os._exit(1)
 
 
-def _work(sock: socket.socket, handler: Handler, limits: Limits) -> NoReturn:
+def _work(sock: socket.socket, handler: Handler, limits: JobLimits) -> NoReturn:
     """Body of a worker: jobs in, answers out, until this side of its socket is closed."""
     used = _address_space()
     if used is not None:
@@ -518,7 +520,7 @@ def _answer(handler: Handler, job: Any, most_bytes: int) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Without lone surrogates, which no encoding has."""
+    """``text`` without lone surrogates, which no encoding has."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "lorikeet-"
-# Tells our directories from what else somebody may call lorikeet-something. systemd-tmpfiles minds the lock, too.
+# Tells our directories from what else somebody may call lorikeet-something. systemd-tmpfiles respects the lock, too.
 MARK = ".lorikeet-scratch"
 
 

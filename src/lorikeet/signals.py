@@ -1,4 +1,4 @@
-"""What signals do to a process before it has a loop, and to the engine's."""
+"""How a process reacts to signals before it has an event loop, and how the engine process does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def is_wanted(number: signal.Signals) -> bool:
-    """False for a SIGHUP that whoever started this process (nohup) has switched off."""
+    """True if this process reacts to a signal: not to a SIGHUP that its starter (nohup) has switched off."""
     return number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
 
 
 def exit_on_stop() -> None:
     """Until something else is installed, a signal to stop unwinds the process: exit code 128 and the signal's number.
 
-    SIGINT stays a KeyboardInterrupt (but see :func:`exit_on_interrupt`). SIGUSR1 writes to stderr where every thread is, also where one of them holds
-    the interpreter's lock for ever; SIGUSR2 does nothing.
+    SIGINT stays a KeyboardInterrupt (but see :func:`exit_on_interrupt`). SIGUSR1 writes to stderr where every thread is,
+    even if one of them holds the interpreter's lock for ever; SIGUSR2 does nothing.
     """
     for number in STOPS:
         if number != signal.SIGINT and is_wanted(number):
@@ -34,7 +34,7 @@ def exit_on_stop() -> None:
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """For imports: a SIGINT exits with 130, too.
+    """While the context lasts, a SIGINT exits with code 130, too; meant for imports.
 
     CPython remembers a KeyboardInterrupt that has passed through ``exec``, as dataclasses use it, and kills itself with the
     signal at the end, whoever has caught it.
@@ -51,7 +51,7 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def leave_stops_to_parent() -> None:
-    """For a child: a terminal and a supervisor may signal every process of a group, and the parent decides."""
+    """Ignore signals to stop in a child: a terminal or a supervisor may signal every process, and the parent decides."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     _show_threads()

@@ -30,20 +30,9 @@ from lorikeet.errors import (
 from lorikeet.text.completion import Completion
 from lorikeet.text.stop import StopRules
 from lorikeet.text.tokenizer import Tokenizer
-from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeProcess, Knobs, ThreadEngine
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 class Session:

@@ -20,20 +20,9 @@ from lorikeet.errors import EngineDeadError, EngineFault, UnavailableError
 from lorikeet.text.completion import Completion
 from lorikeet.text.tokenizer import Tokenizer
 from tests.client.test_client import batch, finish, group, one, request, session, until
-from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeProcess
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(save_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 async def test_a_silent_engine_is_given_up_when_somebody_waits(

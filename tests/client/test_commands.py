@@ -14,11 +14,6 @@ from lorikeet.errors import EngineDeadError, EngineFault, RequestError
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Memory(ClientTransport):
     """Keeps what is sent."""
 

@@ -213,21 +213,27 @@ def test_what_does_not_finish_in_time_is_cut_off(program: MakeProgram) -> None:
 def test_a_client_that_does_not_read_holds_nobody_up(program: MakeProgram) -> None:
     server = program(step_s=0.005, shutdown_timeout=1)
     server.wait_ready()
-    sampling = {"max_new_tokens": 400, "n": 8}
-    body = {"text": "a", "sampling_params": sampling, "stream": True}
-    body |= {"return_logprob": True, "top_logprobs_num": 20}  # 12 MB: more than the system keeps
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", server.port))
-        data = json.dumps(body).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
-        wait_until(lambda: _num_running(server) == 8)
-        wait_until(lambda: _num_running(server) == 0)
+    with _unread_stream(server, n=8):  # 12 MB: more than the system keeps
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
     assert server.says("0 requests were cut off after 1 s"), "it had been computed"
     assert not server.says("Traceback")
+
+
+@contextlib.contextmanager
+def _unread_stream(server: Program, n: int) -> Iterator[None]:
+    """A stream of ``n`` completions with many log-probabilities, all computed, of which the client reads nothing."""
+    body = {"text": "a", "sampling_params": {"max_new_tokens": 400, "n": n}, "stream": True}
+    body |= {"return_logprob": True, "top_logprobs_num": 20}
+    data = json.dumps(body).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(head.encode() + data)
+        wait_until(lambda: _num_running(server) == n)
+        wait_until(lambda: _num_running(server) == 0)
+        yield
 
 
 def _num_running(server: Program) -> int:
@@ -284,16 +290,7 @@ def test_a_second_signal_does_not_wait_for_a_client_that_does_not_read(
 ) -> None:
     server = program(step_s=0.001, shutdown_timeout=100)
     server.wait_ready()
-    body = {"text": "a", "sampling_params": {"max_new_tokens": 400}, "stream": True}
-    body |= {"return_logprob": True, "top_logprobs_num": 20}  # megabytes
-    with socket.socket() as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", server.port))
-        data = json.dumps(body).encode()
-        head = f"POST /generate HTTP/1.1\r\nHost: t\r\nContent-Length: {len(data)}\r\n\r\n"
-        connection.sendall(head.encode() + data)
-        wait_until(lambda: _num_running(server) == 1)
-        wait_until(lambda: _num_running(server) == 0)
+    with _unread_stream(server, n=1):  # megabytes
         for _ in range(2):
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: server.says("SIGTERM"))

@@ -13,6 +13,7 @@ from lorikeet.server.openai.tool_forms import ToolForm, find_form
 from lorikeet.server.openai.tool_parsers import Arguments, Begin, End, Event, Text
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
+from tests.support.sampling import accepts
 from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS
 from tests.worker.test_grammar import Setup
 
@@ -57,7 +58,7 @@ def admits(setup: Setup, grammar: str, text: str) -> bool:
     compiler: GrammarCompiler = setup.compiler
     matcher = compiler.matcher(SamplingParams(structural_tag=grammar))
     tokens = [*setup.tokenizer.encode(text).ids, EOS_ID]
-    return all(matcher.accept(token) for token in tokens)
+    return all(accepts(matcher, token) for token in tokens)
 
 
 def read(form: ToolForm, text: str) -> list[Event]:

@@ -75,7 +75,7 @@ class Step:
             tensor.fill_(torch.nan)
         self.keys = self._drawn(shapes, seed=10)
         self.values = self._drawn(shapes, seed=90)
-        starts, slots = [0], []
+        starts, stored = [0], []
         for i, (queries, keys) in enumerate(shapes):
             places = torch.tensor(
                 [self.pages[i][p // page_size] * page_size + p % page_size for p in range(keys)]
@@ -84,13 +84,13 @@ class Step:
                 storage[LAYER][places] = 0
                 storage[LAYER][places, :, :size] = owned.to(device)
             starts.append(starts[-1] + queries)
-            slots.append(places[keys - queries :])
-        self.slots = torch.cat(slots)
+            stored.append(places[keys - queries :])
+        self.places = torch.cat(stored)
         several = [i for i, (queries, _) in enumerate(shapes) if queries > 1]
         self.inputs = self._inputs(starts, [keys for _, keys in shapes], max([-1, *several]) + 1)
         self.queries = draw(starts[-1], heads.num_heads, size, seed=5).to(device, dtype)
-        self.new_keys = self.kv.k[LAYER][self.slots][..., :size]
-        self.new_values = self.kv.v[LAYER][self.slots][..., :size]
+        self.new_keys = self.kv.k[LAYER][self.places][..., :size]
+        self.new_values = self.kv.v[LAYER][self.places][..., :size]
 
     def static(self, bucket: int, width: int) -> AttentionInputs:
         """This decode step as a graph's: padded to ``bucket`` rows, page tables to ``width`` pages."""
@@ -158,7 +158,7 @@ class Step:
             query_starts=starts,
             kv_lens=kv_lens,
             page_table_NP=self._ints(table),
-            slot_mapping_T=self._ints(self.slots.tolist()),
+            places_T=self._ints(self.places.tolist()),
             page_size=self.page_size,
             num_chunks=num_chunks,
             query_starts_N1=self._ints(starts),

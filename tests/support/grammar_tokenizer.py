@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+VOCAB = 400  # columns of the logits; the tokenizers have fewer tokens
 EOS_ID = 0
 SPECIAL_ID = 1  # <|im_start|>, a special token that is not an end of sequence
 

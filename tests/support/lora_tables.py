@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from lorikeet.ops.lora.metadata import PageTable, RowGroup, SiteTable, SliceTable
+from lorikeet.ops.lora.api import LoRABackend
+from lorikeet.ops.lora.metadata import RankPageTable, RowGroup, SiteTable, SliceTable
 
 PAGE_RANKS = 8
 
@@ -31,7 +33,7 @@ class RandomSite:
     pages: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     @property
-    def page_table(self) -> PageTable:
+    def page_table(self) -> RankPageTable:
         return self.table.slices[0].table
 
     def records(self, slot: int) -> dict[int, tuple[Sequence[int], int, float]]:
@@ -78,7 +80,7 @@ def random_site(
     max_pages = max(-(-rank // PAGE_RANKS) for parts in ranks.values() for rank in (*parts, 1))
     if offsets is None:
         offsets = [sum(out_features[:part]) for part in range(len(out_features))]
-    table = PageTable(
+    table = RankPageTable(
         num_slots=max(ranks, default=0) + 2,
         num_slices=len(out_features),
         max_pages=max_pages,
@@ -158,3 +160,14 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, ratio:
     difference = (actual - expected).nan_to_num().double().square().mean().sqrt()
     size = expected.nan_to_num().double().square().mean().sqrt()
     assert difference <= ratio * size + 1e-12, f"{name}: relative RMS error {difference / size:.2e}"
+
+
+def add_delta_(
+    backend: LoRABackend[Any, Any],
+    y_TO: torch.Tensor,
+    x_TK: torch.Tensor,
+    site: SiteTable,
+    rows: Any,
+) -> None:
+    """Add the whole delta of a linear site to y in place, as a layer does in two calls."""
+    backend.expand_(y_TO, backend.shrink(x_TK, site, rows), site, rows)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from lorikeet.ops.lora import reference
-from lorikeet.ops.lora.cutting import Pieces, cut, padded
+from lorikeet.ops.lora.cutting import RowRuns, cut_tiles, padded
 from lorikeet.ops.lora.metadata import LoRABatch, Tiles
 from lorikeet.ops.lora.triton.backend import TritonBackend
-from tests.support.lora_tables import PAGE_RANKS, RandomSite, groups_of
+from tests.support.lora_tables import PAGE_RANKS, RandomSite, add_delta_, groups_of
 from tests.support.numerics import ROUNDING, assert_close
 
 # h is rounded to the adapter's type for the second product, the delta once more when it is written by itself.
@@ -31,8 +31,8 @@ def tiles_of(
 ) -> Tiles:
     """Tiles of rows with the given slots, each a sequence of one token."""
     slots_T = np.asarray(slot_T, dtype=np.int64)
-    pieces = Pieces(slots_T, np.ones_like(slots_T))
-    tiles = cut(pieces, block, by_adapter=by_adapter)
+    runs = RowRuns(slots_T, np.ones_like(slots_T))
+    tiles = cut_tiles(runs, block, by_adapter=by_adapter)
     if num_tiles is not None:
         tiles = padded(tiles, num_tiles)
     slot_J, rows_JM = (
@@ -83,7 +83,7 @@ class KernelCase:
     def add(self, y_TO: torch.Tensor, x_TK: torch.Tensor) -> torch.Tensor:
         """A copy of y with the delta."""
         y_TO = y_TO.clone()
-        self.backend.delta_(y_TO, x_TK, self.site.table, self.tiles)
+        add_delta_(self.backend, y_TO, x_TK, self.site.table, self.tiles)
         return y_TO
 
     def alone(self, x_TK: torch.Tensor, out_features: int) -> torch.Tensor:

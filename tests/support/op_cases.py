@@ -82,11 +82,11 @@ class OpCases:
         norm: bool = False,
         delta: bool = False,
         padded: int = 0,
-        slot_dtype: torch.dtype = torch.int64,
+        place_dtype: torch.dtype = torch.int64,
         places: int | None = None,
     ) -> None:
         """Args:
-        padded: as many of the last tokens have no slot.
+        padded: as many of the last tokens have no place.
         """
         width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         qkv = self.draw(tokens, width, strided=True)
@@ -98,8 +98,8 @@ class OpCases:
         angles = positions * 0.3 ** (half / 4)
         cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
         places = places or tokens + 3
-        slots = torch.randperm(places, generator=self._generator, device=self.device)[:tokens]
-        stored = slots[: tokens - padded]
+        places_T = torch.randperm(places, generator=self._generator, device=self.device)[:tokens]
+        stored = places_T[: tokens - padded]
 
         def caches() -> list[torch.Tensor]:
             # Heads are padded in storage, and the strides of keys are not those of values.
@@ -110,13 +110,13 @@ class OpCases:
 
         before = qkv.clone()
         ours, wanted = caches(), caches()
-        operands = qkv, cos_sin, *wanted, slots, shape, qk_norm, added
+        operands = qkv, cos_sin, *wanted, places_T, shape, qk_norm, added
         wanted_qkv = rope_store_torch(*operands)
         for cache in wanted:
-            cache[slots[tokens - padded :]] = torch.nan
-        slots = slots.to(slot_dtype)
-        slots[tokens - padded :] = -1
-        got_qkv = self.triton.rope_store(qkv, cos_sin, *ours, slots, shape, qk_norm, added)
+            cache[places_T[tokens - padded :]] = torch.nan
+        places_T = places_T.to(place_dtype)
+        places_T[tokens - padded :] = -1
+        got_qkv = self.triton.rope_store(qkv, cos_sin, *ours, places_T, shape, qk_norm, added)
         for name, got, want in zip("qkv", got_qkv, wanted_qkv, strict=True):
             assert_close(name, got, want)
             storage = got.untyped_storage().data_ptr()

@@ -65,18 +65,16 @@ class PagedRunner:
     def step(
         self,
         parts: Mapping[int, Sequence[int]],
-        rope_lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Append tokens to sequences (number -> new tokens) in one batch; logits of all new tokens, or of ``rows``."""
-        batch = self.batch(parts, rope_lengths, rows)
+        batch = self.batch(parts, rows)
         with torch.inference_mode():
             return self.model(batch)
 
     def batch(
         self,
         parts: Mapping[int, Sequence[int]],
-        rope_lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
     ) -> ForwardBatch:
         """The batch of :meth:`step`; pages are taken and lengths advance."""
@@ -104,7 +102,7 @@ class PagedRunner:
                 query_starts=starts,
                 kv_lens=kv_lens,
                 page_table_NP=torch.tensor([t + [0] * (width - len(t)) for t in tables]),
-                slot_mapping_T=torch.tensor(places),
+                places_T=torch.tensor(places),
                 page_size=PAGE_SIZE,
                 num_chunks=len(tables),
                 query_starts_N1=torch.tensor(starts),
@@ -114,5 +112,4 @@ class PagedRunner:
             logits_rows_N=torch.tensor(
                 range(len(ids)) if rows is None else rows, dtype=torch.int64
             ),
-            rope_lengths_T=None if rope_lengths is None else torch.tensor(rope_lengths),
         )

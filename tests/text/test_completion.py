@@ -112,7 +112,7 @@ def test_a_stop_string_within_one_token(tokenizer: Tokenizer) -> None:
     stop = text[1]
     completion = start(tokenizer, stop=(stop,))
     assert completion.add(out([word]))
-    assert (completion.text, completion.num_output_tokens) == (text[0], 1)
+    assert (completion.text, completion.snapshot().completion_tokens) == (text[0], 1)
     kept = start(tokenizer, stop=(stop,), no_stop_trim=True)
     assert kept.add(out([word]))
     assert kept.text == text[:2]
@@ -132,7 +132,7 @@ def test_the_earliest_of_several_stops_wins(tokenizer: Tokenizer) -> None:
         assert any(ended)
         assert completion.text == "hel"
         assert completion.finish == FinishReason(kind="stop", matched="lo")
-        assert completion.num_output_tokens == 5
+        assert completion.snapshot().completion_tokens == 5
 
 
 def test_a_stop_pattern(tokenizer: Tokenizer) -> None:
@@ -160,7 +160,7 @@ def test_min_new_tokens(tokenizer: Tokenizer) -> None:
         for sampling in choices:
             completion = start(tokenizer, min_new_tokens=least, **sampling)
             stream(completion, ids)
-            assert (completion.num_output_tokens, completion.text) == (num_tokens, text)
+            assert (completion.snapshot().completion_tokens, completion.text) == (num_tokens, text)
 
 
 def test_tokens_after_the_stop_are_dropped_with_their_logprobs(tokenizer: Tokenizer) -> None:
@@ -276,7 +276,7 @@ def test_a_newline_that_is_a_byte_token_stops_at_once(tokenizers: dict[str, Toke
     completion = start(tokenizer, stop=("\n",))
     assert not completion.add(out(ids))
     assert completion.add(out([NEWLINE, NEWLINE]))
-    assert completion.num_output_tokens == len(ids) + 1
+    assert completion.snapshot().completion_tokens == len(ids) + 1
     assert completion.text == " Paris"
     double = start(tokenizer, stop=("\n\n",), no_stop_trim=True)
     assert not double.add(out([*ids, NEWLINE]))

@@ -276,7 +276,7 @@ def test_chats_are_rendered_as_transformers_does(
     name: str, prompt: bool, pairs: dict[str, Pair]
 ) -> None:
     pair = pairs[name]
-    assert pair.ours.has_chat_template
+    assert pair.ours.chat_templates().names
     text = pair.ours.apply_chat_template(MESSAGES, add_generation_prompt=prompt)
     expected = pair.theirs.apply_chat_template(
         MESSAGES, add_generation_prompt=prompt, tokenize=False
@@ -316,7 +316,7 @@ def test_no_template_is_an_error_of_the_request(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
     edit_config(tmp_path, chat_template="absent")
     tokenizer = Tokenizer.load(tmp_path)
-    assert not tokenizer.has_chat_template
+    assert not tokenizer.chat_templates().names
     with pytest.raises(RequestError, match="the model has no chat template"):
         tokenizer.apply_chat_template(MESSAGES)
     assert tokenizer.apply_chat_template(MESSAGES, chat_template="x{{ 1 + 1 }}") == "x2"

@@ -18,12 +18,13 @@ from lorikeet.worker.sampling.sampler import Sampler
 from tests.support.grammar_tokenizer import (
     EOS_ID,
     SPECIAL_ID,
+    VOCAB,
     save_byte_fallback_tokenizer,
     save_byte_level_tokenizer,
 )
+from tests.support.sampling import accepts, compile_grammar, sample
 
 # More columns than the tokenizer has tokens: padded logits are the usual case.
-VOCAB = 400
 
 
 class Setup:
@@ -59,7 +60,7 @@ class Setup:
         sampler.start(make_start(seed=seed, **params))
         tokens: list[int] = []
         for step in range(limit):
-            (result,) = sampler.sample(self.logits(step, seed), [1])
+            (result,) = sample(sampler, self.logits(step, seed), [1])
             assert result.error is None
             if result.token_id == EOS_ID:
                 return tokens
@@ -284,8 +285,8 @@ def admits_tabs(setup: Setup, form: dict, before: str) -> bool:
     source = json.dumps({"type": "structural_tag", "format": form})
     matcher = setup.compiler.matcher(SamplingParams(structural_tag=source))
     for token in setup.tokenizer.encode(before).ids:
-        assert matcher.accept(token), before
-    return matcher.accept(setup.tokenizer.encode("\t").ids[0])
+        assert accepts(matcher, token), before
+    return accepts(matcher, setup.tokenizer.encode("\t").ids[0])
 
 
 def test_structural_tags_of_json_alone_have_no_raw_control_characters(setup):
@@ -303,7 +304,7 @@ def test_structural_tag_in_the_older_form(setup):
     sampler.start(make_start(outputs=outputs, structural_tag=json.dumps(TAGS[1])))
     tokens = list(outputs)
     for step in range(60):
-        (result,) = sampler.sample(setup.logits(step, 3), [1])
+        (result,) = sample(sampler, setup.logits(step, 3), [1])
         assert result.error is None
         tokens.append(result.token_id)
         if "</f>" in setup.text(tokens):
@@ -328,7 +329,7 @@ def test_byte_fallback_vocabulary(tmp_path):
 def test_after_the_grammar_only_the_end_of_sequence_follows(setup, ignore_eos):
     sampler = setup.sampler()
     sampler.start(make_start(regex="abc?", ignore_eos=ignore_eos))
-    tokens = [sampler.sample(setup.logits(step, 1), [1])[0] for step in range(12)]
+    tokens = [sample(sampler, setup.logits(step, 1), [1])[0] for step in range(12)]
     assert all(token.error is None for token in tokens)
     ids = [token.token_id for token in tokens]
     end = ids.index(EOS_ID)
@@ -358,7 +359,7 @@ def test_a_grammar_and_logits_that_exclude_each_other_are_an_error_of_the_row(se
     sampler.start(make_start(regex="abc"))
     logits_NV = torch.full((1, VOCAB), -torch.inf)
     logits_NV[0, setup.tokenizer.token_to_id("x")] = 1.0
-    (result,) = sampler.sample(logits_NV, [1])
+    (result,) = sample(sampler, logits_NV, [1])
     assert result.error is not None
     assert "no token is possible" in result.error
 
@@ -370,7 +371,7 @@ def test_padding_and_special_tokens_are_never_admitted(setup):
     logits_NV = torch.zeros(1, VOCAB)
     logits_NV[0, [SPECIAL_ID, setup.tokenizer.get_vocab_size(), VOCAB - 1]] = 1000.0
     for _ in range(30):
-        (result,) = sampler.sample(logits_NV, [1])
+        (result,) = sample(sampler, logits_NV, [1])
         assert result.token_id not in (SPECIAL_ID,)
         assert result.token_id < setup.tokenizer.get_vocab_size()
 
@@ -380,7 +381,7 @@ def test_special_tokens_that_are_shown_count_as_their_text(setup):
     sampler.start(make_start(regex=r"<\|im_start\|>", skip_special_tokens=False))
     logits_NV = torch.zeros(1, VOCAB)
     logits_NV[0, SPECIAL_ID] = 1000.0
-    ids = [sampler.sample(logits_NV, [1])[0].token_id for _ in range(2)]
+    ids = [sample(sampler, logits_NV, [1])[0].token_id for _ in range(2)]
     assert ids == [SPECIAL_ID, EOS_ID]
 
 
@@ -399,7 +400,7 @@ def test_constrained_and_free_rows_share_a_batch(setup):
     digits: list[int] = []
     for step in range(9):
         logits_NV = torch.cat([setup.logits(step, 4), setup.logits(step, 5)])
-        constrained, unconstrained = sampler.sample(logits_NV, [1, 2])
+        constrained, unconstrained = sample(sampler, logits_NV, [1, 2])
         assert unconstrained.token_id == int(logits_NV[1].argmax())
         digits.append(constrained.token_id)
         if constrained.token_id == EOS_ID:
@@ -456,7 +457,7 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "source", "reason"), REFUSED)
 def test_bad_grammars_name_the_field_and_the_reason(setup, kind, source, reason):
     with pytest.raises(RequestError) as caught:
-        setup.compiler.compile(SamplingParams(**{kind: source}))
+        compile_grammar(setup.compiler, SamplingParams(**{kind: source}))
     message = str(caught.value)
     assert message.startswith(f"sampling_params.{kind}: ")
     assert reason in message
@@ -473,7 +474,7 @@ def test_a_bad_grammar_fails_its_sequence_alone(setup):
     other.seq = 2
     sampler.start(other)
     logits_NV = torch.cat([setup.logits(0, 0), setup.logits(0, 1)])
-    refused, served = sampler.sample(logits_NV, [1, 2])
+    refused, served = sample(sampler, logits_NV, [1, 2])
     assert refused.error is not None
     assert "parenthesis" in refused.error
     assert (served.error, served.token_id) == (None, int(logits_NV[1].argmax()))
@@ -481,17 +482,17 @@ def test_a_bad_grammar_fails_its_sequence_alone(setup):
 
 def test_without_a_tokenizer_file_grammars_are_refused(tmp_path):
     with pytest.raises(RequestError, match=r"tokenizer\.json"):
-        GrammarCompiler(tmp_path, 10, (0,)).compile(SamplingParams(regex="a"))
+        compile_grammar(GrammarCompiler(tmp_path, 10, (0,)), SamplingParams(regex="a"))
 
 
 def test_without_an_end_of_sequence_token_grammars_are_refused(tmp_path):
     save_byte_level_tokenizer(tmp_path)
     with pytest.raises(RequestError, match="no end-of-sequence token"):
-        GrammarCompiler(tmp_path, VOCAB, ()).compile(SamplingParams(regex="a"))
+        compile_grammar(GrammarCompiler(tmp_path, VOCAB, ()), SamplingParams(regex="a"))
 
 
 def test_requests_without_a_grammar_need_nothing(tmp_path):
-    GrammarCompiler(tmp_path, 10, ()).compile(SamplingParams())
+    compile_grammar(GrammarCompiler(tmp_path, 10, ()), SamplingParams())
 
 
 def test_sampler_and_compiler_must_agree_on_the_vocabulary(setup):
@@ -508,9 +509,9 @@ def test_compiling_from_several_threads(setup, tmp_path):
     def compile_many(worker: int) -> None:
         for index in range(15):
             schema = {"type": "object", "properties": {f"k{index % 4}": {"type": "string"}}}
-            fresh.compiler.compile(SamplingParams(json_schema=json.dumps(schema)))
+            compile_grammar(fresh.compiler, SamplingParams(json_schema=json.dumps(schema)))
             try:
-                fresh.compiler.compile(SamplingParams(regex="(" * (1 + worker % 2)))
+                compile_grammar(fresh.compiler, SamplingParams(regex="(" * (1 + worker % 2)))
             except RequestError:
                 continue
             failures.append(worker)

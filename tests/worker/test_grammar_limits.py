@@ -20,9 +20,9 @@ from lorikeet.worker.grammar.compiler import CompiledGrammar, GrammarCompiler
 from lorikeet.worker.grammar.compiler import compiler as grammar
 from lorikeet.worker.grammar.compiler import masks as grammar_masks
 from lorikeet.worker.grammar.masks import GrammarMatcher, MaskFiller
-from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
+from tests.support.grammar_tokenizer import EOS_ID, VOCAB, save_byte_level_tokenizer
+from tests.support.sampling import accepts, compile_grammar
 
-VOCAB = 400
 STR = {"type": "string"}
 
 
@@ -130,7 +130,7 @@ HOSTILE = [
 )
 def test_it_is_refused_with_a_reason(compiler, kind, source, why):
     with pytest.raises(RequestError) as caught:
-        compiler.compile(SamplingParams(**{kind: source}))
+        compile_grammar(compiler, SamplingParams(**{kind: source}))
     message = str(caught.value)
     assert message.startswith(f"sampling_params.{kind}")
     assert any(reason in message for reason in ([why] if isinstance(why, str) else why))
@@ -154,7 +154,7 @@ LARGE = [
 
 @pytest.mark.parametrize(("kind", "source"), LARGE)
 def test_large_ones_that_cost_little_are_compiled(compiler, kind, source):
-    assert compiler.compile(SamplingParams(**{kind: source})).num_bytes > 0
+    assert compile_grammar(compiler, SamplingParams(**{kind: source})).num_bytes > 0
 
 
 def with_less(monkeypatch, **limits: float) -> None:
@@ -179,8 +179,8 @@ def test_limits_are_named(tmp_path_factory, monkeypatch, limits, why):
     compiler = make_compiler(tmp_path_factory)
     try:
         with pytest.raises(RequestError, match="sampling_params.ebnf: compiling it " + why):
-            compiler.compile(SamplingParams(ebnf=SLOW))
-        compiler.compile(SamplingParams(regex="a"))
+            compile_grammar(compiler, SamplingParams(ebnf=SLOW))
+        compile_grammar(compiler, SamplingParams(regex="a"))
     finally:
         compiler.close()
 
@@ -197,13 +197,13 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 
 def test_slow_ones_delay_no_others_and_end_when_nobody_waits(own_compiler):
-    own_compiler.compile(SamplingParams(regex="a"))
+    compile_grammar(own_compiler, SamplingParams(regex="a"))
     slow = [
         own_compiler.request(SamplingParams(ebnf=f"{SLOW} | {i}")) for i in ('"p"', '"q"', '"r"')
     ]
     wait_until(lambda: own_compiler._second._num_threads == 2)
     for i in range(3):
-        own_compiler.compile(SamplingParams(regex=f"b{i}"))
+        compile_grammar(own_compiler, SamplingParams(regex=f"b{i}"))
     assert not any(future.done() for future in slow)
     for future in slow:
         assert future.cancel()
@@ -233,49 +233,51 @@ def test_equal_grammars_compile_once_and_go_on_while_one_request_waits(own_compi
     last = futures[4].result(timeout=60)
     assert own_compiler.request(SamplingParams(regex="ab?")).result(timeout=60) is last
     assert len(jobs) == 1
-    own_compiler.compile(SamplingParams(regex="ab?", skip_special_tokens=False))  # other tokens
+    compile_grammar(
+        own_compiler, SamplingParams(regex="ab?", skip_special_tokens=False)
+    )  # other tokens
     assert len(jobs) == 2
 
 
 def test_a_grammar_that_everybody_left_is_compiled_for_who_comes_later(own_compiler):
     first = own_compiler.request(SamplingParams(regex="xy"))
     first.cancel()
-    assert own_compiler.compile(SamplingParams(regex="xy")) is not None
+    assert compile_grammar(own_compiler, SamplingParams(regex="xy")) is not None
 
 
 def test_what_is_kept_is_bounded_but_for_what_requests_hold(compiler, monkeypatch):
-    held = compiler.compile(SamplingParams(regex="held"))
+    held = compile_grammar(compiler, SamplingParams(regex="held"))
     one = held.num_bytes
     monkeypatch.setattr(grammar, "_MAX_IDLE_BYTES", 4 * one)
     for i in range(12):
-        compiler.compile(SamplingParams(regex=f"idle{i:02}"))
+        compile_grammar(compiler, SamplingParams(regex=f"idle{i:02}"))
     assert sum(kept.num_bytes for kept in compiler._recent.values()) <= 4 * one
     assert len(compiler._known) <= 5
-    assert compiler.compile(SamplingParams(regex="held")) is held
+    assert compile_grammar(compiler, SamplingParams(regex="held")) is held
     monkeypatch.setattr(grammar, "_MAX_OPEN_BYTES", -4 * one)
     with pytest.raises(UnavailableError, match="grammars of open requests take"):
-        compiler.compile(SamplingParams(regex="more"))
-    assert compiler.compile(SamplingParams(regex="held")) is held
+        compile_grammar(compiler, SamplingParams(regex="more"))
+    assert compile_grammar(compiler, SamplingParams(regex="held")) is held
 
 
 def test_too_many_and_too_long_waiting(own_compiler, monkeypatch):
     monkeypatch.setattr(grammar, "_MAX_WAITING", 0)
     with pytest.raises(UnavailableError, match="0 grammars wait"):
-        own_compiler.compile(SamplingParams(regex="a"))
+        compile_grammar(own_compiler, SamplingParams(regex="a"))
     monkeypatch.undo()
     monkeypatch.setattr(grammar, "_MAX_WAIT_SECONDS", -1.0)
     with pytest.raises(UnavailableError, match="has waited"):
-        own_compiler.compile(SamplingParams(regex="a"))
+        compile_grammar(own_compiler, SamplingParams(regex="a"))
     monkeypatch.undo()
-    own_compiler.compile(SamplingParams(regex="a"))
+    compile_grammar(own_compiler, SamplingParams(regex="a"))
 
 
 def test_no_process_before_the_first_grammar_and_none_after_the_end(tmp_path_factory):
     before = set(children())
     compiler = make_compiler(tmp_path_factory)
-    compiler.compile(SamplingParams())
+    compile_grammar(compiler, SamplingParams())
     assert set(children()) == before
-    compiler.compile(SamplingParams(regex="a"))
+    compile_grammar(compiler, SamplingParams(regex="a"))
     mine = [process for process in children() if process not in before]
     assert mine
     waiting = compiler.request(SamplingParams(ebnf=SLOW))
@@ -283,7 +285,7 @@ def test_no_process_before_the_first_grammar_and_none_after_the_end(tmp_path_fac
     with pytest.raises(EngineFault):
         waiting.result(timeout=60)
     with pytest.raises(EngineFault):
-        compiler.compile(SamplingParams(regex="b"))
+        compile_grammar(compiler, SamplingParams(regex="b"))
     _, alive = psutil.wait_procs(mine, timeout=30)
     assert not alive
 
@@ -295,7 +297,7 @@ def test_a_grammar_that_names_a_token_is_not_taken_for_one_that_names_another(co
             SamplingParams(structural_tag=tag({"type": "token", "token": token}))
         )
         assert admitted(matcher) == [token]
-        assert matcher.accept(token)
+        assert accepts(matcher, token)
 
 
 def admitted(matcher: GrammarMatcher) -> list[int]:
@@ -310,7 +312,7 @@ def test_many_distinct_schemas_take_no_more_memory(own_compiler):
     sizes: list[int] = []
     for i in range(2000):
         names = {f"p{i}_{j}": {"type": ["string", "integer"][j % 2]} for j in range(60)}
-        own_compiler.compile(SamplingParams(json_schema=properties(properties=names)))
+        compile_grammar(own_compiler, SamplingParams(json_schema=properties(properties=names)))
         if i % 250 == 249:
             sizes.append(psutil.Process().memory_info().rss)
     # The cache fills up to its bound; a leak of 33 kB each would be 50 MB from there on.

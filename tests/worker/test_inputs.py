@@ -28,7 +28,7 @@ def test_the_rows_of_a_mixed_step() -> None:
     batch, _ = rig.inputs.stage(layout, [])
     assert batch.input_ids_T.tolist() == [4, 5, 6, 7, -1 - lane]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 3]
-    assert batch.attn.slot_mapping_T.tolist() == [44, 45, 46, 47, 6 * PAGE + 3]
+    assert batch.attn.places_T.tolist() == [44, 45, 46, 47, 6 * PAGE + 3]
     assert batch.attn.query_starts == [0, 4, 5]
     assert (batch.attn.num_chunks, batch.attn.kv_lens) == (1, [4, 4])
     assert batch.attn.bucket is None
@@ -48,7 +48,7 @@ def test_a_decode_step_lies_in_fixed_inputs_padded_to_its_bucket() -> None:
     lanes = [rig.lane(seq) for seq in (0, 1)]
     assert batch.input_ids_T.tolist() == [-1 - lanes[0], -1 - lanes[1], 0, 0]
     assert batch.positions_T.tolist() == [4, 4, 0, 0]
-    assert batch.attn.slot_mapping_T.tolist() == [9 * PAGE, 10 * PAGE, -1, -1]
+    assert batch.attn.places_T.tolist() == [9 * PAGE, 10 * PAGE, -1, -1]
     assert batch.attn.kv_lens_N.tolist() == batch.attn.kv_lens == [5, 5, 1, 1]
     assert batch.attn.page_table_NP[:2, :2].tolist() == [[5, 9], [6, 10]]
     assert batch.attn.query_starts_N1.tolist() == batch.attn.query_starts == [0, 1, 2, 3, 4]
@@ -65,22 +65,22 @@ def test_every_step_of_a_pass_lies_where_its_capture_read(key: GraphKey) -> None
     runner = rig.runner(lora=DecodeTiles(), decode_sizes=(1, 64), prompt_sizes=(64,))
     fixed = runner.fixed_inputs(key)
 
-    def places(layout: Any, plan: Any, *more: np.ndarray) -> list[int]:
+    def addresses(layout: Any, plan: Any, *more: np.ndarray) -> list[int]:
         batch, _ = rig.inputs.stage(layout, list(more), fixed, plan)
         attn = batch.attn
-        read = [batch.input_ids_T, batch.positions_T, attn.slot_mapping_T]
+        read = [batch.input_ids_T, batch.positions_T, attn.places_T]
         if key.is_decode:
             read += [attn.kv_lens_N, attn.query_starts_N1, attn.page_table_NP]
         read += [value for value in (batch.logits_rows_N, batch.lora) if value is not None]  # pyright: ignore[reportAssignmentType]
         return [tensor.data_ptr() for tensor in read]
 
     padding, plan = runner.padding(key)
-    captured = places(padding, plan)
-    assert places(rig.decode(3), plan, EXTRA) == captured
-    assert places(rig.decode(4, (9,)), plan, EXTRA, EXTRA) == captured
+    captured = addresses(padding, plan)
+    assert addresses(rig.decode(3), plan, EXTRA) == captured
+    assert addresses(rig.decode(4, (9,)), plan, EXTRA, EXTRA) == captured
     for seq in range(39):
         rig.inputs.close(seq)
-    assert places(rig.decode(5), plan) == captured
+    assert addresses(rig.decode(5), plan) == captured
 
 
 def test_a_step_with_prompts_lies_in_fixed_inputs_padded() -> None:
@@ -91,23 +91,23 @@ def test_a_step_with_prompts_lies_in_fixed_inputs_padded() -> None:
     fixed = runner.fixed_inputs(key)
     batch, _ = rig.inputs.stage(runner.padding(key)[0], [], fixed)
     assert batch.logits_rows_N is not None
-    assert batch.attn.slot_mapping_T.tolist() == [-1] * 8
+    assert batch.attn.places_T.tolist() == [-1] * 8
     assert not batch.input_ids_T.any()
     step, (got,) = rig.inputs.stage(layout, [EXTRA[:1]], fixed)
     assert batch.input_ids_T.tolist() == [4, 5, 6, 7, 8, -1 - rig.lane(0), 0, 0]
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 3, 0, 0]
-    assert batch.attn.slot_mapping_T.tolist() == [28, 29, 30, 31, 32, 23, -1, -1]
+    assert batch.attn.places_T.tolist() == [28, 29, 30, 31, 32, 23, -1, -1]
     assert batch.logits_rows_N.tolist() == [5, *[0] * 7]
     assert got.tolist() == [0.5]
     inputs = step.attn
     assert (inputs.num_chunks, inputs.kv_lens) == (1, [5, 4])
     assert inputs.query_starts == inputs.query_starts_N1.tolist() == [0, 5, 6]
     assert inputs.page_table_NP.tolist() == [[7, 8], [5, 0]]
-    assert inputs.slot_mapping_T.tolist() == [28, 29, 30, 31, 32, 23]
+    assert inputs.places_T.tolist() == [28, 29, 30, 31, 32, 23]
     assert inputs.kv_lens_N.tolist() == [5, 4]
     assert inputs.bucket is None, "attention is told of the step alone"
     rig.inputs.stage(runner.padding(key)[0], [], fixed)
-    assert batch.attn.slot_mapping_T.tolist() == [-1] * 8
+    assert batch.attn.places_T.tolist() == [-1] * 8
     assert not batch.input_ids_T.any()
 
 

@@ -16,6 +16,7 @@ from lorikeet.worker.sampling import state as sampling_state
 from lorikeet.worker.sampling.rules import LogitRules
 from lorikeet.worker.sampling.sampler import Sampler
 from lorikeet.worker.staging import upload
+from tests.support.sampling import prompt_logprobs, sample
 
 VOCAB = 64
 EOS = (3, 9)
@@ -47,7 +48,7 @@ def random_logits(rows: int, *, seed: int = 0, columns: int = VOCAB) -> torch.Te
 def one_token(logits_V: torch.Tensor, **params) -> int:
     sampler = make_sampler(logits_V.shape[0])
     sampler.start(start(1, **params))
-    (result,) = sampler.sample(logits_V[None], [1])
+    (result,) = sample(sampler, logits_V[None], [1])
     assert result.error is None
     return result.token_id
 
@@ -66,7 +67,7 @@ def test_bias_and_bans_are_made_once_and_not_touched_on_the_host(monkeypatch):
             start(seq, min_new_tokens=5, logit_bias=bias, stop_token_ids=tuple(range(40)))
         )
     logits_NV = random_logits(3)
-    tokens = [result.token_id for result in sampler.sample(logits_NV, [0, 1, 2])]
+    tokens = [result.token_id for result in sample(sampler, logits_NV, [0, 1, 2])]
     assert min(tokens) >= 40
     assert max(sizes) == 3
 
@@ -84,7 +85,7 @@ def test_a_start_without_memory_fails_its_own_sequence(monkeypatch, num_failures
     sampler = make_sampler()
     sampler.start(start(0, temperature=0.0, logit_bias={5: 100.0}))
     sampler.start(start(1, temperature=0.0))
-    rich, plain = sampler.sample(random_logits(2), [0, 1])
+    rich, plain = sample(sampler, random_logits(2), [0, 1])
     assert plain.error is None
     if num_failures == 1:
         assert (rich.error, rich.token_id) == (None, 5)
@@ -106,9 +107,9 @@ def test_a_launch_that_fails_and_is_repeated_counts_its_token_once(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("lorikeet.worker.sampling.sampler.PendingSample", fail)
         with pytest.raises(torch.OutOfMemoryError):
-            sampler.sample(logits_NV, [0, 1])
+            sample(sampler, logits_NV, [0, 1])
     for _ in range(5):
-        assert sampler.sample(logits_NV, [0, 1]) == other.sample(logits_NV, [0, 1])
+        assert sample(sampler, logits_NV, [0, 1]) == sample(other, logits_NV, [0, 1])
 
 
 # --- greedy ---
@@ -120,7 +121,7 @@ def test_greedy_is_the_argmax_and_ties_go_to_the_lowest_id():
     sampler = make_sampler()
     for seq in range(3):
         sampler.start(start(seq, temperature=0.0))
-    tokens = [result.token_id for result in sampler.sample(logits_NV, [0, 1, 2])]
+    tokens = [result.token_id for result in sample(sampler, logits_NV, [0, 1, 2])]
     assert tokens == [int(logits_NV[0].argmax()), 7, int(logits_NV[2].argmax())]
 
 
@@ -139,8 +140,8 @@ def test_the_plain_greedy_path_and_the_general_path_agree():
         general.start(start(seq, temperature=0.0))
     general.start(start(99, temperature=0.7, top_p=0.5, repetition_penalty=1.5))
     mixed_NV = torch.cat([logits_NV, random_logits(1)])
-    expected = [result.token_id for result in plain.sample(logits_NV, list(range(8)))]
-    found = [result.token_id for result in general.sample(mixed_NV, [*range(8), 99])]
+    expected = [result.token_id for result in sample(plain, logits_NV, list(range(8)))]
+    found = [result.token_id for result in sample(general, mixed_NV, [*range(8), 99])]
     assert found[:8] == expected
 
 
@@ -190,7 +191,7 @@ def test_modifiers_of_mixed_rows_match_the_reference():
         logits_NV = random_logits(len(starts), seed=step)
         before = logits_NV.clone()
         order = generator.permutation(len(starts)).tolist()
-        results = sampler.sample(logits_NV[order], order)
+        results = sample(sampler, logits_NV[order], order)
         assert torch.equal(logits_NV, before)
         for seq, result in zip(order, results, strict=True):
             want = int(reference_logits(logits_NV[seq].numpy(), starts[seq]).argmax())
@@ -205,7 +206,7 @@ def test_min_new_tokens_ends_exactly_when_it_is_reached():
     logits_NV[0, 30] = 30.0
     sampler = make_sampler()
     sampler.start(start(1, temperature=0.0, min_new_tokens=2, stop_token_ids=(20,)))
-    tokens = [sampler.sample(logits_NV, [1])[0].token_id for _ in range(4)]
+    tokens = [sample(sampler, logits_NV, [1])[0].token_id for _ in range(4)]
     assert tokens == [30, 30, EOS[0], EOS[0]]
 
 
@@ -234,7 +235,7 @@ def test_temperature_changes_the_distribution_as_it_should():
         num = 6000
         for seq in range(num):
             sampler.start(start(seq, seed=seq, temperature=temperature))
-        results = sampler.sample(logits_V.expand(num, -1), list(range(num)))
+        results = sample(sampler, logits_V.expand(num, -1), list(range(num)))
         counts = np.bincount([result.token_id for result in results], minlength=4)
         p = torch.softmax(logits_V.double() / temperature, 0).numpy()
         statistic = ((counts - num * p) ** 2 / (num * p)).sum()
@@ -252,7 +253,7 @@ def generate(sampler: Sampler, seq: int, num: int, others: list[int], *, place: 
         other_NV = random_logits(len(others), seed=step) if others else own_NV[:0]
         batch_NV = torch.cat([other_NV[:place], own_NV, other_NV[place:]])
         seqs = [*others[:place], seq, *others[place:]]
-        tokens.append(sampler.sample(batch_NV, seqs)[place].token_id)
+        tokens.append(sample(sampler, batch_NV, seqs)[place].token_id)
     return tokens
 
 
@@ -284,8 +285,8 @@ def test_different_seeds_and_different_steps_give_different_tokens():
     for seq in range(200):
         sampler.start(start(seq, seed=seq))
     flat_NV = torch.zeros(200, VOCAB)
-    first = [r.token_id for r in sampler.sample(flat_NV, list(range(200)))]
-    second = [r.token_id for r in sampler.sample(flat_NV, list(range(200)))]
+    first = [r.token_id for r in sample(sampler, flat_NV, list(range(200)))]
+    second = [r.token_id for r in sample(sampler, flat_NV, list(range(200)))]
     assert len(set(first)) > 50
     assert sum(a == b for a, b in zip(first, second, strict=True)) < 20
 
@@ -315,8 +316,8 @@ def test_a_bad_row_fails_alone(bad, params):
             sampler.start(start(seq, seed=seq, top=2, **params))
     broken_NV = logits_NV.clone()
     broken_NV[1, 50] = bad
-    expected = healthy.sample(logits_NV, [0, 1, 2])
-    found = broken.sample(broken_NV, [0, 1, 2])
+    expected = sample(healthy, logits_NV, [0, 1, 2])
+    found = sample(broken, broken_NV, [0, 1, 2])
     assert [found[0], found[2]] == [expected[0], expected[2]]
     assert found[1].error is not None
     assert "not finite" in found[1].error
@@ -338,7 +339,7 @@ def test_a_row_without_any_possible_token_is_an_error(params):
     sampler.start(start(2, min_new_tokens=1, **params))
     logits_NV = torch.full((2, VOCAB), -torch.inf)
     logits_NV[1, EOS[0]] = 0.0
-    for result in sampler.sample(logits_NV, [1, 2]):
+    for result in sample(sampler, logits_NV, [1, 2]):
         assert result.error is not None
         assert "no token is possible" in result.error
 
@@ -349,7 +350,7 @@ def test_padding_columns_do_not_exist():
     padded_NV[0, VOCAB] = math.nan
     sampler = make_sampler()
     sampler.start(start(1, temperature=0.0, top=3))
-    (result,) = sampler.sample(padded_NV, [1])
+    (result,) = sample(sampler, padded_NV, [1])
     assert result.error is None
     assert result.token_id == int(padded_NV[0, :VOCAB].argmax())
     assert result.logprobs is not None
@@ -368,22 +369,22 @@ def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="open already"):
         sampler.start(start(1))
     with pytest.raises(ValueError, match="expected 1 rows"):
-        sampler.sample(random_logits(2), [1])
+        sample(sampler, random_logits(2), [1])
     with pytest.raises(ValueError, match="at least 64 columns"):
-        sampler.sample(random_logits(1, columns=63), [1])
+        sample(sampler, random_logits(1, columns=63), [1])
     sampler.end(1)
     with pytest.raises(KeyError):
         sampler.end(1)
     with pytest.raises(KeyError):
-        sampler.sample(random_logits(1), [1])
-    assert sampler.sample(random_logits(0), []) == []
+        sample(sampler, random_logits(1), [1])
+    assert sample(sampler, random_logits(0), []) == []
 
 
 def test_a_grammar_without_a_compiler_fails_its_sequence_alone():
     sampler = make_sampler()
     sampler.start(start(1, regex="a+", temperature=0.0))
     sampler.start(start(2, temperature=0.0))
-    refused, served = sampler.sample(random_logits(2), [1, 2])
+    refused, served = sample(sampler, random_logits(2), [1, 2])
     assert refused.error is not None
     assert "regex" in refused.error
     assert served.error is None
@@ -398,7 +399,7 @@ def test_logprobs_are_of_the_raw_distribution():
     sampler.start(start(0, temperature=0.3, logit_bias={5: 100.0}, repetition_penalty=2.0, top=3))
     sampler.start(start(1, temperature=0.0))
     sampler.start(start(2, temperature=0.0, top=0))
-    biased, without, chosen_only = sampler.sample(logits_NV, [0, 1, 2])
+    biased, without, chosen_only = sample(sampler, logits_NV, [0, 1, 2])
     raw_NV = torch.log_softmax(logits_NV, dim=-1)
     assert biased.token_id == 5
     assert biased.logprobs is not None
@@ -418,7 +419,7 @@ def test_the_most_likely_token_is_the_greedy_one_even_among_equals():
     logits_NV[0, [60, 31, 33]] = 2.0
     sampler = make_sampler()
     sampler.start(start(1, temperature=0.0, top=2))
-    (result,) = sampler.sample(logits_NV, [1])
+    (result,) = sample(sampler, logits_NV, [1])
     assert result.logprobs is not None
     assert [token for _, token in result.logprobs.top] == [31, 33]
     assert result.token_id == 31
@@ -429,7 +430,7 @@ def test_impossible_tokens_are_not_listed_as_likely():
     logits_NV[0, 4] = 1.0
     sampler = make_sampler()
     sampler.start(start(1, top=5))
-    (result,) = sampler.sample(logits_NV, [1])
+    (result,) = sample(sampler, logits_NV, [1])
     assert result.logprobs is not None
     assert result.logprobs.top == [(0.0, 4)]
 
@@ -440,29 +441,29 @@ def test_prompt_logprobs_by_position_and_in_chunks():
     raw_TV = torch.log_softmax(logits_TV, dim=-1)
     sampler = make_sampler()
     sampler.start(start(1, prompt=prompt, top=2, logprob_start=0))
-    whole = sampler.prompt_logprobs(logits_TV, 1, 1)
+    whole = prompt_logprobs(sampler, logits_TV, 1, 1)
     assert [entry.token_id for entry in whole] == list(prompt)
     assert (whole[0].logprob, whole[0].top) == (None, [])
     for position in range(1, 6):
         entry = whole[position]
         assert entry.logprob == pytest.approx(raw_TV[position - 1, prompt[position]].item())
         assert [t for _, t in entry.top] == torch.topk(raw_TV[position - 1], 2).indices.tolist()
-    parts = sampler.prompt_logprobs(logits_TV[:2], 1, 1)
-    parts += sampler.prompt_logprobs(logits_TV[2:], 1, 3)
+    parts = prompt_logprobs(sampler, logits_TV[:2], 1, 1)
+    parts += prompt_logprobs(sampler, logits_TV[2:], 1, 3)
     assert parts == whole
 
 
 def test_prompt_logprobs_from_a_later_position_have_no_leading_entry():
     sampler = make_sampler()
     sampler.start(start(1, prompt=(7, 8, 9), top=0, logprob_start=1))
-    entries = sampler.prompt_logprobs(random_logits(2), 1, 1)
+    entries = prompt_logprobs(sampler, random_logits(2), 1, 1)
     assert [entry.token_id for entry in entries] == [8, 9]
 
 
 def test_prompt_logprobs_of_a_prompt_of_one_token():
     sampler = make_sampler()
     sampler.start(start(1, prompt=(7,), top=0, logprob_start=0))
-    (entry,) = sampler.prompt_logprobs(random_logits(0), 1, 1)
+    (entry,) = prompt_logprobs(sampler, random_logits(0), 1, 1)
     assert (entry.logprob, entry.token_id, entry.top) == (None, 7, [])
 
 
@@ -471,7 +472,7 @@ def test_prompt_logprobs_outside_the_prompt_are_refused():
     sampler.start(start(1, prompt=(7, 8), logprob_start=0))
     for first, rows in [(0, 1), (1, 2), (2, 1)]:
         with pytest.raises(ValueError, match="positions"):
-            sampler.prompt_logprobs(random_logits(rows), 1, first)
+            prompt_logprobs(sampler, random_logits(rows), 1, first)
 
 
 def test_prompt_logprobs_of_odd_logits_stay_valid_json():
@@ -480,7 +481,7 @@ def test_prompt_logprobs_of_odd_logits_stay_valid_json():
     logits_TV[1, 0] = math.nan
     sampler = make_sampler()
     sampler.start(start(1, prompt=(7, 8, 9), top=1, logprob_start=1))
-    lowest, missing = sampler.prompt_logprobs(logits_TV, 1, 1)
+    lowest, missing = prompt_logprobs(sampler, logits_TV, 1, 1)
     assert lowest.logprob is not None
     assert math.isfinite(lowest.logprob)
     assert lowest.logprob < -1e30
@@ -495,7 +496,7 @@ def test_prompt_logprobs_in_blocks_of_rows(monkeypatch):
     sampler = make_sampler()
     sampler.start(start(1, prompt=prompt, top=0, logprob_start=1))
     raw_TV = torch.log_softmax(logits_TV, dim=-1)
-    found = sampler.prompt_logprobs(logits_TV, 1, 1)
+    found = prompt_logprobs(sampler, logits_TV, 1, 1)
     assert [e.logprob for e in found] == pytest.approx(
         [raw_TV[i, prompt[i + 1]].item() for i in range(10)]
     )
@@ -535,7 +536,7 @@ def test_features_that_nobody_uses_are_not_computed(monkeypatch, params, unused)
     monkeypatch.setattr("lorikeet.ops.sampling.token_logprobs", fail)
     sampler = make_sampler()
     sampler.start(start(1, **params))
-    assert sampler.sample(random_logits(1), [1])[0].error is None
+    assert sample(sampler, random_logits(1), [1])[0].error is None
 
 
 def test_importing_the_sampler_does_not_import_the_grammar_libraries():

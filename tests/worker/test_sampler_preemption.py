@@ -12,6 +12,7 @@ from lorikeet.core.request import SamplingParams
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.sampling.sampler import Sampler
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
+from tests.support.sampling import sample
 
 VOCAB = 352
 PROMPT = [5, 6, 7]
@@ -69,7 +70,7 @@ def run(sampler: Sampler, seq: int, steps: range) -> list[SampledToken]:
         generator = torch.Generator().manual_seed(step)
         logits_NV = torch.randn(1, VOCAB, generator=generator) * 2
         logits_NV[0, EOS_ID] += 1.0
-        results += sampler.sample(logits_NV, [seq])
+        results += sample(sampler, logits_NV, [seq])
     return results
 
 

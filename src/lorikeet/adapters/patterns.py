@@ -21,10 +21,10 @@ from lorikeet.adapters.pattern_matcher import PatternError
 from lorikeet.errors import AdapterError
 from lorikeet.masking import printable, shortened
 
-# Of processor time, for all patterns of an adapter: a thousand of them take about a second for a thousand modules.
+# Processor time for all patterns of an adapter: a thousand of them take about a second for a thousand modules.
 MAX_SECONDS = 3
 MAX_BYTES = 512 << 20
-# The processor may be busy with others.
+# Wall time: the processor may be busy with others.
 _PATIENCE_S = 60
 # Answers that are remembered, so that an adapter that is read again and again does not start a process each time.
 _MAX_REMEMBERED = 256
@@ -75,7 +75,7 @@ def _answer(field: str, how: str, patterns: Sequence[str], paths: Sequence[str])
 
 
 def _ask(request: bytes, questions: Sequence[Question]) -> list[list[int]]:
-    """Let a process answer."""
+    """Have a process match the patterns."""
     # Without the environment's and the site's modules: it starts in a hundredth of a second.
     command = [sys.executable, "-I", "-S", "-W", "ignore", pattern_matcher.__file__]
     try:
@@ -94,7 +94,7 @@ def _ask(request: bytes, questions: Sequence[Question]) -> list[list[int]]:
 
 
 def _too_much(questions: Sequence[Question]) -> AdapterError:
-    """The process has ended without a word, so that nobody knows at which of several patterns."""
+    """The error if the process ended without an answer, so that nobody knows at which pattern."""
     field, pattern = next(
         (field, pattern)
         for field, _, patterns in questions

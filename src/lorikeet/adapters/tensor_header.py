@@ -1,8 +1,8 @@
 """The header of a safetensors file: what is in the file and where, checked before any weight is read.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes, the length of the header, little-endian; a JSON object,
-name -> {dtype, shape, data_offsets}; then the tensors one after the other, without gaps. Every number in it is a
-stranger's: it is bounded before anything is computed with it.
+name -> {dtype, shape, data_offsets}; then the tensors one after the other, without gaps. No number in
+it is trusted: each is bounded before anything is computed with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_DIMS = 8
 _MAX_SIZE = 1 << 48
 _MAX_NAME = 512
 _LENGTH_BYTES = 8
-# The length, the brace that begins the header, and enough of what is no header to say what it is.
+# The length and the brace that begins the header, and enough bytes to recognise other formats.
 START_BYTES = 24
 _METADATA = "__metadata__"
 # How Git LFS begins the text that it keeps in a file's place.

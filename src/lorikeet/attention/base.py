@@ -16,15 +16,17 @@ from lorikeet.kv.storage import KVStorage
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionInputs:
-    """Where the tokens of a step belong. Made once for each step; layers only read it.
+    """Which tokens of a step belong to which sequence, and where their keys and values lie.
+
+    Made once for each step; layers only read it.
 
     Example: pages of 4 places; sequence 0 computes its tokens 0 to 2, sequence 1 decodes its token 5 ::
 
         query_starts   [0, 3, 4]              # sequence i owns rows [query_starts[i], query_starts[i + 1]) of T
         kv_lens        [3, 6]                 # tokens with K/V, those of this step included
-        num_chunks     1                      # sequence 0; whoever follows the chunks decodes, one query each
+        num_chunks     1                      # sequence 0; the sequences after the chunks decode, one query each
         page_table_NP  [[7, 0], [2, 9]]       # unused entries are 0, which is also a page like any other
-        slot_mapping_T [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go; -1: nowhere
+        places_T       [28, 29, 30, 37]       # page * 4 + offset: where this step's K/V go; -1: nowhere
 
     The queries of a sequence are its newest tokens: row j of n has position ``kv_len - n + j``.
 
@@ -39,7 +41,7 @@ class AttentionInputs:
     query_starts: list[int]
     kv_lens: list[int]
     page_table_NP: torch.Tensor
-    slot_mapping_T: torch.Tensor
+    places_T: torch.Tensor
     page_size: int
     num_chunks: int
     query_starts_N1: torch.Tensor

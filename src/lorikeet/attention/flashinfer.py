@@ -28,12 +28,12 @@ from lorikeet.kv.storage import KVStorage
 
 DECODE_PATHS = ("triton", "xqa", "fa2-tc")
 
-# Our own kernel is taken up to this many keys, and from this many rows on for any number: between, a device needs XQA's
-# way of cutting sequences to be busy.
+# Our own kernel serves up to this many keys, and any number of keys from this many rows on. In between, only XQA keeps
+# the device busy, because it cuts sequences into parts.
 _SHORT_KEYS = 256
 _MANY_ROWS = 32
 
-# What the prefill kernels are made for; other heads are stored with zeros behind them.
+# Head sizes that the prefill kernels are made for; other heads are stored with zeros behind them.
 _STORED_HEAD_DIMS = (64, 128, 256)
 _XQA_PAGE_SIZES = (16, 32, 64, 128)
 # XQA cuts a sequence into parts until this many blocks run on each multiprocessor.
@@ -48,8 +48,8 @@ _XQA_SEMAPHORE_BYTES = 2**20
 _FA2_WORKSPACE_BYTES = 384 * 2**20
 
 
-class Decoder(Protocol):
-    """Rows with one query each."""
+class RowDecoder(Protocol):
+    """Attention for rows with one query each."""
 
     def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]: ...
 
@@ -168,7 +168,7 @@ class FlashInferBackend:
         usual, long_few = self._paths
         return long_few if num_keys > _SHORT_KEYS and num_rows < _MANY_ROWS else usual
 
-    def _decoder_of(self, inputs: AttentionInputs) -> Decoder:
+    def _decoder_of(self, inputs: AttentionInputs) -> RowDecoder:
         # A graph serves all lengths that its page table has room for.
         num_keys = inputs.page_table_NP.shape[1] * self._shape.page_size
         return self._decoders[self._path_of(len(inputs.kv_lens) - inputs.num_chunks, num_keys)]
@@ -380,7 +380,7 @@ def _decode_paths(decode: str | None, shape: Shape, *, is_hopper: bool) -> tuple
     return decode, decode
 
 
-def _make_decoder(path: str, library: Any, shape: Shape, workspace: torch.Tensor) -> Decoder:
+def _make_decoder(path: str, library: Any, shape: Shape, workspace: torch.Tensor) -> RowDecoder:
     if path == "triton":
         # Triton need not be there where the library alone is used.
         from lorikeet.attention.triton_decode import TritonDecode

@@ -1,4 +1,4 @@
-"""What FlashInfer is told about a step before its layers run: which pages the sequences use, and a plan.
+"""What FlashInfer needs to know about a step before its layers run: which pages the sequences use, and a plan.
 
 Making a plan is host work that ends in a copy to the device; nothing here waits for what the device computes.
 
@@ -54,8 +54,8 @@ class Pages:
 
 
 class Planned:
-    """A wrapper of the library. Its plan is written into one pinned buffer and copied from there, so the next one must
-    not be made before that copy is done."""
+    """One of FlashInfer's wrappers, which hold a plan. A plan is written into one pinned buffer and copied from there, so
+    the next one must not be made before that copy is done."""
 
     def __init__(self, wrapper: Any, shape: Shape) -> None:
         self.wrapper = wrapper
@@ -91,7 +91,7 @@ class Planned:
 
 
 class Turns:
-    """Two planned wrappers that take turns: the copy that the one waits for is a step old, so it does not wait."""
+    """Two planned wrappers that take turns: the copy that one has to wait for is a step old, and done by then."""
 
     def __init__(self, first: Planned, second: Planned) -> None:
         self._next, self._other = first, second
@@ -111,13 +111,13 @@ def pages_of(inputs: AttentionInputs, first: int, last: int) -> Pages:
     width = inputs.page_table_NP.shape[1]
     # Entry i of sequence n is entry n * width + i of the flat table.
     jumps = np.arange(first, last, dtype=np.int32) * width - starts[:-1]
-    places = np.arange(starts[-1], dtype=np.int32) + np.repeat(jumps, counts)
+    entries = np.arange(starts[-1], dtype=np.int32) + np.repeat(jumps, counts)
     table = inputs.page_table_NP
-    places_I = on_host(places, inputs).to(table.device, non_blocking=True)
+    entries_I = on_host(entries, inputs).to(table.device, non_blocking=True)
     return Pages(
         starts=on_host(starts, inputs),
         last_lens=on_host((kv_lens - 1) % inputs.page_size + 1, inputs),
-        pages_I=table.view(-1).index_select(0, places_I).to(torch.int32),
+        pages_I=table.view(-1).index_select(0, entries_I).to(torch.int32),
     )
 
 

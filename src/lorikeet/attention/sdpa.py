@@ -62,7 +62,9 @@ class _Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _StepLayout:
+class _WindowLayout:
+    """What the layers of one window size gather and mask in a step."""
+
     batches: list[_DecodeBatch]
     chunks: list[_Chunk]
 
@@ -77,7 +79,7 @@ class SDPABackend:
         self._places_NC = torch.empty(0, 0, dtype=torch.int64)
         # By window, and by whether a graph is being captured: what is worked out in a capture exists only when the
         # graph runs, and what was worked out before would stay as it is in every replay.
-        self._layouts: dict[tuple[int | None, bool], _StepLayout] = {}
+        self._layouts: dict[tuple[int | None, bool], _WindowLayout] = {}
 
     def storage_head_dim(self, head_dim: int) -> int:
         return head_dim
@@ -120,7 +122,7 @@ class SDPABackend:
             o_TQH[part] = _prefill(q_TQH[part], k_LKH, v_LKH, chunk.mask)
         return o_TQH
 
-    def _layout(self, inputs: AttentionInputs, window: int | None) -> _StepLayout:
+    def _layout(self, inputs: AttentionInputs, window: int | None) -> _WindowLayout:
         if inputs is not self._inputs:
             self.prepare(inputs)
         key = (window, _is_captured(inputs))
@@ -129,7 +131,7 @@ class SDPABackend:
             if inputs.bucket is None:
                 layout = _make_layout(inputs, self._places_NC, window)
             else:
-                layout = _StepLayout([_make_static_batch(inputs, window)], [])
+                layout = _WindowLayout([_make_static_batch(inputs, window)], [])
             self._layouts[key] = layout
         return layout
 
@@ -175,7 +177,7 @@ def _on_device(values: list[int], device: torch.device) -> torch.Tensor:
 
 def _make_layout(
     inputs: AttentionInputs, places_NC: torch.Tensor, window: int | None
-) -> _StepLayout:
+) -> _WindowLayout:
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     chunks: list[_Chunk] = []
     for sequence, kv_len in enumerate(inputs.kv_lens):
@@ -188,7 +190,7 @@ def _make_layout(
     batches = [
         _make_decode_batch(inputs, places_NC, members, window) for members in buckets.values()
     ]
-    return _StepLayout(batches, chunks)
+    return _WindowLayout(batches, chunks)
 
 
 def _make_decode_batch(

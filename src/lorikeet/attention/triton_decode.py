@@ -14,7 +14,7 @@ from lorikeet.ops.triton.attention import decode_attention_triton
 
 
 class TritonDecode:
-    """See :class:`lorikeet.attention.flashinfer.Decoder`; any number of keys, nothing to prepare."""
+    """See :class:`lorikeet.attention.flashinfer.RowDecoder`; any number of keys, nothing to prepare."""
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape

@@ -17,9 +17,8 @@ class RopeSpec:
     """Base frequencies ``theta ** (-2i / head_dim)`` and how they are scaled.
 
     Attributes:
-        kind: ``linear`` divides every frequency by ``factor``; ``dynamic`` raises theta once a sequence is longer than
-            ``max_position``; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
-        max_position: the config's ``max_position_embeddings``.
+        kind: ``linear`` divides every frequency by ``factor``; ``dynamic`` changes nothing up to
+            the config's ``max_position_embeddings``, beyond which it is not served; ``llama3`` and ``yarn`` divide low frequencies, keep high ones and blend between.
         original_max_position: trained length that ``llama3`` and ``yarn`` refer to.
         low_freq_factor, high_freq_factor: ``llama3``: wavelengths, as parts of the original length, between which
             the blend happens.
@@ -30,7 +29,6 @@ class RopeSpec:
 
     kind: RopeKind
     theta: float
-    max_position: int
     factor: float = 1.0
     original_max_position: int = 0
     low_freq_factor: float = 0.0
@@ -39,8 +37,3 @@ class RopeSpec:
     beta_slow: float = 0.0
     truncate: bool = True
     attention_factor: float = 1.0
-
-    @property
-    def depends_on_length(self) -> bool:
-        """True if a position's frequencies depend on how long its sequence is (beyond ``max_position``)."""
-        return self.kind == "dynamic"

@@ -93,7 +93,7 @@ class KVManager:
 
     @property
     def num_changes(self) -> int:
-        """Grows whenever something became findable; a refused ``fits`` need not be asked again before."""
+        """Grows when something becomes findable or pages are let go; until then ``fits`` repeats what it refused."""
         return self._num_changes
 
     def pages_for(self, num_tokens: int) -> int:
@@ -152,8 +152,8 @@ class KVManager:
     def commit(self, seq_id: int, tokens: list[int], num_valid: int) -> None:
         """Let other sequences find the full pages of ``tokens[:num_valid]``.
 
-        Whoever finds them is planned later than their computation, so that it suffices that they are planned. Costs
-        as much as there are tokens since the last call.
+        It suffices that their computation is planned, since whoever finds them is planned later. Takes time in
+        proportion to the tokens since the last call.
         """
         table = self._tables[seq_id]
         end = num_valid - num_valid % self.page_size
@@ -192,7 +192,7 @@ class KVManager:
             self.drop_version(version)
 
     def page_table(self, seq_id: int) -> list[int]:
-        """Pages of a running sequence, for checks; the list is the table's own."""
+        """Pages of a running sequence, for checks; the list must not be changed."""
         return self._tables[seq_id].pages
 
     def sequences(self) -> set[int]:

@@ -58,9 +58,6 @@ class PageAllocator:
             if refs[page] == 0:
                 self._free.append(page)
 
-    def num_refs(self, page: int) -> int:
-        return self._num_refs[page]
-
     def check_integrity(self, expected_refs: dict[int, int]) -> None:
         """Compare with a count made from the holders.
 

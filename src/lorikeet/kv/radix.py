@@ -108,8 +108,8 @@ class RadixTree:
             pages: the page table of the sequence, from position 0 on.
 
         Returns:
-            the node that stands for ``tokens[:end]``, and those of ``pages`` that the tree now holds. Where the tree has pages of its own for the same tokens it keeps them, and the sequence goes
-            on with its duplicates.
+            the node that stands for ``tokens[:end]``, and those of ``pages`` that the tree now holds. Where the tree has
+            pages of its own for the same tokens it keeps them, and the sequence goes on with its duplicates.
         """
         held = node
         node, depth, child, num_partial = self._descend(node, tokens, start, end)

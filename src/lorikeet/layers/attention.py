@@ -80,7 +80,7 @@ class Attention(nn.Module):
         batch: ForwardBatch,
         rows_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[T, D] -> [T, D], and a delta that is still to be added to it; stores the tokens' keys and values in
+        """Attend: [T, D] -> [T, D], and a delta that is still to be added to it. Stores the tokens' keys and values in
         ``batch.kv``.
 
         Args:
@@ -94,7 +94,7 @@ class Attention(nn.Module):
             cos_sin_TH,
             batch.kv.k[self._layer][..., :size],
             batch.kv.v[self._layer][..., :size],
-            batch.attn.slot_mapping_T,
+            batch.attn.places_T,
             self._heads,
             self._qk_norm,
             delta_TO,

@@ -26,8 +26,6 @@ class ForwardBatch:
         logits_rows_N: rows of T whose logits are wanted, in the order of the result. May repeat. None: all rows.
         pooled_rows_P: rows of T whose states behind the final norm are wanted, for ``Decoder.forward_pooled``.
         lora: which row uses which adapter; None if all rows are the base model's.
-        rope_lengths_T: int64; only for models whose frequencies depend on the sequence's length (``dynamic``), and only
-            needed when a sequence is longer than ``max_position``: for each token the length that it is rotated for.
     """
 
     input_ids_T: torch.Tensor
@@ -38,7 +36,6 @@ class ForwardBatch:
     sampled_L: torch.Tensor | None = None
     pooled_rows_P: torch.Tensor | None = None
     lora: LoRABatch | None = None
-    rope_lengths_T: torch.Tensor | None = None
 
     def token_ids(self) -> torch.Tensor:
         """``input_ids_T`` with every id known, [T]."""

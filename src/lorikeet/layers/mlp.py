@@ -38,6 +38,6 @@ class GatedMLP(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[T, D] -> [T, D], and a delta that is still to be added to it."""
+        """Compute the MLP: [T, D] -> [T, D], and a delta that is still to be added to it."""
         hidden_TI = self.gate_up_proj.forward_gated(x_TD, batch, self._silu_mul)
         return self.down_proj.forward_split(hidden_TI, batch)

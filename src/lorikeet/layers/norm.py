@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
         residual_TD: torch.Tensor | None = None,
         delta_TD: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised sum, sum) of x, residual and delta."""
+        """Return (normalised sum, sum) of x, residual and delta."""
         return self._op(x_TD, self.weight, self.eps, residual_TD, delta_TD)
 
     @torch.no_grad()

@@ -29,31 +29,19 @@ class RotaryEmbedding:
         self, rope: RopeSpec, head_dim: int, device: torch.device, num_positions: int = 0
     ) -> None:
         self._rope = rope
-        self._head_dim = head_dim
         self._inv_freq_F = inverse_frequencies(rope, head_dim).to(device)
         self._table_PH: torch.Tensor | None = None
         if device.type == "cuda" and num_positions > 0:
-            self._table_PH = self._at(torch.arange(num_positions, device=device), self._inv_freq_F)
+            self._table_PH = self._at(torch.arange(num_positions, device=device))
 
     def cos_sin(self, batch: ForwardBatch) -> torch.Tensor:
-        """float32 [T, H]: cos in the first half of the columns, sin in the second.
-
-        Raises:
-            ValueError: dynamic scaling, a sequence longer than ``max_position``, and no lengths in the batch.
-        """
-        inv_freq = self._inv_freq_F
-        if self._table_PH is not None and batch.rope_lengths_T is None:
+        """cos and sin of the batch's tokens, float32 [T, H]: cos in the first half of the columns, sin in the second."""
+        if self._table_PH is not None:
             return self._table_PH.index_select(0, batch.positions_T)
-        if self._rope.depends_on_length and max(batch.attn.kv_lens) > self._rope.max_position:
-            if batch.rope_lengths_T is None:
-                raise ValueError(
-                    f"dynamic RoPE beyond {self._rope.max_position} positions needs ForwardBatch.rope_lengths_T"
-                )
-            inv_freq = _dynamic_frequencies(self._rope, self._head_dim, batch.rope_lengths_T)
-        return self._at(batch.positions_T, inv_freq)
+        return self._at(batch.positions_T)
 
-    def _at(self, positions_T: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-        angles_TF = positions_T.unsqueeze(-1).float() * inv_freq
+    def _at(self, positions_T: torch.Tensor) -> torch.Tensor:
+        angles_TF = positions_T.unsqueeze(-1).float() * self._inv_freq_F
         cos_sin_TH = torch.cat((angles_TF.cos(), angles_TF.sin()), dim=-1)
         factor = self._rope.attention_factor
         return cos_sin_TH if factor == 1.0 else cos_sin_TH * factor
@@ -62,7 +50,8 @@ class RotaryEmbedding:
 def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     """Angle per position of each pair of dimensions, float32 [F] on the CPU.
 
-    For ``dynamic`` these are the ones of sequences up to ``max_position`` tokens.
+    ``dynamic`` scaling changes nothing within the trained length, and longer sequences are not served
+    (``ModelSpec.max_context_length``).
     """
     return _SCALINGS[rope.kind](_unscaled(rope.theta, head_dim), rope)
 
@@ -116,12 +105,3 @@ _SCALINGS: dict[str, Callable[[torch.Tensor, RopeSpec], torch.Tensor]] = {
     "llama3": _llama3,
     "yarn": _yarn,
 }
-
-
-def _dynamic_frequencies(rope: RopeSpec, head_dim: int, lengths_T: torch.Tensor) -> torch.Tensor:
-    """NTK-aware theta for each token's own length, [T, F]; up to ``max_position`` it is the unscaled one."""
-    lengths_T1 = lengths_T.clamp(min=rope.max_position).float().unsqueeze(-1)
-    growth_T1 = rope.factor * lengths_T1 / rope.max_position - (rope.factor - 1)
-    theta_T1 = rope.theta * growth_T1 ** (head_dim / (head_dim - 2))
-    exponents_F = torch.arange(0, head_dim, 2, device=lengths_T.device).float() / head_dim
-    return 1.0 / theta_T1**exponents_F

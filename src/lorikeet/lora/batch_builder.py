@@ -8,7 +8,8 @@ Shape legend: T tokens of the step, N rows (chunks and decode rows) of the step,
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Literal, Protocol
 
@@ -16,11 +17,9 @@ import numpy as np
 import torch
 
 from lorikeet.lora.device_pool import DevicePool
-from lorikeet.ops.lora.csgmv.chunks import cut_chunks, most_chunks
-from lorikeet.ops.lora.cutting import CutTiles, Pieces, padded
+from lorikeet.ops.lora.cutting import CutTiles, RowRuns, cut_tiles, most_tiles, padded
 from lorikeet.ops.lora.metadata import LoRABatch, RowGroup, Tiles
 from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, prefill_block
-from lorikeet.ops.lora.triton.segments import cut_segments, most_segments
 
 # An adapter whose rows lie in more pieces than this is gathered; below, one matmul per piece is cheaper than the copy.
 _MAX_PIECES = 2
@@ -156,8 +155,8 @@ class TileBatchBuilder:
         self._max_adapters = pool.layout.max_loras_per_batch
         self._max_block = max_block
         by_adapter = backend == "csgmv"
-        self._cut: Callable[..., CutTiles] = cut_chunks if by_adapter else cut_segments
-        self._most = most_chunks if by_adapter else most_segments
+        self._cut = partial(cut_tiles, by_adapter=by_adapter)
+        self._most = partial(most_tiles, by_adapter=by_adapter)
 
     def plan(
         self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
@@ -261,17 +260,17 @@ class TileBatchBuilder:
         return None if plan is None else plan.upload(device or torch.device("cpu"))
 
     def _cut_rows(
-        self, pieces: Pieces, rows: Sequence[int], block: int, padding: int = 0
+        self, pieces: RowRuns, rows: Sequence[int], block: int, padding: int = 0
     ) -> CutTiles:
         """Tiles of some rows, in the order in which they are wanted, and of more rows of the base model behind them."""
         ends_N = np.cumsum(pieces.lengths_N)
         of_row = np.searchsorted(ends_N, np.asarray(rows, dtype=np.int64), side="right")
         slots = np.concatenate((pieces.slots_N[of_row], np.zeros(padding, dtype=np.int64)))
-        return self._cut(Pieces(slots, np.ones_like(slots)), block)
+        return self._cut(RowRuns(slots, np.ones_like(slots)), block)
 
-    def _pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> Pieces:
+    def _pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> RowRuns:
         _check_slots(slots, self._num_slots)
-        return Pieces(np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
+        return RowRuns(np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
 
 
 class TilePlan:

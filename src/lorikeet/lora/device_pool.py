@@ -18,7 +18,7 @@ from lorikeet.core.sites import LoRASite
 from lorikeet.errors import EngineFault
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.page_upload import PageUpload
-from lorikeet.ops.lora.metadata import PageTable, SiteTable, SliceTable
+from lorikeet.ops.lora.metadata import RankPageTable, SiteTable, SliceTable
 
 
 class DevicePool:
@@ -42,7 +42,7 @@ class DevicePool:
     ) -> None:
         self.layout = layout
         self._pool_E = torch.empty(layout.num_elems, dtype=dtype, device=device)
-        self.page_table = PageTable(
+        self.page_table = RankPageTable(
             num_slots=layout.num_slots,
             num_slices=len(layout.classes),
             max_pages=layout.max_pages_per_slice,

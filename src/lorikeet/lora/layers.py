@@ -24,7 +24,7 @@ from lorikeet.layers.batch import ForwardBatch
 from lorikeet.layers.linear import ShardRule
 from lorikeet.ops.activation import SiluMulOp
 from lorikeet.ops.lora.api import LoRABackend
-from lorikeet.ops.lora.metadata import LoRABatch, Rows, SiteTable
+from lorikeet.ops.lora.metadata import AdapterRows, LoRABatch, SiteTable
 
 
 class SplitLayer(Protocol):
@@ -133,7 +133,9 @@ class LoRALinear(nn.Module):
         h = self._backend.shrink(x_TD, self._table, lora.tokens)
         return self._backend.silu_mul(self.base.local(x_TD), h, self._table, lora.tokens)
 
-    def _local_beside(self, x_TD: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _local_beside(
+        self, x_TD: torch.Tensor, rows: AdapterRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._streams is None:
             delta_TO = self._delta(x_TD, rows)
             return self.base.local(x_TD), delta_TO
@@ -146,13 +148,13 @@ class LoRALinear(nn.Module):
         self._streams.join()
         return y_TO, delta_TO
 
-    def _delta(self, x_TD: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _delta(self, x_TD: torch.Tensor, rows: AdapterRows) -> torch.Tensor:
         h = self._backend.shrink(x_TD, self._table, rows)
         delta_TO = x_TD.new_empty((x_TD.shape[0], self._out_features))
         self._backend.expand_into(delta_TO, h, self._table, rows)
         return delta_TO
 
-    def _rows(self, lora: LoRABatch) -> Rows:
+    def _rows(self, lora: LoRABatch) -> AdapterRows:
         return lora.logits if self._reads_logits_rows else lora.tokens
 
 

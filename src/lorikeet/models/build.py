@@ -74,7 +74,7 @@ def build_model(
 
 
 def check_divisible(spec: ModelSpec, size: int) -> None:
-    """Refuse a number of ranks that cannot share the model equally.
+    """Check that the ranks can share the model equally.
 
     More ranks than key/value heads are fine if they are a multiple: then ranks hold the same head.
 

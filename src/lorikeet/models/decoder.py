@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         batch: ForwardBatch,
         rows_N: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(output, a delta of it, residual stream), which the next norm adds up, as this one does.
+        """Run the layer; returns (output, delta still to be added to it, residual stream), which the next norm adds up.
 
         Args:
             rows_N: ``batch.logits_rows_N`` for a last layer, of which nobody reads other rows: past attention it computes
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         return self.lm_head(self._states(batch, batch.logits_rows_N), batch)
 
     def wanted_states(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What :meth:`head` makes logits of, [N, D], and the states of the rows that are pooled, [P, D], if there are any.
+        """What :meth:`head` makes logits of, [N, D], and the states of the rows that are pooled, [P, D], if any.
 
         Together with :meth:`head` this is :meth:`forward`, for steps whose logits are computed in pieces.
         """

@@ -62,16 +62,15 @@ def read_rope(config: Mapping[str, object], max_position: int, where: str) -> Ro
     _check_keys(values, known, where)
     theta = _number(values, "rope_theta", where)
     if known == "default":
-        return RopeSpec(kind=known, theta=theta, max_position=max_position)
+        return RopeSpec(kind=known, theta=theta)
     if known in ("linear", "dynamic"):
         factor = _number(values, "factor", where)
-        return RopeSpec(kind=known, theta=theta, max_position=max_position, factor=factor)
+        return RopeSpec(kind=known, theta=theta, factor=factor)
     original = int(_number(values, _ORIGINAL, where, max_position))
     if known == "llama3":
         return RopeSpec(
             kind=known,
             theta=theta,
-            max_position=max_position,
             original_max_position=original,
             factor=_number(values, "factor", where),
             low_freq_factor=_number(values, "low_freq_factor", where),
@@ -123,7 +122,6 @@ def _yarn(
     return RopeSpec(
         kind="yarn",
         theta=theta,
-        max_position=max_position,
         factor=factor,
         original_max_position=original,
         beta_fast=_number(values, "beta_fast", where, 32.0) or 32.0,

@@ -35,7 +35,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 
 _GENERATION_FILE = "generation_config.json"
-# What a model's authors recommend, of what a request may say: their file's names are those of SamplingParams.
+# Fields of generation_config.json that become defaults of SamplingParams, under the same names.
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -194,7 +194,7 @@ def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]
     """Sampling parameters that ``generation_config.json`` recommends, by their names in :class:`SamplingParams`.
 
     Raises:
-        ModelError: a value is none that a request could have; names the file, the field and what is allowed.
+        ModelError: a value that no request could have; names the file, the field and what is allowed.
     """
     file = directory / _GENERATION_FILE
     given = _read_generation(directory)
@@ -206,7 +206,7 @@ def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]
         if not _is_number(value, whole=name == "top_k"):
             allowed = "an integer" if name == "top_k" else "a number"
             raise ModelError(f"{file}: {name} is {value!r:.40}; allowed: {allowed} or null")
-        # No bound, in the words of transformers.
+        # transformers writes 0 for no bound.
         found[name] = -1 if name == "top_k" and value == 0 else value
     try:
         SamplingParams(**found).validate(vocab_size)

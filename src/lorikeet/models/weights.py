@@ -43,7 +43,7 @@ class Loadable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Destination:
     """Where a checkpoint's tensor goes.
 
     Attributes:
@@ -60,7 +60,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredTensor:
     """A tensor as a file's header describes it."""
 
     file: Path
@@ -68,21 +68,21 @@ class Found:
     dtype: str
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, Target]:
+def expected_tensors(spec: ModelSpec) -> dict[str, Destination]:
     """Every tensor of a checkpoint in Hugging Face naming, tied ones included."""
     bias_of = dict.fromkeys(("q_proj", "k_proj", "v_proj"), spec.qkv_bias) | {
         "o_proj": spec.o_bias,
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), spec.mlp_bias),
     }
-    targets: dict[str, Target] = {}
+    targets: dict[str, Destination] = {}
     for site in spec.lora_sites:
         for part, module in enumerate(site.slices):
             shape = (module.out_features, site.in_features)
             if site.kind == "embedding":
                 shape = shape[::-1]  # a table of rows to look up, not a matrix to multiply with
-            targets[f"{module.hf_path}.weight"] = Target(shape, site.path, "weight", part)
+            targets[f"{module.hf_path}.weight"] = Destination(shape, site.path, "weight", part)
             if bias_of.get(module.name):
-                targets[f"{module.hf_path}.bias"] = Target(shape[:1], site.path, "bias", part)
+                targets[f"{module.hf_path}.bias"] = Destination(shape[:1], site.path, "bias", part)
     norms = {"model.norm": ("norm", spec.hidden_size)}
     for layer in range(spec.num_layers):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
@@ -92,7 +92,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, Target]:
             for name in ("q_norm", "k_norm"):
                 norms[f"{theirs}.self_attn.{name}"] = (f"{ours}.attention.{name}", spec.head_dim)
     for theirs, (ours, size) in norms.items():
-        targets[f"{theirs}.weight"] = Target((size,), ours, "weight", 0)
+        targets[f"{theirs}.weight"] = Destination((size,), ours, "weight", 0)
     return targets
 
 
@@ -126,27 +126,30 @@ def find_weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def read_headers(files: list[Path]) -> dict[str, Found]:
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """What tensors the files hold; no tensor is read.
 
     Raises:
         ModelError: a file is truncated or no safetensors file, or two files hold the same tensor.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         with _reading(file) as handle:
             for name in handle.keys():  # noqa: SIM118  the handle is no mapping
                 if name in found:
                     raise ModelError(f"tensor {name} is in both {found[name].file} and {file}")
                 view = handle.get_slice(name)
-                found[name] = Found(file, tuple(view.get_shape()), view.get_dtype())
+                found[name] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
     return found
 
 
 def check_tensors(
-    expected: Mapping[str, Target], found: Mapping[str, Found], spec: ModelSpec, directory: Path
+    expected: Mapping[str, Destination],
+    found: Mapping[str, StoredTensor],
+    spec: ModelSpec,
+    directory: Path,
 ) -> None:
-    """Every expected tensor is there, in its shape and as plain floats, and there is no other.
+    """Check that every expected tensor is there, in its shape and as plain floats, and no other.
 
     With tied embeddings one of the two tensors may be absent.
 
@@ -184,7 +187,7 @@ def check_tensors(
 def load_weights(model: Decoder, directory: Path, *, progress: bool) -> None:
     """Fill a model from a checkpoint; ties the LM head to the embedding where the checkpoint does.
 
-    A config that says "tied" beside two tensors that differ means what transformers makes of it: not tied.
+    If the config says "tied" but the two tensors differ, they are not tied, as in transformers.
 
     Args:
         progress: show a bar of bytes on stderr, with the number of the shard.

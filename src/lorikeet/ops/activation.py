@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class SiluMulOp(Protocol):
-    """Semantics, with an absent ``delta`` taken as 0::
+    """The product of SiLU of the gate and up. Semantics, with an absent ``delta`` taken as 0::
 
         gate, up = (gate_up + delta).chunk(2, dim=-1)
         return silu(gate) * up

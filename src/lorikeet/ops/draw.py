@@ -13,7 +13,7 @@ from lorikeet.ops.sampling import draw, row_keys, scale_temperature
 
 
 class DrawOp(Protocol):
-    """Semantics, for each row n::
+    """Chooses one token per row: the most likely one, or a draw at a temperature. Semantics, for each row n::
 
         token = argmax(logits)                                                        # where temperature is 0
         token = draw(scale_temperature(logits, temperature), row_keys(seed, counter)) # elsewhere
@@ -52,7 +52,7 @@ def draw_tokens_torch(
     lanes_N: torch.Tensor,
     tokens_L: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Torch form of :class:`DrawOp`. Waits for the device, to draw noise for the rows that need it alone."""
+    """Torch form of :class:`DrawOp`. Waits for the device, so that noise is drawn only for rows that need it."""
     logits_NV = logits_NV.float()
     tokens_N = logits_NV.argmax(dim=-1)
     drawn_N = temperature_N > 0

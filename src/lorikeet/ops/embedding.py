@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class EmbedOp(Protocol):
-    """Semantics::
+    """Looks the vectors of token ids up. Semantics::
 
         ids = where(ids >= 0, ids, tokens[-1 - ids])      # only with tokens
         return table[ids]

@@ -13,14 +13,14 @@ def store_kv_torch(
     v_TKH: torch.Tensor,
     k_cache_CKH: torch.Tensor,
     v_cache_CKH: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
+    places_T: torch.Tensor,
 ) -> None:
-    """Semantics::
+    """Store the keys and values of T tokens at their places in the cache. Semantics::
 
-        k_cache[slot_mapping] = k
-        v_cache[slot_mapping] = v
+        k_cache[places] = k
+        v_cache[places] = v
 
     Writes to the two caches. Places must be distinct.
     """
-    k_cache_CKH.index_copy_(0, slot_mapping_T, k_TKH)
-    v_cache_CKH.index_copy_(0, slot_mapping_T, v_TKH)
+    k_cache_CKH.index_copy_(0, places_T, k_TKH)
+    v_cache_CKH.index_copy_(0, places_T, v_TKH)

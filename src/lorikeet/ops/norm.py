@@ -12,13 +12,13 @@ from torch.nn import functional
 
 
 class RMSNormOp(Protocol):
-    """Semantics, with absent operands taken as 0::
+    """Adds up x, delta and residual, and normalises the sum. Semantics, with absent operands taken as 0::
 
         residual = x + delta + residual
         y = residual / sqrt(mean(residual ** 2) + eps) * weight        # statistics in float32
         return y, residual
 
-    ``delta`` is a LoRA delta that travels beside ``x`` so that nobody has to pass over ``x`` once more to add it.
+    ``delta`` is a LoRA delta of ``x`` that is added here, which saves a pass over ``x`` of its own.
     No operand is written to. ``residual`` of the result may be ``x`` itself.
     """
 

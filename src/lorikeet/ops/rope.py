@@ -35,12 +35,12 @@ class QKNorm:
 
 
 class RopeStoreOp(Protocol):
-    """Semantics, with an absent ``delta`` taken as 0::
+    """Rotates queries and keys, and stores keys and values. Semantics, with an absent ``delta`` taken as 0::
 
         q, k, v = split(qkv + delta)                     # [T, Q, H], [T, K, H], [T, K, H]
         q, k = rms_norm(q), rms_norm(k)                  # only with qk_norm
         q, k = rotate(q), rotate(k)
-        k_cache[slot_mapping], v_cache[slot_mapping] = k, v
+        k_cache[places], v_cache[places] = k, v
         return q, k, v
 
     ``rotate`` maps the halves (a, b) of a head to (a cos - b sin, b cos + a sin), in float32. ``cos_sin`` is float32
@@ -54,7 +54,7 @@ class RopeStoreOp(Protocol):
         cos_sin_TH: torch.Tensor,
         k_cache_CKH: torch.Tensor,
         v_cache_CKH: torch.Tensor,
-        slot_mapping_T: torch.Tensor,
+        places_T: torch.Tensor,
         shape: HeadShape,
         qk_norm: QKNorm | None = None,
         delta_TO: torch.Tensor | None = None,
@@ -66,7 +66,7 @@ def rope_store_torch(
     cos_sin_TH: torch.Tensor,
     k_cache_CKH: torch.Tensor,
     v_cache_CKH: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
+    places_T: torch.Tensor,
     shape: HeadShape,
     qk_norm: QKNorm | None = None,
     delta_TO: torch.Tensor | None = None,
@@ -86,7 +86,7 @@ def rope_store_torch(
         qk_TXH = rotate_torch(torch.cat((q_TQH, k_TKH), dim=1), cos_sin_TH)
     q_TQH, k_TKH = qk_TXH[:, : shape.num_heads], qk_TXH[:, shape.num_heads :]
     v_TKH = heads_TXH[:, num_rotated:]
-    store_kv_torch(k_TKH, v_TKH, k_cache_CKH, v_cache_CKH, slot_mapping_T)
+    store_kv_torch(k_TKH, v_TKH, k_cache_CKH, v_cache_CKH, places_T)
     return q_TQH, k_TKH, v_TKH
 
 

@@ -6,7 +6,7 @@ change their first argument. All arithmetic is float32.
 Shape suffixes: N rows, V vocab, K most likely tokens, E entries of a sparse (row, token) list, W words of 32 tokens
 in a bitmask. A tensor without a suffix is a scalar.
 
-Order of the steps, for who calls them: repetition penalty, frequency and presence penalty, bias, bans and grammar,
+Order of the steps, for callers: repetition penalty, frequency and presence penalty, bias, bans and grammar,
 temperature, top-k / top-p / min-p, draw.
 """
 
@@ -37,7 +37,7 @@ _FIRST_WIDTH = 1024
 def penalise_repetition_(logits_NV: Tensor, seen_NV: Tensor, penalty_N: Tensor) -> None:
     """``x / penalty if x > 0 else x * penalty`` for tokens that occur in the prompt or output.
 
-    Source: CTRL (Keskar et al., 2019), section 4.1, with the sign rule that everybody has used since.
+    Source: CTRL (Keskar et al., 2019), section 4.1, with the sign rule that implementations have added since.
     """
     penalty_N1 = penalty_N.unsqueeze(1)
     penalised_NV = torch.where(logits_NV > 0, logits_NV / penalty_N1, logits_NV * penalty_N1)
@@ -176,7 +176,7 @@ def gumbel_noise(keys_N: Tensor, vocab_size: int) -> Tensor:
 
     Token t gets output t of the SplitMix64 stream of its row's key. SplitMix64 (Steele, Lea and Flood, "Fast
     splittable pseudorandom number generators", OOPSLA 2014) is a counter hashed by a finaliser, so any output can be
-    had without those before it, and needs no more than wrapping 64-bit multiplication, which Triton has.
+    computed without those before it, and needs no more than wrapping 64-bit multiplication, which Triton has.
     """
     tokens_V = torch.arange(1, vocab_size + 1, dtype=torch.int64, device=keys_N.device)
     hashed_NV = _mix64(keys_N.unsqueeze(1) + tokens_V.mul_(_GAMMA))
@@ -214,7 +214,7 @@ def token_logprobs(
 def _top_tokens(values_NV: Tensor, num_top: int) -> Tensor:
     """Ids [N, K] of the largest values; ties by lower id.
 
-    topk leaves the order of equal values open (and bfloat16 models have many), so that it gets keys without ties:
+    topk leaves the order of equal values open (and bfloat16 models have many), so it gets keys without ties:
     the float's bits as an ordered integer above, the id below.
     """
     vocab_size = values_NV.shape[1]

@@ -6,8 +6,8 @@ are never blocked, and their passing harms nobody who waits for an adapter's roo
 
 **On its way.** A sequence whose adapter is being read or copied waits alone, too, but is not blocked: what it waits
 for is time, and holding others back would not make it shorter. The same holds while its adapter stands in line for being
-read, since a number of adapters are read at a time, in the order of the queue. A copy takes milliseconds and a slot; so that its
-sequence finds the way open, an adapter that is being copied counts as running for those who stand behind it.
+read, since only so many adapters are read at a time, in the order of the queue. A copy takes milliseconds and a slot; so
+that its sequence finds the way open, an adapter that is being copied counts as running for those who stand behind it.
 
 **The bound.** Requests that name an adapter are numbered as they arrive (``Sequence.serial``). Let b be the oldest
 blocked one. Another is admitted before it only if ``serial <= b.serial + max_passes``. Every blocked sequence c has
@@ -63,7 +63,7 @@ class Adapters(Protocol):
     def tier(self, version: int) -> Tier: ...
 
     def take_ended_reads(self) -> Iterable[int]:
-        """Versions that are not being read any more, since the last call."""
+        """Versions whose read has ended since the last call."""
         ...
 
 
@@ -148,7 +148,7 @@ class Round:
         self._blocked: Sequence | None = None
         self._num_refused = 0
         self._lengths: dict[int, int] = {}
-        # For whom pages were short.
+        # Sequences that were refused pages.
         self._short: list[Sequence] = []
 
     def next(self, most: int | None = None) -> Sequence | None:
@@ -158,7 +158,7 @@ class Round:
             return first if first is not None and first.length_class <= most else None
         if not self._short:
             return self._pick(most)
-        # Those that pages were short for hold nobody who stands before them; behind them only shorter ones may pass.
+        # Sequences that were refused pages hold up nobody in front of them; behind them only shorter ones may pass.
         found = self._pick(most)
         if found is None or found.order < min(seq.order for seq in self._short):
             return found

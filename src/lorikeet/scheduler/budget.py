@@ -66,8 +66,8 @@ class SchedulerLimits:
     def price(self, position: int) -> int:
         """What computing a prompt's token at ``position`` costs, in tokens of a short prompt.
 
-        A step is to take about the same time wherever in a prompt it is, or those who wait for it would wait the
-        longer, the longer somebody else's prompt is. The highest price keeps chunks large enough to be worth a step.
+        Steps should take about the same time wherever in a prompt they are; otherwise everybody else would wait longer,
+        the longer somebody's prompt is. The highest price keeps chunks large enough to be worth a step.
         """
         if self.even_length is None:
             return 1

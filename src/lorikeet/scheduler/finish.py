@@ -71,10 +71,10 @@ def finish_reason(seq: Sequence, token: int) -> FinishReason | None:
 
 
 def failure(message: str) -> FinishReason:
-    """The end of a sequence that our side could not serve."""
+    """The finish reason of a sequence that failed through no fault of the request."""
     return FinishReason(kind="abort", message=message, status_code=500)
 
 
 def adapter_failure(reason: str) -> str:
-    """What a request is told whose adapter was evicted from host memory and could not be read again."""
+    """The message for a request whose adapter was evicted from host memory and could not be read again."""
     return f"the adapter could not be read again: {reason}"

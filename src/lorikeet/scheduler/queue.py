@@ -12,7 +12,7 @@ from lorikeet.core.sequence import Sequence, SequenceState
 
 
 class WaitingQueue:
-    """Sequences that wait, in order, one lane per adapter version and length class.
+    """Sequences that wait, in order, one queue per adapter version and length class.
 
     By version, because whatever keeps the first sequence of a version from running for lack of room for its adapter
     keeps the others of that version, too: planning looks at heads and never walks over a queue full of sequences that
@@ -23,8 +23,8 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[int, dict[int, OrderedDict[int, Sequence]]] = {}
-        # By length class: (order, version) of the heads of lanes. Entries go stale; each lane of a waiting adapter
+        self._waiting: dict[int, dict[int, OrderedDict[int, Sequence]]] = {}
+        # By length class: (order, version) of the heads of queues. Entries go stale; each queue of a waiting adapter
         # version has at least its present one, except while it is taken out by an admission round.
         self._heads: dict[int, list[tuple[int, int]]] = {}
         # (order, version) of the head of each waiting adapter version, sorted, never stale.
@@ -40,11 +40,11 @@ class WaitingQueue:
 
     @property
     def length_classes(self) -> Collection[int]:
-        """Those of the waiting sequences, in no order."""
+        """Length classes of the waiting sequences, in no order."""
         return self._num_of_class.keys()
 
     def push(self, seq: Sequence) -> None:
-        """A new request; gives it its number of arrival and, if it names an adapter, its serial number."""
+        """Add a new request: it gets its arrival number and, if it names an adapter, its serial number."""
         seq.arrival = seq.order = self._next_arrival
         self._next_arrival += 1
         if seq.version != 0:
@@ -53,19 +53,19 @@ class WaitingQueue:
         self._insert(seq, in_front=False)
 
     def push_front(self, seq: Sequence) -> None:
-        """A preempted sequence. Victims come youngest first, so the oldest ends up in front."""
+        """Put a preempted sequence in front. Victims come youngest first, so the oldest ends up first."""
         seq.order = self._next_front
         self._next_front -= 1
         self._insert(seq, in_front=True)
 
     def remove(self, seq: Sequence) -> None:
-        lanes = self._lanes[seq.version]
+        queues = self._waiting[seq.version]
         before = self.head(seq.version)
-        del lanes[seq.length_class][seq.id]
-        if not lanes[seq.length_class]:
-            del lanes[seq.length_class]
-        if not lanes:
-            del self._lanes[seq.version]
+        del queues[seq.length_class][seq.id]
+        if not queues[seq.length_class]:
+            del queues[seq.length_class]
+        if not queues:
+            del self._waiting[seq.version]
         self._num_waiting -= 1
         self._num_of_class[seq.length_class] -= 1
         if not self._num_of_class[seq.length_class]:
@@ -75,7 +75,7 @@ class WaitingQueue:
 
     def num_of_version(self, version: int) -> int:
         """Waiting sequences of a version."""
-        return sum(map(len, self._lanes.get(version, {}).values()))
+        return sum(map(len, self._waiting.get(version, {}).values()))
 
     def of_version(self, version: int) -> list[Sequence]:
         """All waiting sequences of a version, in order."""
@@ -87,17 +87,17 @@ class WaitingQueue:
 
     def first(self, version: int, count: int, most: int | None = None) -> Iterator[Sequence]:
         """The first ``count`` sequences of a version, in order."""
-        lanes = [
-            lane.values()
-            for length_class, lane in self._lanes.get(version, {}).items()
+        queues = [
+            queue.values()
+            for length_class, queue in self._waiting.get(version, {}).items()
             if most is None or length_class <= most
         ]
-        merged = lanes[0] if len(lanes) == 1 else heapq.merge(*lanes, key=lambda seq: seq.order)
+        merged = queues[0] if len(queues) == 1 else heapq.merge(*queues, key=lambda seq: seq.order)
         return islice(merged, count)
 
     def offer(self, version: int) -> None:
         """List the heads of a version (again) for ``peek_idle``."""
-        for length_class in self._lanes.get(version, ()):
+        for length_class in self._waiting.get(version, ()):
             self._list_head(version, length_class)
 
     def peek_idle(
@@ -123,12 +123,12 @@ class WaitingQueue:
     @property
     def num_versions(self) -> int:
         """Distinct adapter versions that wait."""
-        return len(self._lanes) - (0 in self._lanes)
+        return len(self._waiting) - (0 in self._waiting)
 
     def sequences(self) -> Iterator[Sequence]:
-        for lanes in self._lanes.values():
-            for lane in lanes.values():
-                yield from lane.values()
+        for queues in self._waiting.values():
+            for queue in queues.values():
+                yield from queue.values()
 
     def check_integrity(
         self, running: Collection[int], is_off: Callable[[int], bool] = lambda version: False
@@ -136,7 +136,7 @@ class WaitingQueue:
         """Compare counts, orders and the lists of heads.
 
         Args:
-            is_off: tells of a version whether somebody keeps it to offer it again.
+            is_off: whether a version is off the list because somebody will offer it again.
 
         Raises:
             AssertionError: names what does not match.
@@ -145,12 +145,12 @@ class WaitingQueue:
         classes = Counter(seq.length_class for seq in found)
         if len(found) != self._num_waiting or classes != self._num_of_class:
             raise AssertionError(f"{self._num_waiting} waiting counted, {len(found)} found")
-        line = sorted((head.order, v) for v in self._lanes if v and (head := self.head(v)))
+        line = sorted((head.order, v) for v in self._waiting if v and (head := self.head(v)))
         if line != self._line:
             raise AssertionError(f"the line of versions is {self._line}, not {line}")
-        for version, lanes in self._lanes.items():
-            for length_class, lane in lanes.items():
-                orders = [seq.order for seq in lane.values()]
+        for version, queues in self._waiting.items():
+            for length_class, queue in queues.items():
+                orders = [seq.order for seq in queue.values()]
                 if not orders or orders != sorted(orders):
                     raise AssertionError(f"version {version} waits in the order {orders}")
                 listed = (orders[0], version) in self._heads.get(length_class, ())
@@ -163,20 +163,22 @@ class WaitingQueue:
 
     def _insert(self, seq: Sequence, *, in_front: bool) -> None:
         before = self.head(seq.version)
-        lane = self._lanes.setdefault(seq.version, {}).setdefault(seq.length_class, OrderedDict())
-        lane[seq.id] = seq
+        queue = self._waiting.setdefault(seq.version, {}).setdefault(
+            seq.length_class, OrderedDict()
+        )
+        queue[seq.id] = seq
         if in_front:
-            lane.move_to_end(seq.id, last=False)
+            queue.move_to_end(seq.id, last=False)
         self._num_waiting += 1
         self._num_of_class[seq.length_class] = self._num_of_class.get(seq.length_class, 0) + 1
-        if in_front or len(lane) == 1:
+        if in_front or len(queue) == 1:
             self._list_head(seq.version, seq.length_class)
         self._move_in_line(seq.version, before)
 
     def _list_head(self, version: int, length_class: int) -> None:
-        lane = self._lanes.get(version, {}).get(length_class)
-        if lane and version != 0:
-            head = next(iter(lane.values()))
+        queue = self._waiting.get(version, {}).get(length_class)
+        if queue and version != 0:
+            head = next(iter(queue.values()))
             heapq.heappush(self._heads.setdefault(length_class, []), (head.order, version))
 
     def _first_listed(
@@ -188,8 +190,8 @@ class WaitingQueue:
     ) -> Sequence | None:
         while heads:
             order, version = heads[0]
-            lane = self._lanes.get(version, {}).get(length_class)
-            head = next(iter(lane.values())) if lane else None
+            queue = self._waiting.get(version, {}).get(length_class)
+            head = next(iter(queue.values())) if queue else None
             is_out = version in running or version in aside
             if head is not None and head.order == order and not is_out:
                 return head
@@ -197,7 +199,7 @@ class WaitingQueue:
         return None
 
     def _move_in_line(self, version: int, before: Sequence | None) -> None:
-        """The head of a version was ``before``, and may be another one now."""
+        """Move a version in the line, after its head may have changed from ``before`` to another."""
         head = self.head(version)
         if version == 0 or head is before:
             return
@@ -234,7 +236,7 @@ class RunningSet:
         del self.prefilling[seq.id]
 
     def remove(self, seq: Sequence) -> bool:
-        """Returns True if its adapter runs in no other sequence."""
+        """Remove a sequence; True if its adapter runs in no other one."""
         del self._by_id[seq.id]
         self.prefilling.pop(seq.id, None)
         if not seq.version:

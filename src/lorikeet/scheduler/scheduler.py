@@ -47,11 +47,11 @@ from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.admission import Admission, Round
 from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
 from lorikeet.scheduler.finish import adapter_failure, failure, finish_reason, prepare
-from lorikeet.scheduler.state import PageWait, State
+from lorikeet.scheduler.state import PageWait, SchedulerState
 from lorikeet.scheduler.stats import SchedulerStats
 
 # Eviction looks this far into the queue; farther away, the order will have changed before it matters.
-_WANTED_VERSIONS = 64
+_NEXT_VERSIONS = 64
 _MAX_IN_FLIGHT = 2
 
 
@@ -62,7 +62,7 @@ class Scheduler:
         self.limits = limits
         self._kv = kv
         self._residency = residency
-        self._state = State(limits, kv, residency)
+        self._state = SchedulerState(limits, kv, residency)
         self._queue = self._state.queue
         self._running = self._state.running
         self._counters = self._state.counters
@@ -155,7 +155,7 @@ class Scheduler:
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
         self._plan_rows(plan)
-        self._residency.want(self._queue.versions(_WANTED_VERSIONS))
+        self._residency.want(self._queue.versions(_NEXT_VERSIONS))
         budget = StepBudget.for_step(
             self.limits,
             num_rows=len(plan.rows),
@@ -295,7 +295,7 @@ class Scheduler:
         second = budget.tokens // 2 if len(classes) > 1 else 0
         budget.tokens -= second
         self._fill(plan, budget, round_, None)
-        # The price of the last token of a half may be more than what was left of it; the other half does not pay for that.
+        # The last token of a half may cost more than what was left of it; the other half does not pay for that.
         budget.tokens = max(0, budget.tokens) + second
         for most in sorted(classes):
             self._fill(plan, budget, round_, most)
@@ -423,10 +423,10 @@ class Scheduler:
         self._state.end(seq, reason, [], None, vector.values or None)
 
     def _row_failure(self, seq: Sequence, error: str) -> FinishReason:
-        """The end of a sequence that failed alone."""
+        """The finish reason of a sequence whose row failed while the others went on."""
         if error not in NOT_FINITE:
             return failure(error)
-        # Its K/V may be no better; nobody shall find it.
+        # Its K/V may be wrong too: nobody may find it.
         self._kv.drop_version(seq.version)
         if seq.request.adapter is None:
             return failure(error)
@@ -440,7 +440,7 @@ class Scheduler:
             self._state.end(seq, self._row_failure(seq, token.error), [], None)
             return
         if seq.max_tokens == seq.num_prompt:
-            # max_new_tokens is 0. Only the prompt was to be computed; the token that its last position samples was not asked for.
+            # max_new_tokens is 0: only the prompt was to be computed, and nobody asked for the token after it.
             self._state.end(seq, FinishReason(kind="length", length=0), [], None)
             return
         seq.append(token.token_id)

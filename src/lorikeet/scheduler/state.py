@@ -17,7 +17,7 @@ from lorikeet.scheduler.stats import Counters, SchedulerStats
 
 @dataclass(slots=True)
 class PageWait:
-    """Who waits for pages. There is no use in asking for them again before one of the numbers has moved.
+    """Sequences that were refused pages. Asking for them again is useless until one of the numbers has changed.
 
     Attributes:
         headroom: pages that there were for those who are admitted.
@@ -30,7 +30,7 @@ class PageWait:
     refused: list[Sequence]
 
 
-class State:
+class SchedulerState:
     """What the scheduler knows between two calls.
 
     Attributes:
@@ -55,7 +55,7 @@ class State:
         self.counters = Counters()
 
     def num_cached(self, seq: Sequence) -> int:
-        """Tokens of a sequence that waits whose K/V is there."""
+        """Tokens of a waiting sequence whose K/V is cached."""
         return self.kv.match(seq.version, seq.tokens, seq.max_cacheable)
 
     def classify(self, seq: Sequence) -> None:
@@ -120,7 +120,7 @@ class State:
         return [*running, *self.queue.of_version(version)]
 
     def give_up(self, plan: StepPlan, reason: FinishReason) -> None:
-        """A plan was not executed: end the sequence of its largest chunk, or its youngest row, and preempt the others."""
+        """Undo a plan that was not executed: end the sequence of its largest chunk, or its youngest row; preempt the others."""
         lengths = {chunk.seq: chunk.end - chunk.start for chunk in plan.chunks}
         lengths = {seq: length for seq, length in lengths.items() if seq in self.sequences}
         victim = max(lengths, key=lambda seq: (lengths[seq], seq), default=None)
@@ -138,7 +138,7 @@ class State:
                 self.preempt(seq)
 
     def _leave(self, seq: Sequence) -> None:
-        """A running sequence gives back its row, its pages, its adapter and the worker's state."""
+        """Give back a running sequence's row, pages, adapter and worker state."""
         if self.running.remove(seq):
             self.queue.offer(seq.version)
         self.kv.release(seq.id, seq.tokens, min(seq.num_scheduled, seq.num_tokens))
@@ -175,7 +175,7 @@ class State:
         """Compare the sets of sequences with each other and with what the managers hold.
 
         Args:
-            is_off: tells of a version whether its head need not be on the queue's list.
+            is_off: whether the head of a version need not be on the queue's list.
 
         Raises:
             AssertionError: names what does not match.

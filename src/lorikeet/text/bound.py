@@ -1,4 +1,4 @@
-"""How few tokens a text can have, told from its length: what can never fit is refused before it is tokenized.
+"""A lower bound on a text's tokens, from its length alone: what can never fit is refused before it is tokenized.
 
 No token stands for more of a text than the longest one of the vocabulary. That holds only where a tokenizer makes a
 token of every piece of a text; where it drops something, or makes one token of any number of pieces, there is no bound.
@@ -43,7 +43,7 @@ class TextBound:
     skips_space: bool
 
     def least_tokens(self, text: str) -> int:
-        """Fewest tokens that can make up a text; it has no half of a surrogate pair."""
+        """Fewest tokens that can make up a text, which must have no lone surrogates."""
         if self.skips_space:
             text = "".join(text.split())
         length = len(text.encode()) if self.in_bytes else len(text)
@@ -102,7 +102,7 @@ def _flatten(part: Mapping[str, Any], name: str) -> Iterable[Mapping[str, Any]]:
 
 
 def _shrinking(normalizers: Iterable[Mapping[str, Any]]) -> float | None:
-    """How many times shorter they make a text at most; None if there is no telling."""
+    """How many times shorter they make a text at most; None if that is not known."""
     most = 1.0
     for part in normalizers:
         known = {**_KEEP_LENGTH, **_COMPOSE}.get(part["type"])

@@ -35,10 +35,10 @@ _TEMPLATE_FAULTS = (
 # Levels of lists and objects in a message or a tool.
 MAX_DEPTH = 128
 
-# Characters of a template's own words in a message.
+# Characters of a template's own error that our message repeats.
 _MAX_WORDS = 1000
 
-# Characters, about, of the place of a value in a message.
+# About how many characters a message spends on the path of a value.
 _MAX_PATH = 60
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -178,7 +178,7 @@ def _field(where: str) -> str:
 
 
 def render_template(source: str, context: Mapping[str, Any]) -> str:
-    """Run a template. It may take any time and memory: one of a stranger runs in the sandbox alone.
+    """Run a template. It may take any time and memory, so a stranger's runs only in the sandbox.
 
     Raises:
         RequestError: it does not compile, or refuses.
@@ -307,7 +307,7 @@ def _compile(source: str) -> jinja2.Template:
 
 @lru_cache(maxsize=1)
 def make_environment() -> jinja2.Environment:
-    """What templates are compiled with."""
+    """The Jinja environment that templates are compiled in."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,4 +1,4 @@
-"""What a chat template reads, told by its syntax tree."""
+"""What a chat template reads, found in its syntax tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorikeet.text.chat import make_environment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplateFacts:
-    """About one template.
+    """What one template reads.
 
     Attributes:
         reads_tools: it shows tools to the model.
@@ -26,12 +26,12 @@ class TemplateFacts:
     joins_arguments: bool
 
     def knows(self, word: str) -> bool:
-        """It treats a role or a field of this name."""
+        """True if it handles a role or a field of this name."""
         return word in self.words
 
 
 def find_facts(source: str) -> TemplateFacts:
-    """About a template; one that cannot be parsed knows nothing, and says why when it is rendered."""
+    """Find what a template reads: nothing if it cannot be parsed, which rendering it reports."""
     try:
         tree = make_environment().parse(source)
     except (jinja2.TemplateError, RecursionError):
@@ -60,4 +60,4 @@ def _is_arguments(node: nodes.Node) -> bool:
 
 
 read_facts = lru_cache(maxsize=16)(find_facts)
-"""The same, remembered."""
+""":func:`find_facts` with a cache."""

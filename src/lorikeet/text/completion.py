@@ -1,4 +1,4 @@
-"""One completion as it grows: outputs of the engine in, text and everything else a reply tells out.
+"""One completion as it grows: outputs of the engine go in, text and everything else that a reply shows comes out.
 
 The engine knows tokens; stop strings are found here, in the text. Three rules say what a completion consists of:
 
@@ -120,10 +120,6 @@ class Completion:
         return self._finish
 
     @property
-    def num_output_tokens(self) -> int:
-        return len(self._output_ids)
-
-    @property
     def text(self) -> str:
         """The cumulative text that may be shown now."""
         return self._text.shown
@@ -158,7 +154,7 @@ class Completion:
         return output.finish is None
 
     def fail(self, message: str) -> None:
-        """End it with an error of ours, unless it has ended."""
+        """End it with an error on our side, unless it has ended."""
         if self._finish is None:
             self._finish = FinishReason(kind="abort", message=message, status_code=500)
             self._ended = self._clock()

@@ -23,12 +23,12 @@ class PackedLogprobs(Sequence[TokenLogprobs]):
         self._length = len(self._items)
 
     def extend(self, positions: Iterable[TokenLogprobs]) -> None:
-        """Add the newest."""
+        """Add positions at the end."""
         self._items.extend(map(_encode, positions))
         self._length = len(self._items)
 
     def so_far(self) -> PackedLogprobs:
-        """What is there now; it does not grow, and costs nothing."""
+        """A view of what is there now, which does not grow; costs nothing."""
         view = PackedLogprobs()
         view._items, view._length = self._items, self._length
         return view

@@ -10,8 +10,8 @@ tail of the text is kept for patterns, and all of it where one looks behind.
 
 All completions of a call share the automaton, the compiled patterns and one budget of seconds for compiling and
 searching. Searching happens on the event loop that serves every other request too, so the budget is small. It is spent
-with the interpreter's lock held: a search takes microseconds, and who gives the lock away for that may wait a
-thousand times as long until it has it again.
+with the interpreter's lock held: a search takes microseconds, and a thread that releases the lock for that may
+wait a thousand times as long to get it back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorikeet.errors import LorikeetError, RequestError
 
 MAX_PATTERN_SPAN = 512
 MAX_PATTERN_LENGTH = 512
-# Product of the repeat counts of a pattern: no match may be longer anyway. What is repeated is copied when it is compiled, in
+# Product of the repeat counts of a pattern: no match may be longer anyway. Compiling copies what is repeated, in
 # quadratic time if it is empty.
 MAX_PATTERN_REPEATS = MAX_PATTERN_SPAN
 # Seconds of processor time that the patterns of one call may take: in one search, and in all of them together with an
@@ -41,7 +41,7 @@ SECONDS_PER_PIECE = 0.0002
 _LOOK_BEHIND = 256
 
 _BRACES = re.compile(r"\{(\d*),?(\d*)\}")
-# What may read any of the text before a match. More than look-behind looks like it, which costs memory and nothing else.
+# Patterns that may read any of the text before a match. Some others look like them, which only costs memory.
 _READS_BEHIND = re.compile(r"\(\?<[=!]|\\G|\(\?[a-zA-Z]*r")
 
 
@@ -59,7 +59,7 @@ class SearchBudget:
 
     @property
     def for_one_search(self) -> float:
-        """Raises TimeoutError if nothing is left."""
+        """Seconds that the next search may take. Raises TimeoutError if nothing is left."""
         if self.seconds_left <= 0:
             raise TimeoutError
         return min(SEARCH_SECONDS, self.seconds_left)
@@ -303,7 +303,7 @@ class StopMatcher:
         return None
 
     def _advance(self, state: _PatternState) -> None:
-        """Move the pattern past every position where no match can begin any more."""
+        """Move the pattern's position past those where no match can begin any more."""
         while True:
             match = self._search(state, state.position - self._base, partial=True)
             if match is None:

@@ -14,11 +14,11 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from lorikeet.errors import AdapterError, ModelError, RequestError
-from lorikeet.sandbox import Handler, LimitError, Limits, Sandbox
+from lorikeet.sandbox import Handler, JobLimits, LimitError, Sandbox
 from lorikeet.text.chat import check_template, named_templates, render_template
 from lorikeet.text.chat_facts import TemplateFacts, find_facts
 
-LIMITS = Limits(
+LIMITS = JobLimits(
     # Templates take milliseconds. Workers have a low priority, so that on a busy machine a little work takes long.
     wall_seconds=5.0,
     cpu_seconds=1.0,
@@ -27,12 +27,12 @@ LIMITS = Limits(
 """What one template may take to compile and to render."""
 
 MAX_TEMPLATE = 256 * 1024
-"""Characters of the templates of one adapter. The HTTP process keeps those of all adapters; known ones have up to 30,000."""
+"""Characters of one adapter's templates, which the HTTP process keeps for every adapter; known ones have up to 30,000."""
 
 NUM_WORKERS = 4
-# Of those, for one template: others have a worker at any time, unless several are slow.
+# Workers that one template may occupy, so that others find one at any time unless several are slow.
 NUM_PER_TEMPLATE = 2
-# A worker's memory is limited, so that it must not keep what earlier jobs brought for ever.
+# A worker's memory is limited, so it must not keep for ever what earlier jobs brought.
 _JOBS_PER_WORKER = 500
 # Templates whose facts are remembered.
 _NUM_FACTS = 256
@@ -46,7 +46,7 @@ Templates = dict[str, str]
 class TemplateSandbox:
     """Compiles and renders templates; from any thread. Its processes start when they are first needed."""
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: JobLimits = LIMITS) -> None:
         self._sandbox = Sandbox(
             "lorikeet.text.template_sandbox:prepare",
             {},
@@ -63,7 +63,7 @@ class TemplateSandbox:
         self._sandbox.close()
 
     def read(self, path: Path, data: bytes, *, is_config: bool) -> Templates:
-        """The templates in a file of an adapter, which compile.
+        """Read the templates in an adapter's file, and check that they compile.
 
         Args:
             is_config: it is a ``tokenizer_config.json``, not a template.
@@ -83,7 +83,7 @@ class TemplateSandbox:
         """What a template reads.
 
         Args:
-            whose: template it is, for messages: "the chat template of ...".
+            whose: whose template it is, for messages: "the chat template of ...".
 
         Raises:
             RequestError: it takes too much.
@@ -130,7 +130,7 @@ class TemplateSandbox:
 
 
 def _value(answer: Any) -> Any:
-    """Raises RequestError if the answer is a refusal."""
+    """The result in an answer. Raises RequestError if the answer is a refusal."""
     value, refusal = answer
     if refusal is not None:
         raise RequestError(str(refusal), "messages")
@@ -142,7 +142,8 @@ def _value(answer: Any) -> Any:
 
 
 def prepare() -> Handler:
-    """For :class:`Sandbox`. A refusal is an answer, so that its worker lives on: templates refuse often."""
+    """The handler for :class:`Sandbox`. A refusal is an answer, not an exception, so that the worker survives it:
+    templates refuse often."""
 
     def handle(work: list[Any]) -> tuple[object, str | None]:
         kind, *args = work

@@ -72,12 +72,8 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._named_id("eos_token")
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._chat.names)
-
     def chat_templates(self, own: Mapping[str, str] | None = None) -> ChatTemplates:
-        """The templates called ``own``, with this model's named tokens; the model's if there are none."""
+        """Templates from ``own`` (name -> Jinja source), with this model's named tokens; the model's own without any."""
         return ChatTemplates(own, self._named_tokens) if own else self._chat
 
     def ids_of(self, texts: Iterable[str]) -> frozenset[int]:
@@ -90,7 +86,7 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def least_tokens(self, text: str) -> int:
-        """Fewest tokens that a text can have, told from its length; 0 if the tokenizer has no such bound.
+        """Fewest tokens that a text can have, from its length; 0 if the tokenizer has no such bound.
 
         Raises:
             RequestError: as :meth:`encode`.

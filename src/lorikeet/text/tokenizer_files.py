@@ -55,7 +55,7 @@ class TokenizerFiles:
 
 
 def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
-    """Read a directory.
+    """Read what a directory says about its tokenizer.
 
     Raises:
         ModelError: no ``tokenizer.json``, or a file that cannot be read as what it should be.

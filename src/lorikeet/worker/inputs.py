@@ -77,7 +77,7 @@ class StepLayout:
         lanes_N: of all sequences of the step.
         lengths_N: tokens of each.
         ids_T, positions_T, logits_rows: see :class:`ForwardBatch`.
-        kv_lens_N, slot_mapping_T, page_table_NP: see :class:`AttentionInputs`.
+        kv_lens_N, places_T, page_table_NP: see :class:`AttentionInputs`.
         num_chunks: how many of the sequences are chunks.
         slots: adapter slots of all sequences of the step.
         prompt_rows: (sequence, first prompt position predicted, number of rows), in the order of the logits' rows.
@@ -91,7 +91,7 @@ class StepLayout:
     kv_lens_N: np.ndarray
     ids_T: np.ndarray
     positions_T: np.ndarray
-    slot_mapping_T: np.ndarray
+    places_T: np.ndarray
     page_table_NP: np.ndarray
     num_chunks: int
     slots: list[int]
@@ -190,7 +190,7 @@ class InputBuilder:
             kv_lens_N=lengths_N,
             ids_T=zeros_T,
             positions_T=zeros_T,
-            slot_mapping_T=zeros_T - 1,
+            places_T=zeros_T - 1,
             page_table_NP=np.zeros((len(lengths_N), num_pages), dtype=self._int),
             num_chunks=0 if is_decode else 1,
             slots=[0] * len(lengths_N),
@@ -228,7 +228,7 @@ class InputBuilder:
             # What graphs read comes first, in the sizes of their pass: it lies at the same place in every step.
             padded(layout.ids_T, num_tokens, 0),
             padded(layout.positions_T, num_tokens, 0),
-            padded(layout.slot_mapping_T, num_tokens, -1),
+            padded(layout.places_T, num_tokens, -1),
             *([padded(np.asarray(rows, dtype=self._int), num_wanted, 0)] if has_rows else []),
             *lora_arrays,
             kv_lens_N,
@@ -238,7 +238,7 @@ class InputBuilder:
             *more,
         ]
         sent = iter(upload_all(arrays, self._device, into=data))
-        ids_T, positions_T, slot_mapping_T = next(sent), next(sent), next(sent)
+        ids_T, positions_T, places_T = next(sent), next(sent), next(sent)
         rows_M = next(sent) if has_rows else None
         lora_batch = None if lora is None else lora.batch([next(sent) for _ in lora_arrays])
         attn = AttentionInputs(
@@ -247,7 +247,7 @@ class InputBuilder:
             kv_lens_N=next(sent),
             query_starts_N1=next(sent),
             page_table_NP=_placed(next(sent), fixed),
-            slot_mapping_T=slot_mapping_T[: starts_N1[-1]],
+            places_T=places_T[: starts_N1[-1]],
             page_size=self.page_size,
             num_chunks=layout.num_chunks,
             bucket=num_sequences,
@@ -376,7 +376,7 @@ class _StepRows:
             kv_lens_N=np.asarray(self._kv_lens, dtype=self._int),
             ids_T=np.concatenate(self._ids),
             positions_T=positions_T,
-            slot_mapping_T=pages_T * page_size + positions_T % page_size,
+            places_T=pages_T * page_size + positions_T % page_size,
             page_table_NP=pages_LP[lanes_N, :num_pages],
             num_chunks=self._num_chunks,
             slots=self._slots,

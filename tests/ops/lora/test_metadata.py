@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorikeet.ops.lora.metadata import NO_PAGE, PageTable, SliceTable
+from lorikeet.ops.lora.metadata import NO_PAGE, RankPageTable, SliceTable
 
 
 def _table(num_elems: int = 4000) -> SliceTable:
@@ -14,7 +14,7 @@ def _table(num_elems: int = 4000) -> SliceTable:
         out_features=3,
         offset=0,
         page_ranks=16,
-        table=PageTable(num_slots=3, num_slices=2, max_pages=4, device=torch.device("cpu")),
+        table=RankPageTable(num_slots=3, num_slices=2, max_pages=4, device=torch.device("cpu")),
         index=1,
     )
 

@@ -7,7 +7,7 @@ import torch
 
 from lorikeet.ops.lora import reference
 from lorikeet.ops.lora.torch_ops import TorchBackend
-from tests.support.lora_tables import assert_close, groups_of, random_site
+from tests.support.lora_tables import add_delta_, assert_close, groups_of, random_site
 
 K = 24
 QKV = (32, 8, 16)
@@ -17,7 +17,7 @@ RATIOS = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 def _delta(site, y_TO, x_TK, groups):
     result_TO = y_TO.clone()
-    TorchBackend().delta_(result_TO, x_TK, site.table, groups)
+    add_delta_(TorchBackend(), result_TO, x_TK, site.table, groups)
     return result_TO
 
 

@@ -55,7 +55,7 @@ def test_rope_store(cases: OpCases, tokens: int, delta: bool, norm: bool) -> Non
 @pytest.mark.parametrize("norm", [False, True])
 def test_rope_store_of_other_sizes(cases: OpCases, head_dim: int, norm: bool) -> None:
     shape = HeadShape(num_heads=14, num_kv_heads=2, head_dim=head_dim)
-    cases.rope_store(7, shape, delta=True, norm=norm, padded=2, slot_dtype=torch.int32)
+    cases.rope_store(7, shape, delta=True, norm=norm, padded=2, place_dtype=torch.int32)
 
 
 def test_places_beyond_two_to_the_31_elements() -> None:

@@ -30,20 +30,24 @@ def test_kinds_of_heads_meet_within_a_program(heads: tuple[int, int]) -> None:
     OpCases("cpu", torch.float32).rope_store(1, HeadShape(*heads, 16), norm=True)
 
 
-@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("place_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("tokens", "padded"), [(0, 0), (1, 0), (1, 1), (6, 2)])
-def test_a_token_without_a_slot_is_not_stored(
-    slot_dtype: torch.dtype, tokens: int, padded: int
+def test_a_token_without_a_place_is_not_stored(
+    place_dtype: torch.dtype, tokens: int, padded: int
 ) -> None:
-    OpCases("cpu", torch.float32).rope_store(tokens, SMALL, padded=padded, slot_dtype=slot_dtype)
+    OpCases("cpu", torch.float32).rope_store(tokens, SMALL, padded=padded, place_dtype=place_dtype)
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
-    qkv, cos_sin, slots = torch.zeros(2, 64), torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64)
+    qkv, cos_sin, places_T = (
+        torch.zeros(2, 64),
+        torch.zeros(2, 8),
+        torch.zeros(2, dtype=torch.int64),
+    )
     cache = torch.zeros(5, 2, 8)
     with pytest.raises(ValueError, match=r"an operand is \(2, 64\) beside \(2, 80\)"):
-        rope_store_triton(qkv, cos_sin, cache, cache, slots, HeadShape(6, 2, 8))
+        rope_store_triton(qkv, cos_sin, cache, cache, places_T, HeadShape(6, 2, 8))
     with pytest.raises(ValueError, match=r"an operand is \(1,\) beside \(2,\)"):
-        rope_store_triton(qkv, cos_sin, cache, cache, slots[:1], SMALL)
+        rope_store_triton(qkv, cos_sin, cache, cache, places_T[:1], SMALL)
     with pytest.raises(ValueError, match=r"an operand is \(5, 4, 4\) beside \(5, 2, 8\)"):
-        rope_store_triton(qkv, cos_sin, cache, cache.view(5, 4, 4), slots, SMALL)
+        rope_store_triton(qkv, cos_sin, cache, cache.view(5, 4, 4), places_T, SMALL)

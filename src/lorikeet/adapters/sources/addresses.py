@@ -26,7 +26,7 @@ _NOT_PUBLIC = (
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the internet: not this machine, not a private or local network, no metadata
-    service, no group. False for what is no address."""
+    service, no group. False for what is not an address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

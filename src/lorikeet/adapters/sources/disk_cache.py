@@ -112,7 +112,7 @@ class _FileLock:
         self._fd = -1
 
 
-class Entry:
+class CacheEntry:
     """One adapter of the cache, locked exclusively. Made by :meth:`DiskCache.hold`."""
 
     def __init__(self, cache: DiskCache, key: str) -> None:
@@ -188,7 +188,7 @@ class DiskCache:
         if not is_held:
             yield None
             return
-        entry = Entry(self, key)
+        entry = CacheEntry(self, key)
         try:
             yield entry.path if entry.files() is not None else None
         finally:
@@ -197,7 +197,7 @@ class DiskCache:
     @contextmanager
     def hold(
         self, key: str, pause: Callable[[], None] | None = None
-    ) -> Generator[tuple[Entry, _FileLock]]:
+    ) -> Generator[tuple[CacheEntry, _FileLock]]:
         """Lock the entry ``key`` exclusively: its owner may write it, then ``share`` the lock while it is read.
 
         Args:
@@ -210,7 +210,7 @@ class DiskCache:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = _FileLock(self.directory / (key + _LOCK))
             lock.acquire(pause=pause)
-        entry = Entry(self, key)
+        entry = CacheEntry(self, key)
         try:
             yield entry, lock
         finally:

@@ -18,7 +18,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"({_PART}/{_PART})(?:@([\w][\w./-]*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_REASON = 300
-#: Stands for the hub where hosts are told apart.
+#: The hub's name where hosts are told apart.
 HUB = "hub"
 
 

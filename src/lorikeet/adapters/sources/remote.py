@@ -20,9 +20,9 @@ from urllib.parse import quote, urlsplit
 from lorikeet.adapters.files import MAX_TEXT_BYTES
 from lorikeet.adapters.sources import addresses
 from lorikeet.adapters.sources.disk_cache import (
+    CacheEntry,
     DiskCache,
     DiskFullError,
-    Entry,
     FileInfo,
     errors_of_disk,
     touch,
@@ -43,11 +43,11 @@ _CHUNK_BYTES = 4 * 2**20
 _MAX_TRIES = 5
 _FIRST_WAIT_S = 0.25
 _SOCKET_TIMEOUT_S = 30.0
-# How often who waits for another's download of the same adapter looks whether it is at an end.
+# Seconds between two looks at another's download of the same adapter, while waiting for it.
 _PAUSE_S = 0.05
 _MAX_REASON = 300
 _NOT_FOUND = (404, 410)
-# Refusals that pass: timeout, too early, too many requests.
+# Status codes worth another try: timeout, too early, too many requests.
 _ASK_AGAIN = (408, 425, 429)
 # Names under which the stores tell what changes with the content.
 _VALIDATORS = (
@@ -74,7 +74,7 @@ def scheme_of(url: str) -> str:
 
 
 def host_of(url: str) -> str:
-    """Who is asked for ``url``: a host, or a bucket. For telling them apart only."""
+    """The host or bucket of ``url``, only for telling sources apart."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:  # brackets without an address
@@ -139,7 +139,7 @@ def _masked(url: str) -> Generator[None]:
 
 @contextmanager
 def _named(directory: Path, url: str) -> Generator[None]:
-    """What is wrong with the files is said of the URL: the name of a cache entry means nothing to anybody."""
+    """Let errors about files name the URL in place of the cache entry, whose name means nothing to a user."""
     try:
         yield
     except AdapterError as error:
@@ -151,11 +151,11 @@ class _UnreachableError(AdapterError):
 
 
 class _RefusedError(AdapterError):
-    """The source does not give it to us."""
+    """The source refused access."""
 
 
 class _UnusableError(AdapterError):
-    """What was downloaded so far is of no use."""
+    """What was downloaded so far has to be dropped."""
 
 
 class _WholeFileError(Exception):
@@ -232,7 +232,7 @@ class _Source:
             raise _UnusableError(f"{name} has more than the {size} bytes that were announced")
 
     def _info(self, name: str) -> Mapping[str, Any] | None:
-        """What the source tells of a file, None if there is no such file; asked again while the source is silent.
+        """What the source says of a file, None if there is no such file; asked again while the source is silent.
 
         Raises:
             _UnreachableError: it stays silent.
@@ -371,7 +371,7 @@ def _http_options(*, allow_private: bool) -> dict[str, Any]:
 
 
 def _refresh(
-    entry: Entry, source: _Source, names: tuple[str, ...], optional: tuple[str, ...]
+    entry: CacheEntry, source: _Source, names: tuple[str, ...], optional: tuple[str, ...]
 ) -> None:
     """Make the entry what the source has now."""
     present = entry.files()
@@ -468,7 +468,7 @@ def _refuse(error: Exception, name: str) -> None:
         raise _RefusedError(f"{name}: {addresses.REFUSAL}") from None
     status = getattr(error, "status", None) or getattr(error, "code", None)
     is_client_error = isinstance(status, int) and 400 <= status < 500
-    # A ValueError is a URL that is none.
+    # A ValueError says that the URL is not valid.
     if isinstance(error, PermissionError | ValueError) or (
         is_client_error and status not in _ASK_AGAIN
     ):

@@ -1,4 +1,4 @@
-"""From what a user calls an adapter's path to a local directory that holds its two files.
+"""Resolves the path of an adapter, as a user gives it, to a local directory that holds its two files.
 
 Weights are safetensors only: a pickle runs code when it is read.
 """
@@ -69,11 +69,11 @@ class SourceOptions:
         )
 
     def trusted(self) -> SourceOptions:
-        """The same for paths that the operator has given (``--lora-paths``): any source, any directory."""
+        """These options for paths that the operator has given (``--lora-paths``): any source, any directory."""
         return replace(self, kinds=LORA_SOURCES, roots=(), allow_private_hosts=True)
 
     def within(self, directory: Path) -> SourceOptions:
-        """The same for what is found in a directory that the operator has given (``--lora-resolver-dir``): local files,
+        """These options for what is found in a directory that the operator has given (``--lora-resolver-dir``): local files,
         that lie in it or where requests may load from."""
         return replace(self, kinds=("local",), roots=(directory, *self.roots))
 
@@ -157,8 +157,8 @@ def public_path(path: str) -> str:
 
 
 def pin_source(path: str, directory: Path) -> str:
-    """``path`` such that reading it again gives the bytes that are in ``directory``, where it was resolved to: a hub id
-    gets its commit, as a branch may move on. Other paths have no such form and stay."""
+    """``path`` changed so that reading it again gives the bytes in ``directory``, to which it was resolved: a hub id gets its
+    commit, as a branch may move on. Other paths have no such form and stay."""
     identity = hub.parse_id(path)
     if identity is None or Path(path).exists():
         return path
@@ -172,7 +172,7 @@ def _from_hub(path: str, options: SourceOptions, transfer: Transfer) -> Path:
         AdapterError: ``path`` is no hub id, or what is there cannot be had.
     """
     identity = hub.parse_id(path)
-    # What lies on the disk is nobody's business where directories are bound.
+    # With roots, no answer may tell what lies on the disk.
     may_look = "local" in options.kinds and not options.roots
     if identity is None or (may_look and Path(Path(path).parts[0]).exists()):
         raise _nothing_there(path, options)
@@ -192,7 +192,7 @@ def _from_hub(path: str, options: SourceOptions, transfer: Transfer) -> Path:
 
 
 def _nothing_there(path: str, options: SourceOptions) -> AdapterError:
-    """The one answer to a path where nothing is to be had; with roots, whatever the reason is."""
+    """The error for a path where there is nothing; with roots it does not say why."""
     if options.roots:
         roots = ", ".join(map(str, options.roots))
         return AdapterError(
@@ -227,7 +227,7 @@ def _find_below(path: str, options: SourceOptions) -> Path | None:
     try:
         local = Path(path).expanduser()
         real = local.resolve()
-        # Only then: what is asked of a path outside, its existence or a permission, would be told by the answer.
+        # Existence is asked last: for a path outside, the answer must not tell whether it exists or may be read.
         is_there = is_below(real, roots) and "local" in options.kinds and real.exists()
     except (OSError, RuntimeError, ValueError):
         is_there = False

@@ -1,5 +1,4 @@
-"""How far reading an adapter may go: the local disk, the caches, or the network, there for a bounded time and as long as
-somebody wants it."""
+"""Bounds on reading an adapter: how far it may go (local disk, caches, network), for how long, and a way to cancel it."""
 
 from __future__ import annotations
 
@@ -26,10 +25,10 @@ class Reach(IntEnum):
 
 
 class NeedsNetworkError(AdapterError):
-    """What was asked for is not to be had within this reach.
+    """The adapter cannot be read within this reach.
 
     Args:
-        host: who would have to be asked; what is slow there shall be nobody else's matter.
+        host: who would have to be asked, so that a slow host holds up only its own adapters.
     """
 
     def __init__(self, message: str, host: str) -> None:
@@ -57,7 +56,7 @@ class Transfer:
         self._stop: Callable[[], object] | None = None
 
     def cancel(self) -> None:
-        """Nobody wants it any more."""
+        """End it: nobody wants the adapter any more."""
         self._is_cancelled.set()
         stop = self._stop
         if stop is not None:

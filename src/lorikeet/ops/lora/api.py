@@ -9,7 +9,6 @@ For a row t that uses slot s, and a slice j of the site at output features [o, o
     expand_:  y[t, o : o + O_j]  += scale[s, j] * B[s, j] @ h[t, j]
     expand_into:  out = 0; expand_(out, h)
     silu_mul: silu_mul(expand_(y, h))                                       of a packed gate and up
-    delta_:   expand_(y, shrink(x))
 
 Sums are taken in float32 and y is rounded to its own type once. Rows that use no adapter, and slices in which a slot has
 rank 0, are not touched. The halves are separate because shrink needs only x: it can run beside the base layer's matmul.
@@ -23,7 +22,7 @@ import torch
 
 from lorikeet.ops.lora.metadata import LoRABatch, SiteTable
 
-# How a backend wants to be told which row uses which adapter: row groups, or tiles.
+# The form in which a backend takes the rows of each adapter: row groups, or tiles.
 Rows = TypeVar("Rows", contravariant=True)
 Shrunk = TypeVar("Shrunk")
 
@@ -35,15 +34,15 @@ class LoRABackend(Protocol[Rows, Shrunk]):
     """
 
     def begin(self, batch: LoRABatch) -> None:
-        """Prepare a forward pass: ``batch`` has the rows that all calls until the next ``begin`` are about."""
+        """Prepare a forward pass: all calls until the next ``begin`` are about the rows of ``batch``."""
         ...
 
     def shrink(self, x_TK: torch.Tensor, site: SiteTable, rows: Rows, /) -> Shrunk:
-        """h of a linear site; does not change x."""
+        """Compute h of a linear site; does not change x."""
         ...
 
     def gather(self, ids_T: torch.Tensor, site: SiteTable, rows: Rows, /) -> Shrunk:
-        """h of an embedding site."""
+        """Compute h of an embedding site."""
         ...
 
     def expand_(self, y_TO: torch.Tensor, h: Shrunk, site: SiteTable, rows: Rows, /) -> None:
@@ -57,11 +56,5 @@ class LoRABackend(Protocol[Rows, Shrunk]):
     def silu_mul(
         self, y_T2I: torch.Tensor, h: Shrunk, site: SiteTable, rows: Rows, /
     ) -> torch.Tensor:
-        """silu(gate) * up of y plus the delta, [T, I]; y may be written to."""
-        ...
-
-    def delta_(
-        self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, rows: Rows, /
-    ) -> None:
-        """Add the delta of a linear site to ``y_TO`` in place."""
+        """Compute silu(gate) * up of y plus the delta, [T, I]; y may be written to."""
         ...

@@ -1,4 +1,4 @@
-"""What a LoRA op is told besides activations: which rows use which adapter, and where the adapter's weights lie.
+"""What a LoRA op needs besides activations: which rows use which adapter, and where the adapter's weights lie.
 
 Shape legend: T rows of the activation, K input features, O output features, R rank, S adapter slots, L slices of all
 sites, P pages of a slice, W = P + 1 words, E elements of the pool, J tiles, M rows of a tile.
@@ -23,13 +23,13 @@ For kernels (``triton``, ``csgmv``) they are tiles of at most M rows of one adap
     Tiles.rows_JM = [[3, 4, -1, -1], [0, 1, 2, 6], [8, -1, -1, -1], [5, 7, -1, -1]]
     Tiles.num_used = 3
 
-Tokens 5 and 7 are in no group, and in a tile that only those kernels see which write every row. With
+Tokens 5 and 7 are in no group, and in a tile of slot 0 that matters only to kernels which write every row. With
 ``logits_rows = [2, 4, 5, 6, 7, 8]`` (the last token of each row) the LM head sees six rows, of which
 ``LoRABatch.logits`` groups 0, 3 and 5 for slot 2, and 1 for slot 1.
 
 **Weights.** The pool is one flat buffer of E elements. Page p of slot s of a slice begins at ``pages_SP[s, p]``; row r
 of it is ``concat(A[r, :], B[:, r])``. With 16 ranks per page an adapter of rank 20 has two pages, the second with 4
-ranks in use and 12 of zeros. The page tables of all slices are one :class:`PageTable`.
+ranks in use and 12 of zeros. The page tables of all slices are one :class:`RankPageTable`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Rows of an activation, cut into pieces of one adapter each: every row is in one tile.
+    """Rows of an activation, cut into tiles of one adapter each: every row is in one tile.
 
     Attributes:
         slot_J: int32, the slot of each tile; 0 for tiles of base rows and for tiles that pad, which are the last.
@@ -77,7 +77,7 @@ class Tiles:
     num_used: int
 
 
-Rows = tuple[RowGroup, ...] | Tiles
+AdapterRows = tuple[RowGroup, ...] | Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +87,12 @@ class LoRABatch:
     Attributes:
         tokens: the T tokens of the batch, for every site but the LM head.
         logits: the rows whose logits are wanted, for the LM head; ``tokens`` itself if they are the same.
-        is_beside: deltas are computed beside the base layers, and travel beside their outputs.
+        is_beside: deltas are computed at the same time as the base layers, on a stream of their own, and are kept
+            apart from their outputs until whoever reads those adds them.
     """
 
-    tokens: Rows
-    logits: Rows
+    tokens: AdapterRows
+    logits: AdapterRows
     is_beside: bool = False
 
 
@@ -108,8 +109,8 @@ class Factors:
     B_RO: torch.Tensor
 
 
-class PageTable:
-    """Where the pages of every slice lie, for every slot: one tensor, so that an adapter's arrival is one copy.
+class RankPageTable:
+    """Where the rank pages of every slice lie, for every slot: one tensor, so that one copy describes a new adapter.
 
     A slot's record of a slice is W words: its pages, padded with ``NO_PAGE``, then rank and scale in one word.
 
@@ -133,7 +134,7 @@ class PageTable:
         self.scales_SL = halves[..., 2 * max_pages + 1].view(torch.float32)
 
     def put(self, slot: int, records: Mapping[int, tuple[Sequence[int], int, float]]) -> None:
-        """Describe a slot anew: slice -> (pages, rank, scale); slices that are not named have rank 0.
+        """Replace what a slot holds: slice -> (pages, rank, scale); slices that are not named have rank 0.
 
         The copy is queued on the current stream and not waited for.
         """
@@ -164,8 +165,8 @@ class SliceTable:
     Args:
         pool_E: the pool.
         offset: first output feature of the slice inside the site's output.
-        table: page tables that this slice is a part of.
-        index: which part.
+        table: the page tables of all slices.
+        index: this slice's number in them.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class SliceTable:
         out_features: int,
         offset: int,
         page_ranks: int,
-        table: PageTable,
+        table: RankPageTable,
         index: int,
     ) -> None:
         self.pool_E = pool_E
@@ -199,13 +200,13 @@ class SliceTable:
         return self.page_ranks * (self.in_features + self.out_features)
 
     def remember(self, slot: int, pages: Sequence[int], rank: int, scale: float) -> None:
-        """Point a slot to its pages (element offsets, in rank order), for matmuls; the page table is the caller's."""
+        """Point a slot to its pages (element offsets, in rank order), for matmuls; the caller writes the page table."""
         self.forget(slot)
         self._pages[slot] = (pages, rank)
         self.scales[slot] = scale
 
     def forget(self, slot: int) -> None:
-        """A slot is rank 0, for matmuls."""
+        """Make a slot rank 0, for matmuls."""
         self._pages.pop(slot, None)
         self._factors.pop(slot, None)
         self.scales[slot] = 0.0

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from lorikeet.errors import ConfigError
 from lorikeet.ops.lora.api import LoRABackend
-from lorikeet.ops.lora.metadata import PageTable
+from lorikeet.ops.lora.metadata import RankPageTable
 from lorikeet.ops.lora.torch_ops import TorchBackend
 
 BackendName = Literal["torch", "triton", "csgmv"]
 
 
 def make_backend(
-    name: BackendName, table: PageTable, *, page_ranks: int, deterministic: bool = False
+    name: BackendName, table: RankPageTable, *, page_ranks: int, deterministic: bool = False
 ) -> LoRABackend[Any, Any]:
     """The backend of ``--lora-backend``, ``auto`` resolved.
 

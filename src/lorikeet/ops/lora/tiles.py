@@ -22,10 +22,12 @@ MAX_RANK_BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTile:
-    """Attributes:
-    block_k: input features of one iteration.
-    span: input features of one program, a multiple of ``block_k``; the sum over the programs is made by atomics or in
-        ``expand``.
+    """Sizes of a launch of the shrink kernel.
+
+    Attributes:
+        block_k: input features of one iteration.
+        span: input features of one program, a multiple of ``block_k``; the sum over the programs is made by atomics or
+            in ``expand``.
     """
 
     block_k: int
@@ -36,8 +38,10 @@ class ShrinkTile:
 
 @dataclass(frozen=True, slots=True)
 class ExpandTile:
-    """Attributes:
-    block_n: output features of one program.
+    """Sizes of a launch of the expand kernel.
+
+    Attributes:
+        block_n: output features of one program.
     """
 
     block_n: int
@@ -59,7 +63,7 @@ _HOPPER_SHRINK: tuple[tuple[int, int, int, ShrinkTile], ...] = (
     (16, 32, ANY, ShrinkTile(128, 256, 4, 3)),
     (16, ANY, 4, ShrinkTile(128, 256, 4, 3)),
     (16, ANY, ANY, ShrinkTile(128, 512, 4, 3)),
-    # From here on longer than what shrink alone likes best: expand reads every part.
+    # Longer from here on than is best for shrink alone, because expand reads every part.
     (32, ANY, ANY, ShrinkTile(128, 2048, 4, 3)),
     (64, 16, 32, ShrinkTile(128, 2048, 4, 3)),
     (64, 16, ANY, ShrinkTile(128, ANY, 4, 3)),
@@ -82,7 +86,7 @@ _HOPPER_EXPAND: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (64, ANY, ANY, ExpandTile(256, 4, 1)),
     (ANY, ANY, ANY, ExpandTile(128, 4, 1)),
 )
-# Of the expand that ends in silu-mul; prefill only.
+# For the expand kernel that ends in silu-mul; prefill only.
 _HOPPER_GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
     (16, ANY, ANY, ExpandTile(256, 4, 1)),
     (32, ANY, ANY, ExpandTile(256, 4, 1)),
@@ -95,7 +99,7 @@ _HOPPER_GATED: tuple[tuple[int, int, int, ExpandTile], ...] = (
 
 
 class Sizes(Generic[Tile]):
-    """A table; what it found is remembered, since one process meets few sizes, and those in every launch."""
+    """A table of sizes; look-ups are cached, since a process asks for the same few in every launch."""
 
     def __init__(self, lines: Sequence[tuple[int, int, int, Tile]]) -> None:
         self._lines = lines
@@ -131,7 +135,7 @@ def table_of(capability: tuple[int, int] | None) -> TileTable:
 
 
 def rank_block(max_rank: int) -> int:
-    """Ranks of one pass: a power of two from 16 on."""
+    """Ranks of one pass: a power of two, at least 16."""
     return min(MAX_RANK_BLOCK, max(16, 1 << math.ceil(math.log2(max_rank))))
 
 

@@ -23,7 +23,7 @@ class TorchBackend:
     """See :class:`lorikeet.ops.lora.api.LoRABackend`; its rows are groups."""
 
     def begin(self, batch: LoRABatch) -> None:
-        """Nothing is prepared: factors are views that exist already."""
+        """Do nothing: factors are views that exist already."""
 
     def shrink(
         self, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]
@@ -67,11 +67,6 @@ class TorchBackend:
     ) -> torch.Tensor:
         self.expand_(y_T2I, h, site, groups)
         return silu_mul_torch(y_T2I)
-
-    def delta_(
-        self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, groups: Sequence[RowGroup]
-    ) -> None:
-        self.expand_(y_TO, self.shrink(x_TK, site, groups), site, groups)
 
 
 def _rows(x: torch.Tensor, group: RowGroup) -> torch.Tensor:

@@ -18,12 +18,12 @@ from lorikeet.ops.triton.early import early, follow
 from lorikeet.ops.triton.launcher import kernel, next_power_of_2
 from lorikeet.ops.triton.operands import check_rows
 
-# With few rows a program should have much under way, with many there are enough programs for that.
+# With few rows each program loads more at a time; with many, there are enough programs to keep the device busy.
 _FEW_ROWS = 32
 # Elements of the keys of one iteration: 128 and 64 keys of 128, so that the stages fit into the memory of a multiprocessor.
 _ELEMENTS_FEW_ROWS, _ELEMENTS = 2**14, 2**13
 _NUM_STAGES = 3
-# What a matrix unit takes at least.
+# The fewest rows that a matrix unit takes.
 _MIN_TILE_ROWS = 16
 
 

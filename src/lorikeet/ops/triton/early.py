@@ -2,9 +2,9 @@
 
 The device then launches a kernel, and lets it do what needs nothing of this step, before the last programs of its
 predecessor are done: *programmatic dependent launch*, from Hopper on (CUDA C++ Programming Guide). At decode, where a
-kernel takes a few microseconds, that is one of them. Three rules keep it right:
+kernel takes a few microseconds, this saves about one of them. Three rules keep it right:
 
-* a program reads and writes what other kernels of the step write or read behind :func:`follow` alone;
+* only after :func:`follow` does a program read what other kernels of the step write, or write what they read;
 * every program calls it, for a kernel that is done says that those before it are done, too;
 * it tells the next kernel to begin when those before are done, so a kernel that begins early has one that still runs
   before it, not several.

@@ -91,7 +91,8 @@ def kernel(*varying: str, shifting: tuple[str, ...] = ()) -> Callable[[Callable[
 
     Args:
         varying: integers that change from step to step: no compilation of their own for 1 or for a multiple of 16.
-        shifting: pointers into a tensor's middle, at another place in each step: none for a multiple of 16 bytes.
+        shifting: pointers into a tensor's middle, at another place in each step: no compilation of their own for a
+            multiple of 16 bytes.
     """
 
     def declare(function: Callable[..., Any]) -> Launcher:

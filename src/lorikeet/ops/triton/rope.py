@@ -25,15 +25,16 @@ def rope_store_triton(
     cos_sin_TH: torch.Tensor,
     k_cache_CKH: torch.Tensor,
     v_cache_CKH: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
+    places_T: torch.Tensor,
     shape: HeadShape,
     qk_norm: QKNorm | None = None,
     delta_TO: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Triton form of :class:`lorikeet.ops.rope.RopeStoreOp`.
 
-    q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose slot is below 0, such as a padded row
-    of a CUDA graph, is rotated but not stored. The caches may be views with any stride of places and heads.
+    q is a contiguous tensor (what attention kernels read); k and v are views of another one. A token whose place is
+    below 0, such as a row that pads a CUDA graph's batch, is rotated but not stored. The caches may be views with any
+    stride of places and heads.
 
     Raises:
         ValueError: an operand does not fit the heads, or its last dimension has a stride.
@@ -42,7 +43,7 @@ def rope_store_triton(
     token_shape = torch.Size((num_tokens, heads * shape.head_dim))
     check_rows(token_shape, qkv_TO, delta_TO)
     check_rows(torch.Size((num_tokens, shape.head_dim)), cos_sin_TH)
-    check_rows(torch.Size((num_tokens,)), slot_mapping_T)
+    check_rows(torch.Size((num_tokens,)), places_T)
     place = torch.Size((k_cache_CKH.shape[0], shape.num_kv_heads, shape.head_dim))
     check_rows(place, k_cache_CKH, v_cache_CKH)
     q_TQH = qkv_TO.new_empty((num_tokens, shape.num_heads, shape.head_dim))
@@ -52,7 +53,7 @@ def rope_store_triton(
         qkv_TO,
         delta_TO,
         cos_sin_TH,
-        slot_mapping_T,
+        places_T,
         q_TQH,
         kv_TXH,
         k_cache_CKH,
@@ -124,7 +125,7 @@ def _rope_store(
     qkv_ptr,
     delta_ptr,
     cos_sin_ptr,
-    slots_ptr,
+    places_ptr,
     q_ptr,
     kv_ptr,
     k_cache_ptr,
@@ -149,7 +150,7 @@ def _rope_store(
     follow(EARLY)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
+    place = tl.load(places_ptr + token).to(tl.int64)
     head_G1 = (tl.program_id(1) * G + tl.arange(0, G))[:, None]
     half_1F = tl.arange(0, F)[None, :]
     is_half_1F = half_1F < H // 2
@@ -182,9 +183,9 @@ def _rope_store(
     _store_halves(q_ptr + token * (Q * H) + at_GF, a_GF, b_GF, is_q_GF, H)
     kv_at_GF = token * (2 * K * H) + at_GF - Q * H
     _store_halves(kv_ptr + kv_at_GF, a_GF, b_GF, is_k_GF | is_v_GF, H)
-    # All heads or none: a token without a slot is stored nowhere.
-    is_stored_G1 = head_G1 < tl.where(slot >= 0, Q + 2 * K, 0)
-    k_at_G1 = slot * k_place_stride + (head_G1 - Q) * k_head_stride
+    # All heads or none: a token without a place is stored nowhere.
+    is_stored_G1 = head_G1 < tl.where(place >= 0, Q + 2 * K, 0)
+    k_at_G1 = place * k_place_stride + (head_G1 - Q) * k_head_stride
     _store_halves(k_cache_ptr + k_at_G1 + half_1F, a_GF, b_GF, is_k_GF & is_stored_G1, H)
-    v_at_G1 = slot * v_place_stride + (head_G1 - Q - K) * v_head_stride
+    v_at_G1 = place * v_place_stride + (head_G1 - Q - K) * v_head_stride
     _store_halves(v_cache_ptr + v_at_G1 + half_1F, a_GF, b_GF, is_v_GF & is_stored_G1, H)

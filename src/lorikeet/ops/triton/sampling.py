@@ -1,6 +1,6 @@
 """From logits to tokens in Triton: one program per row goes over the vocabulary, once for greedy, twice for a draw.
 
-Shape legend: N rows, V vocab, L lanes (the last token of each running sequence); B tokens looked at at a time, a
+Shape legend: N rows, V vocab, L lanes (the last token of each running sequence); B tokens of one iteration, a
 power of two.
 """
 

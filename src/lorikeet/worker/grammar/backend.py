@@ -1,4 +1,4 @@
-"""XGrammar's compilers for one tokenizer, used alike where grammars are tried out and where they are used.
+"""XGrammar's compilers for one tokenizer: the same for trying a grammar out and for using it.
 
 Nothing here imports XGrammar or the tokenizer library until a grammar is compiled, so a server that is never asked for one
 starts without them.
@@ -53,7 +53,7 @@ class Prepared(NamedTuple):
 class GrammarBackend:
     """Compiles grammars. Safe to use from several threads.
 
-    The constrained text is the text that the client sees: with ``skip_special_tokens`` a special token can not be
+    The constrained text is the text that the client sees: with ``skip_special_tokens`` a special token cannot be
     part of it, so the grammar does not admit any (a model could otherwise write ``<|im_start|>`` into a JSON string
     and the reply would lack it). Structural tags are the exception, since they are there to name such tokens.
 

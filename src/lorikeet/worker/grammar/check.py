@@ -101,7 +101,7 @@ def _is_list(value: object) -> bool:
 
 
 _COUNTS = (*_LENGTHS, "minItems", "maxItems", "minProperties", "maxProperties")
-# (keywords, whether a value is right, what is): XGrammar answers wrong ones with failed assertions, or with nothing.
+# (keywords, check of their value, what is allowed): XGrammar answers wrong ones with failed assertions, or with nothing.
 _FORMS: tuple[tuple[tuple[str, ...], Callable[[object], bool], str], ...] = (
     (("type",), _is_type, f"one of {', '.join(_TYPES)}, or a list of them"),
     (("pattern", "format", "$ref"), _is_string, "a string"),
@@ -143,10 +143,11 @@ def checked_json_schema(schema: object) -> object:
 
 
 def checked_structural_tag(tag: object) -> object:
-    """The same for every schema inside a structural tag (parsed JSON), and ``checked_regex`` for every pattern.
+    """The structural tag (parsed JSON) to give the compiler: ``checked_json_schema`` of every schema in it, and
+    ``checked_regex`` of every pattern.
 
     Raises:
-        ValueError: as above.
+        ValueError: names what cannot be enforced.
     """
     if isinstance(tag, list):
         return [checked_structural_tag(item) for item in tag]

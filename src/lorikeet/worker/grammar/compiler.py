@@ -1,8 +1,8 @@
 """Grammars that outputs must obey: tried out in processes that may die, compiled by XGrammar, followed token by token.
 
-What a client sends meets XGrammar in a process of a sandbox first, under limits of time and memory (``grammar_work``).
-What has compiled there, and costs little to follow, is compiled again on a thread of this process (``grammar_backend``);
-equal grammars once, for all requests that wait for them. ``grammar_masks`` follows the outputs.
+What a client sends meets XGrammar in a process of a sandbox first, under limits of time and memory (``work.py``).
+What has compiled there, and costs little to follow, is compiled again on a thread of this process (``backend.py``);
+equal grammars once, for all requests that wait for them. ``masks.py`` follows the outputs.
 
 Nothing here starts a process, or imports XGrammar, until a request asks for a grammar.
 """
@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 
 from lorikeet.core.request import SamplingParams, check_grammar_length
 from lorikeet.errors import EngineFault, LorikeetError, UnavailableError
-from lorikeet.sandbox import Job, LimitError, Limits, Sandbox
+from lorikeet.sandbox import Job, JobLimits, LimitError, Sandbox
 from lorikeet.worker.grammar.backend import GrammarBackend, Prepared, Vocabulary, reason, refuse
 from lorikeet.worker.grammar.masks import (
     CompiledGrammar,
@@ -34,9 +34,9 @@ from lorikeet.worker.grammar.masks import (
 
 __all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarMatcher"]
 
-# Of processor time: first a little for everybody, so that what is quick waits for nothing that is slow.
-_FIRST = Limits(wall_seconds=5, cpu_seconds=0.5, memory_bytes=192 * 2**20, answer_bytes=2**22)
-_LIMITS = Limits(wall_seconds=40, cpu_seconds=15, memory_bytes=192 * 2**20, answer_bytes=2**22)
+# The first try gets little processor time, so that quick grammars do not wait for slow ones.
+_FIRST = JobLimits(wall_seconds=5, cpu_seconds=0.5, memory_bytes=192 * 2**20, answer_bytes=2**22)
+_LIMITS = JobLimits(wall_seconds=40, cpu_seconds=15, memory_bytes=192 * 2**20, answer_bytes=2**22)
 # Threads, each with one process at a time, for first and second tries.
 _NUM_THREADS = 2
 _MAX_WAITING = 256
@@ -70,8 +70,8 @@ class _Compilation:
             job.cancel()
 
 
-class _Lane:
-    """Compilations that wait for one of some threads; short ones go first."""
+class _WorkThreads:
+    """A few threads, and the compilations that wait for them; short ones go first."""
 
     def __init__(self, name: str, work: Callable[[_Compilation], None]) -> None:
         self._name = name
@@ -131,7 +131,7 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self.masks = MaskFiller()
         self._tokenizer_file = Path(tokenizer_dir) / "tokenizer.json"
-        # An id beyond the vocabulary can not be produced, so that it ends nothing.
+        # An id beyond the vocabulary cannot be produced, so it can never end a sequence.
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self._backend = GrammarBackend(
             self._tokenizer_file, vocab_size, self._eos_token_ids, cached=False
@@ -148,8 +148,10 @@ class GrammarCompiler:
             num_spares=1,
             name="grammar-process",
         )
-        self._first = _Lane("grammar", lambda compilation: self._try(compilation, _FIRST))
-        self._second = _Lane("large-grammar", lambda compilation: self._try(compilation, _LIMITS))
+        self._first = _WorkThreads("grammar", lambda compilation: self._try(compilation, _FIRST))
+        self._second = _WorkThreads(
+            "large-grammar", lambda compilation: self._try(compilation, _LIMITS)
+        )
         self._lock = threading.Lock()
         self._compiling: dict[_Key, _Compilation] = {}
         self._known: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
@@ -188,14 +190,6 @@ class GrammarCompiler:
         future.add_done_callback(lambda _: compilation.cancel_if_unwanted())
         return future
 
-    def compile(self, sampling: SamplingParams) -> CompiledGrammar | None:
-        """``request``, and wait for it; None for a request without a grammar.
-
-        Raises:
-            RequestError, UnavailableError, EngineFault: as there.
-        """
-        return None if sampling.grammar is None else self.request(sampling).result()
-
     def matcher(self, sampling: SamplingParams) -> GrammarMatcher:
         """A matcher at the beginning of the request's grammar, which is compiled now unless somebody holds it.
 
@@ -218,7 +212,7 @@ class GrammarCompiler:
             _finish(compilation, EngineFault("the engine is closed"))
 
     def _checked(self, kind: str, source: str, *, skip_special_tokens: bool) -> _Key:
-        """What is refused without a look into the grammar, and its key."""
+        """Check what can be checked without reading the grammar; returns its key."""
         if not self._eos_token_ids:
             raise refuse(kind, "the model has no end-of-sequence token that could end the output")
         check_grammar_length(kind, source)
@@ -232,8 +226,8 @@ class GrammarCompiler:
             raise refuse(kind, f"grammars need {self._tokenizer_file}, which does not exist")
         return kind, skip_special_tokens, hashlib.sha256(encoded).digest()
 
-    def _try(self, compilation: _Compilation, limits: Limits) -> None:
-        """Body of a thread, for one compilation: its end is told to whoever waits, or it comes to the second lane."""
+    def _try(self, compilation: _Compilation, limits: JobLimits) -> None:
+        """Body of a thread, for one compilation: whoever waits gets the result, or it moves on to the second try."""
         try:
             if compilation.is_cancelled:
                 raise EngineFault("nobody waits for it")
@@ -255,7 +249,7 @@ class GrammarCompiler:
             result = error
         self._end(compilation, result)
 
-    def _compile(self, compilation: _Compilation, limits: Limits) -> CompiledGrammar:
+    def _compile(self, compilation: _Compilation, limits: JobLimits) -> CompiledGrammar:
         work = [compilation.kind, compilation.source, compilation.skip_special_tokens]
         job = compilation.job = self._sandbox.submit(work, limits)
         compilation.cancel_if_unwanted()
@@ -307,7 +301,7 @@ class GrammarCompiler:
 
 
 def _finish(compilation: _Compilation, result: CompiledGrammar | BaseException) -> None:
-    # Each future has a callback that has the compilation.
+    # Breaks a cycle: each future has a callback that refers to the compilation.
     waiting, compilation.waiting = compilation.waiting, []
     for future in waiting:
         if future.done() or not future.set_running_or_notify_cancel():
@@ -318,7 +312,7 @@ def _finish(compilation: _Compilation, result: CompiledGrammar | BaseException) 
             future.set_exception(result)
 
 
-def _limit_text(error: LimitError, limits: Limits) -> str:
+def _limit_text(error: LimitError, limits: JobLimits) -> str:
     match error.limit:
         case "memory":
             return (

@@ -1,4 +1,4 @@
-"""Grammars of running sequences: what may come next, found on a thread that the step stops waiting for.
+"""Grammars of running sequences: what may come next, computed on a thread that the step does not wait for too long.
 
 XGrammar cannot be interrupted, and what one mask costs is known for the outputs that were tried only. So a thread
 computes the masks of a step, with the GIL released, and the step watches its processor time: a row that takes too long
@@ -31,7 +31,7 @@ START_SECONDS = 0.5
 _LONG_SECONDS = 0.002
 # How often the step looks at the thread that it waits for.
 _POLL_SECONDS = 0.02
-# Twice as much as where the grammars were tried; see grammar_work.
+# Twice as much as where the grammars were tried; see ``work.py``.
 _STACK_BYTES = 16 * 2**20
 _stack_lock = threading.Lock()
 
@@ -39,7 +39,7 @@ _stack_lock = threading.Lock()
 def start_thread(name: str, body: Callable[[], None]) -> threading.Thread:
     """A daemon thread with room for XGrammar's recursion.
 
-    Of no lower priority: the interpreter's lock would be held by a thread that gets no processor.
+    Its priority is normal: a low one could hold the interpreter's lock while it gets no processor.
     """
     thread = threading.Thread(target=body, name=name, daemon=True)
     with _stack_lock:
@@ -86,18 +86,9 @@ class GrammarMatcher:
         self._num_tokens = 0
         self._seconds = 0.0
 
-    @property
-    def is_terminated(self) -> bool:
-        """True once an end-of-sequence token was accepted."""
-        return self._caught_up().is_terminated()
-
     def note(self, token_id: int) -> None:
-        """The output goes on with this token; the matcher follows when the next mask is wanted."""
+        """Note the token with which the output goes on; the matcher advances when the next mask is wanted."""
         self._noted.append(token_id)
-
-    def accept(self, token_id: int) -> bool:
-        """Advance by one token; False, and nothing changes, if the grammar does not admit it here."""
-        return self._accept(self._caught_up(), token_id)
 
     def fill(self, bits_GW: Tensor, row: int, avoid: tuple[int, ...] = ()) -> None:
         """Write the tokens that may come next into ``bits_GW[row]``: bit t % 32 of word t // 32.

@@ -26,7 +26,8 @@ _TOKEN = re.compile(
 )
 _COUNT = re.compile(r"\{([0-9]+)(?:(,)([0-9]*))?\}")
 _QUANTIFIERS = "*+?{"
-_KNOWN_LETTER_ESCAPES = frozenset("dDwWsSnrtfv0xuc" + "bBpPk")  # the last five have own reasons
+# The last five are refused, each for a reason of its own.
+_KNOWN_LETTER_ESCAPES = frozenset("dDwWsSnrtfv0xuc" + "bBpPk")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _JSON_ESCAPES = r'"|\\\\|\\"|\\[nrtfv0]|\\c.|\\(?:x|u00|u\{0*)(?:[01]?[0-9a-fA-F]|22|5[cC])(?:\}|(?!\w))|[\x00-\x1f]'
 _NEEDS_JSON_ESCAPE = re.compile(_JSON_ESCAPES)
@@ -56,16 +57,16 @@ def checked_regex(pattern: str) -> str:
     """The pattern to give the compiler: the same without anchors.
 
     Raises:
-        ValueError: it is none, or a part of it would not be enforced.
+        ValueError: it is not a regular expression, or part of it would not be enforced.
     """
     return _written(_parsed(pattern), largest=None)
 
 
 def checked_json_pattern(pattern: str) -> str:
-    """The same for a pattern inside a JSON string, with large repeats as several small ones.
+    """The pattern to give the compiler inside a JSON string: large repeats become several small ones.
 
     Raises:
-        ValueError: as above, or it asks for a character that JSON writes as an escape.
+        ValueError: as :func:`checked_regex`, or it asks for a character that JSON writes as an escape.
     """
     branches = _parsed(pattern)
     for token in _atoms(branches):

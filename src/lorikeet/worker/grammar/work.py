@@ -33,11 +33,11 @@ __all__ = ["MAX_COMPILED_BYTES", "MAX_MATCHER_BYTES", "prepare", "setup"]
 
 MAX_COMPILED_BYTES = 64 * 2**20
 MAX_MATCHER_BYTES = 16 * 2**20
-# Of one sequence: what it takes to begin, and for one token. Those of ordinary grammars are a hundredth of that.
+# Limits for one sequence, to begin and for one token. Ordinary grammars take a hundredth of them.
 _MATCHER_SECONDS = 0.05
 _MASK_SECONDS = 0.05
 _TOKEN_BYTES = 2**18
-# The same of a state that may be anywhere in the grammar at once, as none is.
+# The same for a matcher that may be anywhere in the grammar at once, which no real one is.
 _ANYWHERE_SECONDS = 0.25
 _ANYWHERE_BYTES = 64 * 2**20
 _NUM_WALKS, _WALK_TOKENS = 2, 20
@@ -139,8 +139,10 @@ class _Proof:
         self._bits_1W = np.zeros((1, (vocab_size + 31) // 32), dtype=np.int32)
 
     def run(self) -> None:
-        """Raises:
-        ValueError: it admits nothing, or costs too much.
+        """Follow some outputs to their end.
+
+        Raises:
+            ValueError: it admits nothing, or costs too much.
         """
         matcher = start_matcher(self._compiled)
         if not self._tokens(matcher).any():
@@ -207,7 +209,7 @@ def start_matcher(
 def _check_rules(
     backend: GrammarBackend, prepared: Prepared, compiled: xgrammar.CompiledGrammar
 ) -> None:
-    """Random outputs do not come everywhere: a matcher that may begin with any rule costs more than any state can.
+    """Bound states that random outputs do not reach: a matcher that may begin with any rule costs more than any state.
 
     Raises:
         ValueError: that is too much.
@@ -253,7 +255,7 @@ _heap_bytes = _make_heap_counter()
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What XGrammar complains about meanwhile, on stderr, where it would ignore something."""
+    """XGrammar's warnings while the context lasts: it writes them to stderr where it would ignore something."""
     found: list[str] = []
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

@@ -1,4 +1,4 @@
-"""Sampled tokens on their way from the device, and what the host makes of them."""
+"""Sampled tokens on their way from the device, and the results that the host makes of them."""
 
 from __future__ import annotations
 

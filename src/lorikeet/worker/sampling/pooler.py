@@ -16,12 +16,12 @@ from lorikeet.worker.staging import Download
 
 
 @dataclass(slots=True)
-class _State:
-    """A sequence that is pooled.
+class _PooledSequence:
+    """What is known of a sequence that is pooled.
 
     Attributes:
         sums: position of a chunk -> (the sum of its states [D], how many). By position, so that a step which is computed
-            once more for want of memory does not count twice.
+            again because memory was short does not count twice.
     """
 
     pooling: Pooling
@@ -64,17 +64,17 @@ class Pooler:
     """Follows the sequences that are pooled. Sums are float32 on the device, whatever the states' type."""
 
     def __init__(self) -> None:
-        self._states: dict[int, _State] = {}
+        self._states: dict[int, _PooledSequence] = {}
 
     def start(self, seq: int, pooling: Pooling) -> None:
-        self._states[seq] = _State(pooling)
+        self._states[seq] = _PooledSequence(pooling)
 
     def end(self, seq: int) -> bool:
         """Drop a sequence; False if it is not pooled."""
         return self._states.pop(seq, None) is not None
 
     def launch(self, states_PD: torch.Tensor, parts: list[PooledPart]) -> PendingVectors:
-        """Take in a step's states: ``parts`` in order, each with its rows."""
+        """Add a step's states to their sequences' sums: ``parts`` in order, each with its rows."""
         done: list[int] = []
         first = 0
         for part in parts:

@@ -102,7 +102,7 @@ class LogitRules:
         """(row, token) entries from a list of tokens for each row, without touching them on the host."""
         counts_M = self._ints([len(tokens_E) for tokens_E in lists])
         tokens_E = torch.cat(lists)
-        # Told how long the result is, it need not ask the device.
+        # With the length given, torch need not ask the device for it.
         rows_E = torch.repeat_interleave(self._ints(rows), counts_M, output_size=len(tokens_E))
         return rows_E, tokens_E
 

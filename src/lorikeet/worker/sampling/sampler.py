@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorikeet.core.plan import SampledToken, SequenceStart
+from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams, TokenLogprobs
 from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.ops import sampling as ops
@@ -98,14 +98,6 @@ class Sampler:
         """Drop the state of a sequence. Raises KeyError if it is not open."""
         del self._states[seq]
 
-    def sample(self, logits_NV: Tensor, seqs: list[int]) -> list[SampledToken]:
-        """``launch`` and ``finish`` at once; for callers without lanes."""
-        lanes = np.full(len(seqs), -1, dtype=np.int64)
-        arrays = self.arrays(seqs, lanes)
-        inputs = [upload(array, self._device) for array in arrays]
-        nowhere_L = torch.zeros(1, dtype=torch.int64, device=self._device)
-        return self.launch(logits_NV, seqs, inputs, nowhere_L).finish()
-
     def needs_tokens(self, seqs: list[int]) -> bool:
         """True if the tokens that were launched last must be finished before these sequences can sample again."""
         return any(self._states[seq].matcher is not None for seq in seqs)
@@ -160,12 +152,6 @@ class Sampler:
         for row, state in enumerate(states):
             state.launched(tokens_N[row : row + 1])
         return pending
-
-    def prompt_logprobs(
-        self, logits_TV: Tensor, seq: int, first_position: int
-    ) -> list[TokenLogprobs]:
-        """:meth:`launch_prompt` and ``finish`` at once."""
-        return self.launch_prompt(logits_TV, seq, first_position).finish()
 
     def launch_prompt(self, logits_TV: Tensor, seq: int, first_position: int) -> PendingPrompt:
         """Log-probabilities of prompt tokens: row i of the logits predicts position ``first_position + i``.

@@ -40,7 +40,7 @@ class SamplingState:
         banned_E: the same on the device, or None if there are none or they need no ban: ``min_new_tokens`` is reached, or
             a grammar sees to it.
         matcher: the grammar, or None.
-        error: why this sequence can not go on; None while it can.
+        error: why this sequence cannot go on; None while it can.
     """
 
     __slots__ = (
@@ -103,7 +103,7 @@ class SamplingState:
         )
 
     def launched(self, token_1: Tensor) -> None:
-        """The sequence samples this token, which only the device may know yet. Needs no memory, so it cannot fail."""
+        """Count a sampled token, which only the device may know yet. Needs no memory, so it cannot fail."""
         self.num_outputs += 1
         if self.counts_V is not None:
             self.counts_V.index_add_(0, token_1, self._one)
@@ -111,12 +111,12 @@ class SamplingState:
             self.seen_V.index_fill_(0, token_1, value=True)
 
     def note(self, token_id: int) -> None:
-        """The host knows the token; the grammar follows when the next mask is wanted."""
+        """Take a token that the host has read; the grammar advances when the next mask is wanted."""
         if self.matcher is not None:
             self.matcher.note(token_id)
 
     def _replay(self, outputs: list[int]) -> None:
-        """After a preemption; the histories have them already."""
+        """Take the outputs from before a preemption; the histories have them already."""
         self.num_outputs = len(outputs)
         for token in outputs if self.matcher is not None else ():
             self.note(token)

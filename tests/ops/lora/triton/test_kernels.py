@@ -13,7 +13,7 @@ from lorikeet.ops.lora import tiles as tile_table
 from lorikeet.ops.lora.tiles import ANY, ExpandTile, ShrinkTile, table_of
 from lorikeet.ops.lora.triton.resolve import resolve_tiles
 from lorikeet.ops.lora.triton.site import SiteShape, regions_of
-from tests.support.lora_tables import assert_close, random_site
+from tests.support.lora_tables import add_delta_, assert_close, random_site
 from tests.support.lora_tiles import KernelCase, tiles_of
 
 K = 48
@@ -123,7 +123,7 @@ def test_strided_rows():
     case = KernelCase(random_site(K, QKV, MIXED_RANKS), [1, 0, 3, 2], beside=True)
     x_TK, y_TO = _draw(4, 2 * K)[:, 5 : 5 + K], _draw(4, 100)[:, : sum(QKV)]
     expected_TO = case.expected(y_TO, x_TK)
-    case.backend.delta_(y_TO, x_TK, case.site.table, case.tiles)
+    add_delta_(case.backend, y_TO, x_TK, case.site.table, case.tiles)
     torch.testing.assert_close(y_TO, expected_TO, atol=1e-4, rtol=1e-5)
 
 

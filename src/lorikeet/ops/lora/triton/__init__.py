@@ -1,4 +1,1 @@
-"""The ``triton`` backend: one segment per sequence. Its kernels serve ``csgmv`` too.
-
-Importing :mod:`.segments` does not import Triton; the other modules do.
-"""
+"""The kernels of the ``triton`` and ``csgmv`` backends, which differ only in how rows are cut into tiles."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lorikeet.ops.lora import tiles
-from lorikeet.ops.lora.metadata import LoRABatch, PageTable, SiteTable, Tiles
+from lorikeet.ops.lora.metadata import LoRABatch, RankPageTable, SiteTable, Tiles
 from lorikeet.ops.lora.tiles import ExpandTile, ShrinkTile
 from lorikeet.ops.lora.triton.expand import expand_tiles
 from lorikeet.ops.lora.triton.gated import expand_silu_mul
@@ -31,7 +31,7 @@ class ShrunkTiles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """What the tiles of one step use.
+    """The tiles of one step and the records that they use.
 
     Attributes:
         zeros_LTC: where programs that share a row add up h; None if each keeps its own part.
@@ -57,7 +57,7 @@ class TritonBackend:
 
     def __init__(
         self,
-        table: PageTable,
+        table: RankPageTable,
         *,
         page_ranks: int,
         deterministic: bool = False,
@@ -118,9 +118,6 @@ class TritonBackend:
             y_T2I, h.h_HNTC, h.launch, self._shape(site).regions(y_T2I.shape[1]), tile
         )
 
-    def delta_(self, y_TO: torch.Tensor, x_TK: torch.Tensor, site: SiteTable, rows: Tiles) -> None:
-        self.expand_(y_TO, self.shrink(x_TK, site, rows), site, rows)
-
     def _expand(
         self, y_TO: torch.Tensor, h: ShrunkTiles, site: SiteTable, rows: Tiles, *, add: bool
     ) -> None:
@@ -154,7 +151,7 @@ class TritonBackend:
     def _shape(self, site: SiteTable) -> SiteShape:
         shape = self._shapes.get(id(site))
         if shape is None:
-            # It holds the site, whose number is its own for that long.
+            # The shape holds the site, so that the id is not used for another one.
             shape = self._shapes[id(site)] = SiteShape(site)
         return shape
 

@@ -18,7 +18,7 @@ def load_rank(record_ptr, P: tl.constexpr):
 
 @triton.jit
 def load_scale(record_ptr, P: tl.constexpr):
-    """Factor of B A x, float32."""
+    """Factor by which B A x is multiplied, float32."""
     return (tl.load(record_ptr + P) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 

@@ -1,7 +1,7 @@
 """The first LoRA kernel of a step: what every tile uses in every slice, so that later kernels look nothing up.
 
 Shape legend: S adapter slots, L slices of all sites, J tiles, W words of a record (see
-:class:`lorikeet.ops.lora.metadata.PageTable`); B words of one program.
+:class:`lorikeet.ops.lora.metadata.RankPageTable`); B words of one program.
 """
 
 from __future__ import annotations

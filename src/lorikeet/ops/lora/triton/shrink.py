@@ -26,8 +26,8 @@ def shrink_tiles(
     """Write h of the rows of all tiles, float32; ranks that an adapter does not have are left as they are.
 
     Args:
-        h_HNTC: with one part although several programs share a row's input features, it is added to and has to hold
-            zeros before; the order of that sum is not fixed.
+        h_HNTC: if it has one part although several programs share a row's input features, they add to it in no fixed
+            order, and it has to hold zeros before.
     """
     num_inputs = launch.in_features
     check_rows(None, x_TK)
@@ -106,7 +106,7 @@ def _shrink(
     row_size = K + tl.where(part == 0, O0, tl.where(part == 1, O1, O2))
     row_size = tl.multiple_of(row_size, ALIGN)
     if EARLY and LINES > 0:
-        # A comes out of memory while x is still made.
+        # A is prefetched while the kernel before this one still computes x.
         line_1L = span * SPAN + tl.arange(0, LINES)[None, :] * (SPAN // LINES)
         line_1L = tl.minimum(line_1L, K - 1)
         for first_rank in range(0, rank, R):

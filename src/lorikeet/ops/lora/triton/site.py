@@ -1,4 +1,4 @@
-"""A site as kernels are told about it.
+"""A site in the form that the kernels take.
 
 Shape legend: T rows, E elements of the pool, L slices of all sites, J tiles, M rows of a tile, W words of a record.
 """
@@ -12,7 +12,7 @@ import torch
 
 from lorikeet.ops.lora.metadata import SiteTable, Tiles
 
-# The slices of a site, and the features between them that no adapter changes: what kernels have arguments for.
+# The kernels have arguments for this many regions: slices, and features between them that no adapter changes.
 MAX_REGIONS = 3
 # Elements of the widest load, in a 16-bit type and with room to spare.
 WIDEST_LOAD = 16
@@ -49,7 +49,7 @@ class Region:
     """Neighbouring output features of a site.
 
     Attributes:
-        part: the slice of the site that they are; -1 for features that no adapter changes.
+        part: number of the slice in the site; -1 for features that no adapter changes.
     """
 
     offset: int
@@ -58,7 +58,7 @@ class Region:
 
 
 class SiteShape:
-    """What the kernels of a site need to know of it in every step.
+    """What the kernels need to know of a site in every step.
 
     Raises:
         ValueError: more slices than the kernels have arguments for, or slices that are not neighbours in the page table.
