@@ -57,13 +57,13 @@ class GraphRig:
         return self.inputs.lay_out(plan)
 
     def lane(self, seq: int) -> int:
-        return self.inputs.states[seq].lane
+        return self.inputs.sequences[seq].lane
 
     def decode(self, position: int, new_pages: tuple[int, ...] = ()) -> StepLayout:
         """Every sequence computes its token at a position."""
         rows = [
             DecodeRow(seq=seq, position=position, new_page_ids=[page + seq for page in new_pages])
-            for seq in self.inputs.states
+            for seq in self.inputs.sequences
         ]
         return self.lay_out(StepPlan(step=1, rows=rows))
 

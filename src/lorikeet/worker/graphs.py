@@ -1,13 +1,13 @@
 """CUDA graphs of forward passes: which are captured, what they read, and which of them runs a step.
 
-A graph is a recording of kernel launches with their addresses. So everything that it reads lies at a fixed place
-(:class:`FixedInputs`), and a step is padded to the next size that was captured: rows that pad store no K/V, and nobody
-reads their results. There are two kinds of captured pass:
+A graph is a recording of kernel launches with the addresses of their operands. So everything that it reads stays where
+it is (:class:`FixedInputs`), and a step is padded to the next size that was captured: rows that pad store no K/V, and
+nobody reads their results. There are two kinds of captured pass:
 
 * of a **decode step**, by number of rows and length of the longest sequence: one graph, with attention in it;
-* of a **step with prompts**, by number of tokens: graphs of everything but attention, with attention's calls between
-  them. It depends on how many prompts there are and how long each is, which a graph cannot follow; every other kernel
-  sees a number of tokens alone.
+* of a **step with prompts**, by number of tokens: graphs of everything but attention, which is called between them. It
+  depends on how many prompts there are and how long each is, which a graph cannot follow; every other kernel sees a
+  number of tokens alone. A decode step that has no pass of the first kind is run by one of these.
 
 Both kinds are captured without adapters and with. Only one pass runs at a time, so all share one pool of memory and the
 same inputs.
@@ -91,8 +91,8 @@ class GraphKey:
 class CapturedPass:
     """A forward pass as CUDA graphs, captured on the current stream.
 
-    Its tensors stand at fixed places, which belong to other graphs of the pool as soon as they were read: so graphs are
-    replayed in order and all of them.
+    Its tensors share their memory with other graphs, which write there as soon as they were read: so the graphs of a pass
+    are replayed in order, and all of them.
 
     Args:
         pool: of the memory that graphs share.
@@ -121,7 +121,7 @@ class CapturedPass:
         self.result = unowned(result)
 
     def replay(self, batch: ForwardBatch, attention: AttentionBackend) -> None:
-        """Queue the pass for a step whose inputs are in place; what lies in rows beyond its t does not matter.
+        """Queue the pass for a step whose inputs are there; what lies in rows beyond its t does not matter.
 
         Args:
             attention: computes what was left out, for t rows.

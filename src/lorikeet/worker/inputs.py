@@ -148,20 +148,20 @@ class InputBuilder:
         self._lora = lora
         self._int = int_type(device)
         self.lanes = lanes
-        self.states: dict[int, RunningSequence] = {}
+        self.sequences: dict[int, RunningSequence] = {}
 
     def apply(self, plan: StepPlan) -> None:
         """Open and extend the sequences that the plan names (:meth:`close` closes those that ended)."""
         for start in plan.starts:
-            self.states[start.seq] = self._open(start)
+            self.sequences[start.seq] = self._open(start)
         for part in (*plan.chunks, *plan.rows):
-            self.lanes.extend(self._state(part.seq).lane, part.new_page_ids)
+            self.lanes.extend(self._sequence(part.seq).lane, part.new_page_ids)
 
     def close(self, seq: int) -> None:
-        """Forget a sequence; one that never started means nothing."""
-        state = self.states.pop(seq, None)
-        if state is not None:
-            self.lanes.close(state.lane)
+        """Forget a sequence; nothing happens if it never started."""
+        sequence = self.sequences.pop(seq, None)
+        if sequence is not None:
+            self.lanes.close(sequence.lane)
 
     def lay_out(self, plan: StepPlan) -> StepLayout:
         """Which rows a step that computes at least one token has.
@@ -171,8 +171,8 @@ class InputBuilder:
         """
         rows = _StepRows(self._int)
         for chunk in plan.chunks:
-            rows.add_chunk(chunk, self._state(chunk.seq))
-        rows.add_decoding(plan.rows, [self._state(row.seq) for row in plan.rows])
+            rows.add_chunk(chunk, self._sequence(chunk.seq))
+        rows.add_decoding(plan.rows, [self._sequence(row.seq) for row in plan.rows])
         return rows.layout(self.lanes.pages_LP, self.page_size)
 
     def padding(self, num_tokens: int, *, is_decode: bool) -> StepLayout:
@@ -246,7 +246,7 @@ class InputBuilder:
             kv_lens=kv_lens_N.tolist(),
             kv_lens_N=next(sent),
             query_starts_N1=next(sent),
-            page_table_NP=_placed(next(sent), fixed),
+            page_table_NP=_fixed_table(next(sent), fixed),
             places_T=places_T[: starts_N1[-1]],
             page_size=self.page_size,
             num_chunks=layout.num_chunks,
@@ -267,7 +267,7 @@ class InputBuilder:
     def head_batch(
         self, layout: StepLayout, batch: ForwardBatch, begin: int, end: int
     ) -> ForwardBatch:
-        """The batch of a step as the LM head sees it that computes rows ``[begin, end)`` of the logits alone."""
+        """The batch of a step for an LM head that computes rows ``[begin, end)`` of the logits alone."""
         if batch.lora is None or self._lora is None:
             return batch
         rows = layout.logits_rows[begin:end]
@@ -292,14 +292,14 @@ class InputBuilder:
             pooling=start.pooling,
         )
 
-    def _state(self, seq: int) -> RunningSequence:
-        state = self.states.get(seq)
-        if state is None:
+    def _sequence(self, seq: int) -> RunningSequence:
+        sequence = self.sequences.get(seq)
+        if sequence is None:
             raise EngineFault(f"the plan names sequence {seq}, which never started on this worker")
-        return state
+        return sequence
 
 
-def _placed(table_NP: torch.Tensor, fixed: FixedInputs | None) -> torch.Tensor:
+def _fixed_table(table_NP: torch.Tensor, fixed: FixedInputs | None) -> torch.Tensor:
     """Page tables where attention reads them: without gaps, so that tables of another width lie elsewhere."""
     if fixed is None or fixed.table_NP is None:
         return table_NP
@@ -329,34 +329,36 @@ class _StepRows:
         self._pooled: list[PooledPart] = []
         self._pooled_rows: list[int] = []
 
-    def add_chunk(self, chunk: PrefillChunk, state: RunningSequence) -> None:
+    def add_chunk(self, chunk: PrefillChunk, sequence: RunningSequence) -> None:
         base = self._num_tokens - chunk.start
         length = chunk.end - chunk.start
-        self._ids.append(np.asarray(state.tokens[chunk.start : chunk.end], dtype=self._int))
+        self._ids.append(np.asarray(sequence.tokens[chunk.start : chunk.end], dtype=self._int))
         self._positions.append(np.arange(chunk.start, chunk.end, dtype=self._int))
-        self._add(state, length, chunk.end)
+        self._add(sequence, length, chunk.end)
         self._num_chunks += 1
-        wanted = state.prompt_logprob_rows(chunk)
+        wanted = sequence.prompt_logprob_rows(chunk)
         # Position 0 is predicted by nothing, but is reported with position 1, or alone if the prompt has no other.
-        is_single = state.num_prompt == 1 and state.prompt_logprob_start == 0 and chunk.start == 0
+        is_single = (
+            sequence.num_prompt == 1 and sequence.prompt_logprob_start == 0 and chunk.start == 0
+        )
         if wanted or is_single:
             self._prompt_rows.extend(base + position for position in wanted)
             self._prompts.append((chunk.seq, wanted.start + 1, len(wanted)))
         if chunk.sample:
-            self._sample(chunk.seq, state)
-        if state.pooling is not None:
-            num_rows = length if state.pooling.kind == "mean" else int(chunk.pool)
+            self._sample(chunk.seq, sequence)
+        if sequence.pooling is not None:
+            num_rows = length if sequence.pooling.kind == "mean" else int(chunk.pool)
             self._pooled.append(PooledPart(chunk.seq, chunk.start, num_rows, chunk.pool))
             self._pooled_rows.extend(range(self._num_tokens - num_rows, self._num_tokens))
 
-    def add_decoding(self, rows: list[DecodeRow], states: list[RunningSequence]) -> None:
-        lanes = [state.lane for state in states]
+    def add_decoding(self, rows: list[DecodeRow], sequences: list[RunningSequence]) -> None:
+        lanes = [sequence.lane for sequence in sequences]
         # The newest token of a sequence that decodes is always one that was sampled here.
         self._ids.append(-1 - np.asarray(lanes, dtype=self._int))
         self._positions.append(np.asarray([row.position for row in rows], dtype=self._int))
-        for row, state in zip(rows, states, strict=True):
-            self._add(state, 1, row.position + 1)
-            self._sample(row.seq, state)
+        for row, sequence in zip(rows, sequences, strict=True):
+            self._add(sequence, 1, row.position + 1)
+            self._sample(row.seq, sequence)
 
     def layout(self, pages_LP: np.ndarray, page_size: int) -> StepLayout:
         """The rows that were added.
@@ -388,14 +390,14 @@ class _StepRows:
             pooled_rows=self._pooled_rows,
         )
 
-    def _add(self, state: RunningSequence, length: int, kv_len: int) -> None:
+    def _add(self, sequence: RunningSequence, length: int, kv_len: int) -> None:
         self._num_tokens += length
-        self._lanes.append(state.lane)
+        self._lanes.append(sequence.lane)
         self._lengths.append(length)
         self._kv_lens.append(kv_len)
-        self._slots.append(state.slot)
+        self._slots.append(sequence.slot)
 
-    def _sample(self, seq: int, state: RunningSequence) -> None:
+    def _sample(self, seq: int, sequence: RunningSequence) -> None:
         self._sampled.append(seq)
-        self._sampled_lanes.append(state.lane)
+        self._sampled_lanes.append(sequence.lane)
         self._sample_rows.append(self._num_tokens - 1)

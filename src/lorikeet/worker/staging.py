@@ -22,7 +22,7 @@ _TORCH_TYPES = {
 
 
 def int_type(device: torch.device) -> type[np.integer]:
-    """The integers of a step: int32 is enough, and what kernels want; torch's CPU indexing wants int64."""
+    """The integer type of a step's arrays: kernels want int32, which is enough; torch's indexing on a CPU wants int64."""
     return np.int32 if device.type == "cuda" else np.int64
 
 

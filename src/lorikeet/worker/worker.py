@@ -58,7 +58,7 @@ class Worker:
 
     Args:
         network: a batch to logits [M, V], and to states that are pooled.
-        inputs: builder of batches, with the states of running sequences.
+        inputs: builder of batches; remembers the running sequences.
         sampler: logits to tokens.
         copier: brings adapters to the device; None when LoRA is off.
         graphs: captured steps; None if all run eagerly.
@@ -156,7 +156,7 @@ class Worker:
 
     def _end(self, ended: list[int]) -> None:
         for seq in ended:
-            if seq in self._inputs.states:
+            if seq in self._inputs.sequences:
                 self._inputs.close(seq)
                 if not self._pooler.end(seq):
                     self._sampler.end(seq)
