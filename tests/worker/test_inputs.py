@@ -71,7 +71,7 @@ def test_every_step_of_a_pass_lies_where_its_capture_read(key: GraphKey) -> None
         read = [batch.input_ids_T, batch.positions_T, attn.places_T]
         if key.is_decode:
             read += [attn.kv_lens_N, attn.query_starts_N1, attn.page_table_NP]
-        read += [value for value in (batch.logits_rows_N, batch.lora) if value is not None]  # pyright: ignore[reportAssignmentType]
+        read += [value for value in (batch.logits_rows_N, batch.lora) if value is not None]
         return [tensor.data_ptr() for tensor in read]
 
     padding, plan = runner.padding(key)
