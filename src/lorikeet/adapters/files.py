@@ -6,7 +6,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from io import FileIO
@@ -23,7 +23,7 @@ _roots: ContextVar[tuple[Path, ...]] = ContextVar("_roots", default=())
 
 
 @contextmanager
-def confined(roots: tuple[Path, ...]) -> Iterator[None]:
+def confined(roots: tuple[Path, ...]) -> Generator[None]:
     """While the context lasts, this thread opens files below ``roots`` only, wherever a link leads to."""
     token = _roots.set(roots)
     try:
@@ -53,7 +53,7 @@ def _check_place(path: Path, descriptor: int) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[FileIO]:
+def opened(path: Path) -> Generator[FileIO]:
     """A regular file, unbuffered; whatever the system refuses while it is open becomes an AdapterError.
 
     A pipe or a device in its place is refused at once: to open a pipe would wait for whoever writes into it.

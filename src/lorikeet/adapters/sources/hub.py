@@ -76,13 +76,14 @@ def download(identity: HubId, patterns: list[str], options: HubOptions, transfer
     # cached copy in offline mode, a full disk; ValueError a name or a reply that the client does not accept.
     failures = cast("tuple[type[Exception], ...]", (*HfHubHTTPError.__bases__, OSError, ValueError))
     in_cache_only = transfer.reach < Reach.NETWORK
+    client = cast("Any", huggingface_hub)  # types parts of its arguments only
 
     def run() -> Path:
         if not in_cache_only:
             _check_size(identity, patterns, options, failures)
         transfer.check()
         return Path(
-            huggingface_hub.snapshot_download(
+            client.snapshot_download(
                 identity.repo,
                 revision=identity.revision,
                 allow_patterns=patterns,
@@ -143,10 +144,10 @@ def _stopper(transfer: Transfer) -> type[Any]:
     """A progress bar that shows nothing and stops the download at its end."""
     from tqdm import tqdm
 
-    class Stopper(tqdm):
+    class Stopper(tqdm):  # pyright: ignore[reportMissingTypeArgument]  # generic in its stubs alone
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
-            super().__init__(*args, **kwargs | {"disable": True})
+            super().__init__(*args, **kwargs | {"disable": True})  # pyright: ignore[reportUnknownMemberType]
 
         def update(self, n: float | None = 1) -> bool | None:
             transfer.check()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from lorikeet.adapters.files import MAX_TEXT_BYTES
@@ -331,14 +331,14 @@ def _opened(url: str, transfer: Transfer, *, allow_private: bool) -> Generator[_
     """
     scheme = scheme_of(url)
     try:
-        import fsspec
+        import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
         if scheme.startswith("http"):
             # A session of its own: at the end its connections are closed, whatever they wait for.
             kwargs = _http_options(allow_private=allow_private) | {"skip_instance_cache": True}
         else:
             kwargs = {"use_listings_cache": False}
-        fs = fsspec.filesystem(scheme, **kwargs)
+        fs = cast("Any", fsspec).filesystem(scheme, **kwargs)
     except ImportError as error:
         raise AdapterError(
             f"{scheme}:// needs a library that is not installed ({error}); pip install 'lorikeet[remote]'"
