@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from lorikeet.adapters.rank_pages import RankPageAllocator
+from lorikeet.adapters.residency import Residency
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.residency import Residency
 from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from lorikeet.scheduler.shares import CallShares, most_following

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorikeet.worker.staging import Download, Upload, offsets_of, upload, view_at
+from lorikeet.worker.staging import Download, offsets_of, upload, upload_all, view_at
 
 CPU = torch.device("cpu")
 ARRAYS = [
@@ -20,7 +20,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_arrays_arrive_as_they_were(device: str) -> None:
-    for array, tensor in zip(ARRAYS, Upload(ARRAYS, torch.device(device)).tensors(), strict=True):
+    for array, tensor in zip(ARRAYS, upload_all(ARRAYS, torch.device(device)), strict=True):
         assert np.array_equal(tensor.cpu().numpy(), array)
         assert tensor.cpu().numpy().dtype == array.dtype
 
@@ -38,9 +38,9 @@ def test_every_array_begins_at_a_multiple_of_256_bytes() -> None:
 
 def test_arrays_at_a_fixed_place() -> None:
     place = torch.zeros(1024, dtype=torch.uint8)
-    Upload(ARRAYS, CPU, into=place)
+    upload_all(ARRAYS, CPU, into=place)
     assert view_at(place, 0, (5,), np.dtype(np.int32)).tolist() == [0, 1, 2, 3, 4]
-    again = Upload([ARRAYS[0] + 10, *ARRAYS[1:]], CPU, into=place).tensors()
+    again = upload_all([ARRAYS[0] + 10, *ARRAYS[1:]], CPU, into=place)
     assert again[0].data_ptr() == place.data_ptr()
     assert again[0].tolist() == [10, 11, 12, 13, 14]
 

@@ -34,8 +34,8 @@ class AttentionInputs:
         query_starts, kv_lens: on the host.
         query_starts_N1, kv_lens_N: the same as tensors, of the type of ``page_table_NP``.
         bucket: None for a step that runs eagerly. Else the step decodes with ``bucket`` rows in tensors that lie at the
-            same address in every step of this bucket and width of the page table, so that a CUDA graph can be captured
-            and replayed; rows that pad the batch have one key, place 0, and store nothing.
+            same address in every step that replays the same CUDA graph; rows that pad the batch have one key, place 0,
+            and store nothing.
     """
 
     query_starts: list[int]

@@ -1,4 +1,4 @@
-"""An attention backend that can be left out of a forward pass, for passes that are captured around it."""
+"""An attention backend that can be left out of a forward pass, so that the rest can be captured in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class AttentionCall:
 
 
 class Attend(Protocol):
-    """Takes the place of the backend; returns [T, Q, H], contiguous."""
+    """Is called instead of the backend; returns [T, Q, H], contiguous."""
 
     def __call__(self, call: AttentionCall, /) -> torch.Tensor: ...
 
 
 class CutAttention:
-    """Another backend, and whatever :meth:`cut` puts in its place meanwhile."""
+    """A backend whose calls can be led elsewhere for a while."""
 
     def __init__(self, backend: AttentionBackend) -> None:
         self.backend = backend

@@ -16,7 +16,7 @@ from lorikeet.ops.lora.metadata import LoRABatch
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ForwardBatch:
-    """What a step computes.
+    """The inputs of a step.
 
     Attributes:
         input_ids_T: tokens of a sequence are consecutive rows. An id below 0 is a token that an earlier step sampled
@@ -46,7 +46,7 @@ class ForwardBatch:
         return torch.where(ids_T < 0, sampled_T.to(ids_T.dtype), ids_T)
 
     def narrowed(self) -> ForwardBatch:
-        """The batch as layers without attention see it once only the rows whose logits are wanted are left of T."""
+        """The batch for what follows the last attention: it sees only the rows of T whose logits are wanted."""
         if self.lora is None:
             return self
         return replace(self, lora=replace(self.lora, tokens=self.lora.logits))

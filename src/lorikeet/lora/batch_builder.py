@@ -176,41 +176,32 @@ class TileBatchBuilder:
         logits = self._cut_rows(pieces, logits_rows, DECODE_BLOCK_ROWS)
         return TilePlan(tokens, num_tokens, logits, len(logits_rows))
 
-    def plan_decode(self, slots: Sequence[int], bucket: int) -> TilePlan | None:
+    def plan_decode(
+        self, slots: Sequence[int], bucket: int, num_tiles: int | None = None
+    ) -> TilePlan | None:
         """A step of one token for each row, padded to ``bucket`` rows, whose logits are all wanted: for a CUDA graph.
+        Deltas are computed beside the base layers.
 
-        The plan has of the numbers in :meth:`tile_counts` the least that fits: that number belongs to the graph. Deltas are computed beside the base layers.
+        Args:
+            num_tiles: one of :meth:`tile_counts`, each of which has a graph of its own; None takes the least that fits.
 
         Returns:
-            None if every slot is 0.
+            None if every slot is 0 and no number of tiles is given.
         """
-        if not any(slots):
+        if num_tiles is None and not any(slots):
             return None
         padding = bucket - len(slots)
         pieces = self._pieces([*slots, 0], [1] * len(slots) + [padding])
         tiles = self._cut(pieces, DECODE_BLOCK_ROWS)
-        num_tiles = next(n for n in self.tile_counts(bucket) if n >= len(tiles.slot_J))
-        return TilePlan(padded(tiles, num_tiles), bucket, is_beside=True)
+        if num_tiles is None:
+            num_tiles = next(n for n in self.tile_counts(bucket) if n >= len(tiles.slot_J))
+        return TilePlan(padded(tiles, num_tiles), bucket, is_captured=True, is_beside=True)
 
     def tile_counts(self, bucket: int) -> tuple[int, ...]:
         """Numbers of tiles that steps of ``bucket`` rows are captured for, ascending; the last one always suffices."""
         most = self._most(bucket, self._max_adapters, DECODE_BLOCK_ROWS)
         few = -(-bucket // DECODE_BLOCK_ROWS) + _FEW_MORE_TILES
         return (most,) if few >= most else (few, most)
-
-    def decode_size(self, bucket: int) -> int:
-        """Most int32 numbers that a plan for ``bucket`` rows has in its one array."""
-        return self.tile_counts(bucket)[-1] * (DECODE_BLOCK_ROWS + 1)
-
-    def decode_batch(self, data: torch.Tensor, bucket: int, num_tiles: int) -> LoRABatch:
-        """The batch of a :meth:`plan_decode`, from its array on the device.
-
-        Args:
-            data: int32, at least ``num_tiles`` x 17 of them; what is in it does not matter to a capture as long as the
-                first ``num_tiles * 16`` are row numbers or -1 and the others slots (zeros will do).
-        """
-        tiles = tiles_at(data, (num_tiles, DECODE_BLOCK_ROWS), bucket, num_tiles)
-        return LoRABatch(tokens=tiles, logits=tiles, is_beside=True)
 
     def plan_prompt(
         self,
@@ -219,12 +210,11 @@ class TileBatchBuilder:
         logits_rows: Sequence[int],
         num_tokens: int,
         num_wanted: int,
-    ) -> list[np.ndarray] | None:
-        """The arrays of a step with prompts, padded to ``num_tokens`` rows of which ``num_wanted`` have logits: for
-        CUDA graphs.
+    ) -> TilePlan | None:
+        """A step with prompts, padded to ``num_tokens`` rows of which ``num_wanted`` have logits: for CUDA graphs.
 
         Returns:
-            One array for each of :meth:`prompt_shapes`; None if the step needs more tiles than that.
+            Tiles of :meth:`prompt_shapes`; None if the step needs more of them.
         """
         pieces = self._pieces([*slots, 0], [*lengths, num_tokens - sum(lengths)])
         padding = num_wanted - len(logits_rows)
@@ -236,8 +226,13 @@ class TileBatchBuilder:
         if len(tokens.slot_J) > num_tiles or len(logits.slot_J) > num_logits_tiles:
             return None
         return TilePlan(
-            padded(tokens, num_tiles), num_tokens, padded(logits, num_logits_tiles), num_wanted
-        ).arrays
+            padded(tokens, num_tiles),
+            num_tokens,
+            padded(logits, num_logits_tiles),
+            num_wanted,
+            is_captured=True,
+            is_beside=num_tokens <= _BESIDE_TOKENS,
+        )
 
     def prompt_shapes(
         self, num_tokens: int, num_wanted: int
@@ -248,21 +243,6 @@ class TileBatchBuilder:
         return self._prompt_shape(num_tokens, block), self._prompt_shape(
             num_wanted, DECODE_BLOCK_ROWS
         )
-
-    def prompt_batch(
-        self, tensors: Sequence[torch.Tensor], num_tokens: int, num_wanted: int
-    ) -> LoRABatch:
-        """The batch of a :meth:`plan_prompt`, from its arrays on the device."""
-        tokens, logits = (
-            tiles_at(data, shape, num_rows, shape[0])
-            for data, shape, num_rows in zip(
-                tensors,
-                self.prompt_shapes(num_tokens, num_wanted),
-                (num_tokens, num_wanted),
-                strict=True,
-            )
-        )
-        return LoRABatch(tokens=tokens, logits=logits, is_beside=num_tokens <= _BESIDE_TOKENS)
 
     def _prompt_shape(self, num_rows: int, block: int) -> tuple[int, int]:
         most = self._most(num_rows, self._max_adapters, block)
@@ -294,7 +274,12 @@ class TileBatchBuilder:
 
 
 class TilePlan:
-    """Tiles on the host: of the tokens, and of the rows whose logits are wanted if those are others."""
+    """Tiles on the host: of the tokens, and of the rows whose logits are wanted if those are others.
+
+    Args:
+        is_captured: the step replays CUDA graphs, which later steps replay with other tiles: all may have an adapter.
+        is_beside: see :class:`LoRABatch`.
+    """
 
     def __init__(
         self,
@@ -303,11 +288,13 @@ class TilePlan:
         logits: CutTiles | None = None,
         num_logits: int = 0,
         *,
+        is_captured: bool = False,
         is_beside: bool = False,
     ) -> None:
         self._parts = [(tokens, num_tokens)]
         if logits is not None:
             self._parts.append((logits, num_logits))
+        self._is_captured = is_captured
         self._is_beside = is_beside
 
     @property
@@ -323,13 +310,7 @@ class TilePlan:
     def batch(self, tensors: Sequence[torch.Tensor]) -> LoRABatch:
         """See :class:`LoRAPlan`."""
         tiles = [
-            # A graph is replayed with other tiles, of which all may have an adapter.
-            tiles_at(
-                data,
-                cut.rows_JM.shape,
-                num_rows,
-                len(cut.slot_J) if self._is_beside else cut.num_used,
-            )
+            _tiles_at(data, cut, num_rows, len(cut.slot_J) if self._is_captured else cut.num_used)
             for data, (cut, num_rows) in zip(tensors, self._parts, strict=True)
         ]
         return LoRABatch(tokens=tiles[0], logits=tiles[-1], is_beside=self._is_beside)
@@ -339,11 +320,10 @@ class TilePlan:
         return self.batch([torch.from_numpy(array).to(device) for array in self.arrays])
 
 
-def tiles_at(data: torch.Tensor, shape: tuple[int, ...], num_rows: int, num_used: int) -> Tiles:
-    """Tiles from one array of a :class:`TilePlan`; ``shape`` is (J, M)."""
-    num_tiles, block = shape
-    end = num_tiles * block
-    return Tiles(data[end : end + num_tiles], data[:end].view(shape), num_rows, num_used)
+def _tiles_at(data: torch.Tensor, cut: CutTiles, num_rows: int, num_used: int) -> Tiles:
+    """``cut`` on the device, from its array in :attr:`TilePlan.arrays`."""
+    end = cut.rows_JM.size
+    return Tiles(data[end:], data[:end].view(cut.rows_JM.shape), num_rows, num_used)
 
 
 def make_batch_builder(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-
-import torch
+from collections.abc import Sequence
 
 from lorikeet.config import ServerConfig
 from lorikeet.kv.storage import KVStorage
@@ -15,17 +14,16 @@ from lorikeet.models.decoder import Decoder
 from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS
 from lorikeet.ops.select import select_ops
 from lorikeet.worker.grammar.compiler import GrammarCompiler
-from lorikeet.worker.graphs import DecodeBuffers, GraphRunner, default_sizes
+from lorikeet.worker.graphs import GraphRunner, default_decode_sizes, default_prompt_sizes
 from lorikeet.worker.inputs import InputBuilder
 from lorikeet.worker.lanes import Lanes
 from lorikeet.worker.profile import (
     warm_up,
     warm_up_draw,
 )
-from lorikeet.worker.prompt_graphs import PromptBuffers, PromptGraphs, default_prompt_sizes
 from lorikeet.worker.sampling.sampler import Sampler
 from lorikeet.worker.target import Target
-from lorikeet.worker.worker import Graphs, Worker
+from lorikeet.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +31,10 @@ logger = logging.getLogger(__name__)
 def num_graphs(config: ServerConfig, lora: LoRAParts | None) -> int:
     """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
     tiles beside the graph without."""
-    if config.disable_cuda_graph:
-        return 0
-    with_adapters = lora is not None and lora.backend != "torch"
-    decode = len(_graph_sizes(config)) * (3 if with_adapters else 1) * 5 // 4
-    prompts = len(_prompt_sizes(config)) * (2 if with_adapters else 1)
-    return decode + prompts
+    decode, prompts = map(len, _graph_sizes(config))
+    if lora is not None and lora.backend != "torch":
+        decode, prompts = 3 * decode, 2 * prompts
+    return decode * 5 // 4 + prompts
 
 
 def make_worker(
@@ -66,9 +62,19 @@ def make_worker(
             min(rows, target.context_length) for rows in (PREFILL_BLOCK_ROWS, DECODE_BLOCK_ROWS)
         }
         warm_up(model, target.attention, inputs, tuple(lengths), slot=1)
-    graphs: list[Graphs] = []
+    graphs = None
     if device.type == "cuda" and not target.config.disable_cuda_graph:
-        graphs = _capture(target, model, storage, inputs, tiles, progress=progress)
+        decode_sizes, prompt_sizes = _graph_sizes(target.config)
+        graphs = GraphRunner(
+            model,
+            target.attention,
+            inputs,
+            tiles,
+            decode_sizes=decode_sizes,
+            prompt_sizes=prompt_sizes,
+            max_kv_len=target.context_length,
+        )
+        graphs.capture(progress=progress)
     draw = select_ops(device.type).draw
     if device.type == "cuda":
         warm_up_draw(draw, target.spec.vocab_size, target.dtype, lanes.sampled_L)
@@ -91,41 +97,15 @@ def make_worker(
     )
 
 
-def _capture(
-    target: Target,
-    model: Decoder,
-    storage: KVStorage,
-    inputs: InputBuilder,
-    tiles: TileBatchBuilder | None,
-    *,
-    progress: bool,
-) -> list[Graphs]:
-    """All graphs; those of the most tokens first, in whose memory the others find room."""
-    pool = torch.cuda.graph_pool_handle()
-    prompts: list[Graphs] = []
-    if sizes := _prompt_sizes(target.config):
-        prompt_buffers = PromptBuffers(sizes, storage, inputs, tiles)
-        runner = PromptGraphs(model, target.attention, prompt_buffers, sizes, storage)
-        runner.capture(pool, progress=progress)
-        prompts.append(runner)
-    sizes = _graph_sizes(target.config)
-    max_pages = inputs.lanes.pages_LP.shape[1]
-    buffers = DecodeBuffers(sizes[-1], max_pages, storage, inputs, tiles)
-    decode = GraphRunner(model, target.attention, buffers, sizes, target.context_length)
-    decode.capture(pool, progress=progress)
-    return [decode, *prompts]
-
-
-def _prompt_sizes(config: ServerConfig) -> tuple[int, ...]:
-    if config.disable_piecewise_cuda_graph:
-        return ()
-    assert config.piecewise_cuda_graph_max_tokens is not None
-    return default_prompt_sizes(config.piecewise_cuda_graph_max_tokens)
-
-
-def _graph_sizes(config: ServerConfig) -> tuple[int, ...]:
-    largest = config.cuda_graph_max_bs
-    assert largest is not None
-    if config.cuda_graph_bs is None:
-        return default_sizes(largest)
-    return tuple(sorted({size for size in config.cuda_graph_bs if size <= largest}))
+def _graph_sizes(config: ServerConfig) -> tuple[Sequence[int], Sequence[int]]:
+    """Which passes are captured: rows of decode steps, and tokens of steps with prompts."""
+    if config.disable_cuda_graph:
+        return (), ()
+    max_rows, max_tokens = config.cuda_graph_max_bs, config.piecewise_cuda_graph_max_tokens
+    assert max_rows is not None
+    assert max_tokens is not None
+    decode = default_decode_sizes(max_rows)
+    if config.cuda_graph_bs is not None:
+        decode = sorted({size for size in config.cuda_graph_bs if size <= max_rows})
+    prompts = () if config.disable_piecewise_cuda_graph else default_prompt_sizes(max_tokens)
+    return decode, prompts

@@ -1,4 +1,4 @@
-"""From a plan to tensors: the worker's memory of each sequence, and the :class:`ForwardBatch` of one step.
+"""From a plan to tensors: what the worker remembers of each sequence, and the :class:`ForwardBatch` of a step.
 
 Shape legend: T tokens of the step, N sequences of the step (chunks first, then rows), P pages of the longest page
 table, M rows of T whose logits are wanted.
@@ -19,12 +19,12 @@ from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.batch_builder import BatchBuilder, LoRAPlan
 from lorikeet.worker.lanes import Lanes
-from lorikeet.worker.staging import Upload, int_type
+from lorikeet.worker.staging import int_type, padded, upload_all
 
 
 @dataclass(slots=True)
-class SequenceState:
-    """What a worker remembers of a running sequence between steps.
+class RunningSequence:
+    """What a worker remembers of a sequence between steps.
 
     Attributes:
         tokens: those that were known when it started; later ones are in ``Lanes.sampled_L``, on the device.
@@ -71,17 +71,18 @@ class PooledPart:
 
 @dataclass(slots=True)
 class StepLayout:
-    """The rows of a step: chunks first, then sequences that decode.
+    """The rows of a step on the host: chunks first, then sequences that decode.
 
     Attributes:
+        lanes_N: of all sequences of the step.
+        lengths_N: tokens of each.
+        ids_T, positions_T, logits_rows: see :class:`ForwardBatch`.
+        kv_lens_N, places_T, page_table_NP: see :class:`AttentionInputs`.
+        num_chunks: how many of the sequences are chunks.
+        slots: adapter slots of all sequences of the step.
         prompt_rows: (sequence, first prompt position predicted, number of rows), in the order of the logits' rows.
         sampled: sequences that sample a token, in the order of the logits' last rows.
         sampled_lanes: their lanes.
-        lanes_N: of all sequences of the step.
-        slots: adapter slots of all sequences of the step.
-        lengths_N: tokens of each.
-        ids_T, positions_T, logits_rows: see :class:`ForwardBatch`.
-        num_chunks: how many of the sequences are chunks.
         pooled: sequences that are pooled, in batch order; ``pooled_rows`` are the rows of T that they take.
     """
 
@@ -90,6 +91,8 @@ class StepLayout:
     kv_lens_N: np.ndarray
     ids_T: np.ndarray
     positions_T: np.ndarray
+    places_T: np.ndarray
+    page_table_NP: np.ndarray
     num_chunks: int
     slots: list[int]
     sampled: list[int]
@@ -105,8 +108,31 @@ class StepLayout:
         return self.num_chunks == 0
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class FixedInputs:
+    """The inputs of a captured pass: memory that stays where it is, and the sizes that those of a step are padded to.
+
+    Attributes:
+        data: uint8 on the device, with room for everything that a step brings: what the graphs read lies in front.
+        num_tokens: rows that the pass computes (T).
+        num_wanted: rows whose logits it computes (M); None if it computes those of all rows.
+        table_NP: page tables for attention within the graphs, which has one row for each sequence; None if attention
+            is called between them, for the sequences that there are.
+    """
+
+    data: torch.Tensor
+    num_tokens: int
+    num_wanted: int | None
+    table_NP: torch.Tensor | None
+
+    @property
+    def num_sequences(self) -> int | None:
+        """Sequences that attention within the graphs sees (N)."""
+        return None if self.table_NP is None else self.num_tokens
+
+
 class InputBuilder:
-    """Keeps the states of running sequences and turns each plan into a :class:`ForwardBatch`."""
+    """Remembers running sequences and turns each plan into a :class:`ForwardBatch`."""
 
     def __init__(
         self,
@@ -122,20 +148,20 @@ class InputBuilder:
         self._lora = lora
         self._int = int_type(device)
         self.lanes = lanes
-        self.states: dict[int, SequenceState] = {}
+        self.sequences: dict[int, RunningSequence] = {}
 
     def apply(self, plan: StepPlan) -> None:
-        """Open and extend the states that the plan names (ended ones are closed by :meth:`close`)."""
+        """Open and extend the sequences that the plan names (:meth:`close` closes those that ended)."""
         for start in plan.starts:
-            self.states[start.seq] = self._open(start)
+            self.sequences[start.seq] = self._open(start)
         for part in (*plan.chunks, *plan.rows):
-            self.lanes.extend(self._state(part.seq).lane, part.new_page_ids)
+            self.lanes.extend(self._sequence(part.seq).lane, part.new_page_ids)
 
     def close(self, seq: int) -> None:
-        """Forget a sequence; one that never started means nothing."""
-        state = self.states.pop(seq, None)
-        if state is not None:
-            self.lanes.close(state.lane)
+        """Forget a sequence; nothing happens if it never started."""
+        sequence = self.sequences.pop(seq, None)
+        if sequence is not None:
+            self.lanes.close(sequence.lane)
 
     def lay_out(self, plan: StepPlan) -> StepLayout:
         """Which rows a step that computes at least one token has.
@@ -143,92 +169,111 @@ class InputBuilder:
         The logits' rows are, in this order: rows wanted for prompt log-probabilities (by chunk), then one row for
         each sequence that samples. A row may appear in both parts.
         """
-        parts = _Parts(self._int)
+        rows = _StepRows(self._int)
         for chunk in plan.chunks:
-            parts.add_chunk(chunk, self._state(chunk.seq))
-        parts.add_rows(plan.rows, [self._state(row.seq) for row in plan.rows])
-        return parts.layout()
+            rows.add_chunk(chunk, self._sequence(chunk.seq))
+        rows.add_decoding(plan.rows, [self._sequence(row.seq) for row in plan.rows])
+        return rows.layout(self.lanes.pages_LP, self.page_size)
 
-    def places(self, lanes: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where in the cache the K/V of each position of each lane go."""
-        size = self.page_size
-        return self.lanes.pages_LP[lanes, positions // size] * size + positions % size
+    def padding(self, num_tokens: int, *, is_decode: bool) -> StepLayout:
+        """A step whose K/V are stored nowhere and whose results nobody reads, for a capture.
 
-    def page_table(self, layout: StepLayout) -> np.ndarray:
-        """Page tables [N, P], as wide as the longest sequence needs."""
-        width = -(-int(layout.kv_lens_N.max()) // self.page_size)
-        return self.lanes.pages_LP[layout.lanes_N, :width]
+        Args:
+            is_decode: one row for each of as many sequences, instead of one prompt.
+        """
+        lengths_N = np.asarray([1] * num_tokens if is_decode else [num_tokens], dtype=self._int)
+        zeros_T = np.zeros(num_tokens, dtype=self._int)
+        num_pages = -(-int(lengths_N[0]) // self.page_size)
+        return StepLayout(
+            lanes_N=np.zeros_like(lengths_N),
+            lengths_N=lengths_N,
+            kv_lens_N=lengths_N,
+            ids_T=zeros_T,
+            positions_T=zeros_T,
+            places_T=zeros_T - 1,
+            page_table_NP=np.zeros((len(lengths_N), num_pages), dtype=self._int),
+            num_chunks=0 if is_decode else 1,
+            slots=[0] * len(lengths_N),
+            sampled=[],
+            sampled_lanes=zeros_T[:0],
+            logits_rows=[],
+        )
 
     def stage(
-        self, layout: StepLayout, more: list[np.ndarray]
+        self,
+        layout: StepLayout,
+        more: list[np.ndarray],
+        fixed: FixedInputs | None = None,
+        lora: LoRAPlan | None = None,
     ) -> tuple[ForwardBatch, list[torch.Tensor]]:
-        """The batch of a step, and ``more`` arrays, on the device."""
-        lanes_T = np.repeat(layout.lanes_N, layout.lengths_N)
+        """The batch of a step, and ``more`` arrays, on the device: all of them in one copy.
+
+        Args:
+            fixed: inputs of a captured pass, which the step's are written over; None takes fresh memory.
+            lora: which rows use which adapter, as it was planned for that pass; other steps are planned here.
+        """
+        num_tokens = num_wanted = num_sequences = data = None
+        if fixed is None:
+            lora = self._lora_plan(layout)
+        else:
+            num_tokens, num_wanted = fixed.num_tokens, fixed.num_wanted
+            num_sequences, data = fixed.num_sequences, fixed.data
+        rows, pooled = layout.logits_rows, layout.pooled_rows
+        has_rows = num_wanted is not None or not layout.is_decode
+        lora_arrays = [] if lora is None else lora.arrays
+        kv_lens_N = padded(layout.kv_lens_N, num_sequences, 1)
+        starts_N1 = np.zeros(len(kv_lens_N) + 1, dtype=self._int)
+        np.cumsum(padded(layout.lengths_N, num_sequences, 1), out=starts_N1[1:])
         arrays = [
-            layout.ids_T,
-            layout.positions_T,
-            self.places(lanes_T, layout.positions_T),
-            np.asarray(layout.logits_rows, dtype=self._int),
-            np.asarray(layout.pooled_rows, dtype=self._int),
-            *self.attention_arrays(layout),
+            # What graphs read comes first, in the sizes of their pass: it lies at the same place in every step.
+            padded(layout.ids_T, num_tokens, 0),
+            padded(layout.positions_T, num_tokens, 0),
+            padded(layout.places_T, num_tokens, -1),
+            *([padded(np.asarray(rows, dtype=self._int), num_wanted, 0)] if has_rows else []),
+            *lora_arrays,
+            kv_lens_N,
+            starts_N1,
+            layout.page_table_NP,
+            *([np.asarray(pooled, dtype=self._int)] if pooled else []),
+            *more,
         ]
-        plan = self._lora_plan(layout)
-        lora_arrays = [] if plan is None else plan.arrays
-        ids, positions, places, rows, pooled_rows, table, starts, kv_lens, *rest = Upload(
-            [*arrays, *more, *lora_arrays], self._device
-        ).tensors()
-        lora = None if plan is None else plan.batch(rest[len(more) :])
-        batch = ForwardBatch(
-            input_ids_T=ids,
-            positions_T=positions,
-            attn=self.attention_inputs(layout, places, [table, starts, kv_lens]),
-            kv=self._kv,
-            lora=lora,
-            logits_rows_N=None if layout.is_decode else rows,
-            pooled_rows_P=pooled_rows if layout.pooled_rows else None,
-            sampled_L=self.lanes.sampled_L,
+        sent = iter(upload_all(arrays, self._device, into=data))
+        ids_T, positions_T, places_T = next(sent), next(sent), next(sent)
+        rows_M = next(sent) if has_rows else None
+        lora_batch = None if lora is None else lora.batch([next(sent) for _ in lora_arrays])
+        attn = AttentionInputs(
+            query_starts=starts_N1.tolist(),
+            kv_lens=kv_lens_N.tolist(),
+            kv_lens_N=next(sent),
+            query_starts_N1=next(sent),
+            page_table_NP=_fixed_table(next(sent), fixed),
+            places_T=places_T[: starts_N1[-1]],
+            page_size=self.page_size,
+            num_chunks=layout.num_chunks,
+            bucket=num_sequences,
         )
-        return batch, rest[: len(more)]
+        batch = ForwardBatch(
+            input_ids_T=ids_T,
+            positions_T=positions_T,
+            attn=attn,
+            kv=self._kv,
+            logits_rows_N=rows_M,
+            sampled_L=self.lanes.sampled_L,
+            pooled_rows_P=next(sent) if pooled else None,
+            lora=lora_batch,
+        )
+        return batch, list(sent)
 
     def head_batch(
         self, layout: StepLayout, batch: ForwardBatch, begin: int, end: int
     ) -> ForwardBatch:
-        """The batch of a step as the LM head sees it that computes rows ``[begin, end)`` of the logits alone."""
+        """The batch of a step for an LM head that computes rows ``[begin, end)`` of the logits alone."""
         if batch.lora is None or self._lora is None:
             return batch
         rows = layout.logits_rows[begin:end]
         plan = self._lora.plan(layout.slots, layout.lengths_N.tolist(), rows)
         assert plan is not None
-        arrays = plan.arrays
-        tensors = Upload(arrays, self._device).tensors() if arrays else []
-        return replace(batch, lora=plan.batch(tensors))
-
-    def attention_arrays(self, layout: StepLayout) -> list[np.ndarray]:
-        """What attention needs on the device beside the places: page tables, query starts, lengths."""
-        starts_N1 = np.zeros(len(layout.lengths_N) + 1, dtype=self._int)
-        np.cumsum(layout.lengths_N, out=starts_N1[1:])
-        return [self.page_table(layout), starts_N1, layout.kv_lens_N]
-
-    def attention_inputs(
-        self, layout: StepLayout, places_T: torch.Tensor, tensors: list[torch.Tensor]
-    ) -> AttentionInputs:
-        """What attention is told of a step that runs eagerly.
-
-        Args:
-            places_T: where the K/V go, on the device.
-            tensors: :meth:`attention_arrays` on the device.
-        """
-        table_NP, starts_N1, kv_lens_N = tensors
-        return AttentionInputs(
-            query_starts=[0, *np.cumsum(layout.lengths_N).tolist()],
-            kv_lens=layout.kv_lens_N.tolist(),
-            page_table_NP=table_NP,
-            places_T=places_T,
-            page_size=self.page_size,
-            num_chunks=layout.num_chunks,
-            query_starts_N1=starts_N1,
-            kv_lens_N=kv_lens_N,
-        )
+        return replace(batch, lora=plan.batch(upload_all(plan.arrays, self._device)))
 
     def _lora_plan(self, layout: StepLayout) -> LoRAPlan | None:
         if self._lora is None:
@@ -237,8 +282,8 @@ class InputBuilder:
         rows = None if layout.is_decode else layout.logits_rows
         return self._lora.plan(layout.slots, layout.lengths_N.tolist(), rows)
 
-    def _open(self, start: SequenceStart) -> SequenceState:
-        return SequenceState(
+    def _open(self, start: SequenceStart) -> RunningSequence:
+        return RunningSequence(
             tokens=list(start.token_ids),
             num_prompt=start.num_prompt,
             lane=self.lanes.open(start.page_ids),
@@ -247,14 +292,23 @@ class InputBuilder:
             pooling=start.pooling,
         )
 
-    def _state(self, seq: int) -> SequenceState:
-        state = self.states.get(seq)
-        if state is None:
+    def _sequence(self, seq: int) -> RunningSequence:
+        sequence = self.sequences.get(seq)
+        if sequence is None:
             raise EngineFault(f"the plan names sequence {seq}, which never started on this worker")
-        return state
+        return sequence
 
 
-class _Parts:
+def _fixed_table(table_NP: torch.Tensor, fixed: FixedInputs | None) -> torch.Tensor:
+    """Page tables where attention reads them: without gaps, so that tables of another width lie elsewhere."""
+    if fixed is None or fixed.table_NP is None:
+        return table_NP
+    num_sequences, width = table_NP.shape
+    fixed.table_NP[:num_sequences, :width].copy_(table_NP)
+    return fixed.table_NP
+
+
+class _StepRows:
     """Collects the rows of a step."""
 
     def __init__(self, dtype: type[np.integer]) -> None:
@@ -275,42 +329,57 @@ class _Parts:
         self._pooled: list[PooledPart] = []
         self._pooled_rows: list[int] = []
 
-    def add_chunk(self, chunk: PrefillChunk, state: SequenceState) -> None:
+    def add_chunk(self, chunk: PrefillChunk, sequence: RunningSequence) -> None:
         base = self._num_tokens - chunk.start
         length = chunk.end - chunk.start
-        self._ids.append(np.asarray(state.tokens[chunk.start : chunk.end], dtype=self._int))
+        self._ids.append(np.asarray(sequence.tokens[chunk.start : chunk.end], dtype=self._int))
         self._positions.append(np.arange(chunk.start, chunk.end, dtype=self._int))
-        self._add(state, length, chunk.end)
+        self._add(sequence, length, chunk.end)
         self._num_chunks += 1
-        wanted = state.prompt_logprob_rows(chunk)
+        wanted = sequence.prompt_logprob_rows(chunk)
         # Position 0 is predicted by nothing, but is reported with position 1, or alone if the prompt has no other.
-        is_single = state.num_prompt == 1 and state.prompt_logprob_start == 0 and chunk.start == 0
+        is_single = (
+            sequence.num_prompt == 1 and sequence.prompt_logprob_start == 0 and chunk.start == 0
+        )
         if wanted or is_single:
             self._prompt_rows.extend(base + position for position in wanted)
             self._prompts.append((chunk.seq, wanted.start + 1, len(wanted)))
         if chunk.sample:
-            self._sample(chunk.seq, state)
-        if state.pooling is not None:
-            num_rows = length if state.pooling.kind == "mean" else int(chunk.pool)
+            self._sample(chunk.seq, sequence)
+        if sequence.pooling is not None:
+            num_rows = length if sequence.pooling.kind == "mean" else int(chunk.pool)
             self._pooled.append(PooledPart(chunk.seq, chunk.start, num_rows, chunk.pool))
             self._pooled_rows.extend(range(self._num_tokens - num_rows, self._num_tokens))
 
-    def add_rows(self, rows: list[DecodeRow], states: list[SequenceState]) -> None:
-        lanes = [state.lane for state in states]
+    def add_decoding(self, rows: list[DecodeRow], sequences: list[RunningSequence]) -> None:
+        lanes = [sequence.lane for sequence in sequences]
         # The newest token of a sequence that decodes is always one that was sampled here.
         self._ids.append(-1 - np.asarray(lanes, dtype=self._int))
         self._positions.append(np.asarray([row.position for row in rows], dtype=self._int))
-        for row, state in zip(rows, states, strict=True):
-            self._add(state, 1, row.position + 1)
-            self._sample(row.seq, state)
+        for row, sequence in zip(rows, sequences, strict=True):
+            self._add(sequence, 1, row.position + 1)
+            self._sample(row.seq, sequence)
 
-    def layout(self) -> StepLayout:
+    def layout(self, pages_LP: np.ndarray, page_size: int) -> StepLayout:
+        """The rows that were added.
+
+        Args:
+            pages_LP: page tables of all lanes.
+        """
+        lanes_N = np.asarray(self._lanes, dtype=self._int)
+        lengths_N = np.asarray(self._lengths, dtype=self._int)
+        positions_T = np.concatenate(self._positions)
+        pages_T = pages_LP[np.repeat(lanes_N, lengths_N), positions_T // page_size]
+        # As wide as the longest sequence needs.
+        num_pages = -(-max(self._kv_lens) // page_size)
         return StepLayout(
-            lanes_N=np.asarray(self._lanes, dtype=self._int),
-            lengths_N=np.asarray(self._lengths, dtype=self._int),
+            lanes_N=lanes_N,
+            lengths_N=lengths_N,
             kv_lens_N=np.asarray(self._kv_lens, dtype=self._int),
             ids_T=np.concatenate(self._ids),
-            positions_T=np.concatenate(self._positions),
+            positions_T=positions_T,
+            places_T=pages_T * page_size + positions_T % page_size,
+            page_table_NP=pages_LP[lanes_N, :num_pages],
             num_chunks=self._num_chunks,
             slots=self._slots,
             sampled=self._sampled,
@@ -321,14 +390,14 @@ class _Parts:
             pooled_rows=self._pooled_rows,
         )
 
-    def _add(self, state: SequenceState, length: int, kv_len: int) -> None:
+    def _add(self, sequence: RunningSequence, length: int, kv_len: int) -> None:
         self._num_tokens += length
-        self._lanes.append(state.lane)
+        self._lanes.append(sequence.lane)
         self._lengths.append(length)
         self._kv_lens.append(kv_len)
-        self._slots.append(state.slot)
+        self._slots.append(sequence.slot)
 
-    def _sample(self, seq: int, state: SequenceState) -> None:
+    def _sample(self, seq: int, sequence: RunningSequence) -> None:
         self._sampled.append(seq)
-        self._sampled_lanes.append(state.lane)
+        self._sampled_lanes.append(sequence.lane)
         self._sample_rows.append(self._num_tokens - 1)

@@ -1,4 +1,4 @@
-"""Lanes: small numbers for running sequences, so that arrays by sequence can have a fixed place.
+"""Lanes: every running sequence has a small number, its index into arrays that are made once.
 
 Shape legend: L lanes, P pages of the longest possible sequence.
 """
@@ -15,8 +15,8 @@ from lorikeet.worker.staging import int_type
 class Lanes:
     """Gives each running sequence a lane, with its page table on the host and its newest token on the device.
 
-    A lane may be given away while a step that wrote its token still runs: what comes later in the device's stream
-    overwrites it later.
+    A lane may go to another sequence while a step that writes its token still runs: the device works in order, so the
+    other sequence's token comes later.
 
     Args:
         num_lanes: sequences that run at a time.
@@ -34,7 +34,7 @@ class Lanes:
         self._free = list(range(num_lanes - 1, -1, -1))
 
     def open(self, page_ids: list[int]) -> int:
-        """A lane whose sequence holds these pages.
+        """Give a sequence a lane, with the pages that it holds.
 
         Raises:
             EngineFault: more sequences run than there are lanes.
@@ -46,7 +46,7 @@ class Lanes:
         return lane
 
     def extend(self, lane: int, page_ids: list[int]) -> None:
-        """Append pages.
+        """Append pages to a sequence's page table.
 
         Raises:
             EngineFault: the sequence has more pages than the longest one may have.

@@ -1,4 +1,4 @@
-"""Between host and device without waiting: many small arrays in one copy, results on their way back.
+"""Copies between host and device that nobody waits for: many small arrays at once, and results on their way back.
 
 Both directions go through pinned memory of torch's caching host allocator, which hands a block out again only when the
 copy that used it is done; so nothing here needs a ring of buffers or an event of its own.
@@ -6,13 +6,14 @@ copy that used it is done; so nothing here needs a ring of buffers or an event o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 # Every array begins at a multiple of this many bytes, whatever kernels read it with.
-_ALIGNMENT = 256
+ALIGNMENT = 256
 _TORCH_TYPES = {
     np.dtype(np.int32): torch.int32,
     np.dtype(np.int64): torch.int64,
@@ -21,46 +22,32 @@ _TORCH_TYPES = {
 
 
 def int_type(device: torch.device) -> type[np.integer]:
-    """The integers of a step: int32 is enough, and what kernels want; torch's CPU indexing wants int64."""
+    """The integer type of a step's arrays: kernels want int32, which is enough; torch's indexing on a CPU wants int64."""
     return np.int32 if device.type == "cuda" else np.int64
 
 
-class Upload:
-    """Arrays that reach the device in one copy.
+def upload_all(
+    arrays: Sequence[np.ndarray], device: torch.device, into: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Several arrays on the device, in one copy: views of one tensor.
 
     Args:
         arrays: int32, int64 or float32, any shape.
-        device: where to; on a CPU nothing is copied twice.
-        into: uint8 tensor on the device that receives them; None allocates one.
-
-    Attributes:
-        data: uint8 on the device, the arrays where :func:`offsets_of` says.
+        into: uint8 tensor on the device that receives them, each where :func:`offsets_of` says; None allocates one.
     """
-
-    def __init__(
-        self,
-        arrays: Sequence[np.ndarray],
-        device: torch.device,
-        into: torch.Tensor | None = None,
-    ) -> None:
-        self._arrays = arrays
-        self.offsets, total = offsets_of(arrays)
-        host = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        raw = host.numpy()
-        for array, offset in zip(arrays, self.offsets, strict=True):
-            raw[offset : offset + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
-        if into is None:
-            self.data = host.to(device, non_blocking=True)
-        else:
-            into[:total].copy_(host, non_blocking=True)
-            self.data = into
-
-    def tensors(self) -> list[torch.Tensor]:
-        """The arrays on the device: views of one tensor."""
-        return [
-            view_at(self.data, offset, array.shape, array.dtype)
-            for array, offset in zip(self._arrays, self.offsets, strict=True)
-        ]
+    offsets, total = offsets_of(arrays)
+    host = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    raw = host.numpy()
+    for array, offset in zip(arrays, offsets, strict=True):
+        raw[offset : offset + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
+    if into is None:
+        into = host.to(device, non_blocking=True)
+    else:
+        into[:total].copy_(host, non_blocking=True)
+    return [
+        view_at(into, offset, array.shape, array.dtype)
+        for array, offset in zip(arrays, offsets, strict=True)
+    ]
 
 
 def offsets_of(arrays: Sequence[np.ndarray]) -> tuple[list[int], int]:
@@ -69,32 +56,34 @@ def offsets_of(arrays: Sequence[np.ndarray]) -> tuple[list[int], int]:
     total = 0
     for array in arrays:
         offsets.append(total)
-        total += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return offsets, max(total, _ALIGNMENT)
+        total += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, max(total, ALIGNMENT)
 
 
 def view_at(
     data: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: np.dtype
 ) -> torch.Tensor:
     """The array that begins at a byte of ``data``."""
-    size = int(np.prod(shape)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     return data[offset : offset + size].view(_TORCH_TYPES[dtype]).view(shape)
 
 
-def padded(array: np.ndarray, size: int, value: int, dtype: type[np.integer]) -> np.ndarray:
-    """A row of numbers, made ``size`` long."""
-    longer = np.full(size, value, dtype=dtype)
+def padded(array: np.ndarray, size: int | None, value: int) -> np.ndarray:
+    """A row of numbers, made ``size`` long; None leaves it as it is."""
+    if size is None or size == len(array):
+        return array
+    longer = np.full(size, value, dtype=array.dtype)
     longer[: len(array)] = array
     return longer
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """One array on the device."""
-    return Upload([array], device).tensors()[0]
+    return upload_all([array], device)[0]
 
 
 class Download:
-    """Tensors on their way to the host; the caller goes on meanwhile.
+    """Tensors on their way to the host, while the caller goes on.
 
     The copies are queued behind what the current stream does now, so the tensors may be overwritten by later work.
     """

@@ -9,7 +9,6 @@ per sequence.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from lorikeet.errors import EngineFault, OutOfMemoryError
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.copier import Copier
 from lorikeet.lora.host_memory import HostMemory
+from lorikeet.worker.graphs import GraphRunner
 from lorikeet.worker.inputs import InputBuilder, StepLayout
 from lorikeet.worker.sampling.logprobs import PendingPrompt
 from lorikeet.worker.sampling.pending_sample import PendingSample
@@ -54,30 +54,15 @@ class Network(Protocol):
     def head(self, x_ND: torch.Tensor, batch: ForwardBatch, /) -> torch.Tensor: ...
 
 
-class Graphs(Protocol):
-    """Captured steps of some kind."""
-
-    def run(
-        self, layout: StepLayout, more: list[np.ndarray], /
-    ) -> tuple[torch.Tensor, list[torch.Tensor]] | None:
-        """Run a step; None if it is none of this kind, and nothing was done.
-
-        Returns:
-            Logits of the rows that are wanted, behind which may be others, valid until the next step; and ``more``
-            arrays on the device.
-        """
-        ...
-
-
 class Worker:
     """Executes step plans for one rank.
 
     Args:
         network: a batch to logits [M, V], and to states that are pooled.
-        inputs: builder of batches, with the states of running sequences.
+        inputs: builder of batches; remembers the running sequences.
         sampler: logits to tokens.
         copier: brings adapters from host memory to the device; None when LoRA is off.
-        graphs: captured steps, asked in this order; what none of them runs runs eagerly.
+        graphs: captured steps; None if all run eagerly.
         max_logits_rows: rows of logits that are there at a time, at least as many as sequences run; None is any number.
         overlap: a step may be submitted before the one before it is collected.
     """
@@ -90,7 +75,7 @@ class Worker:
         inputs: InputBuilder,
         sampler: Sampler,
         copier: Copier | None,
-        graphs: Sequence[Graphs] = (),
+        graphs: GraphRunner | None = None,
         max_logits_rows: int | None = None,
         overlap: bool = False,
     ) -> None:
@@ -173,7 +158,7 @@ class Worker:
 
     def _end(self, ended: list[int]) -> None:
         for seq in ended:
-            if seq in self._inputs.states:
+            if seq in self._inputs.sequences:
                 self._inputs.close(seq)
                 if not self._pooler.end(seq):
                     self._sampler.end(seq)
@@ -283,8 +268,8 @@ class Worker:
     ) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
         # Graphs do not return the hidden states that are pooled.
-        for graphs in () if layout.pooled_rows else self._graphs:
-            found = graphs.run(layout, arrays)
+        if self._graphs is not None and not layout.pooled_rows:
+            found = self._graphs.run(layout, arrays)
             if found is not None:
                 return found
         batch, drawing = self._inputs.stage(layout, arrays)
