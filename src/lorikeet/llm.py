@@ -18,12 +18,12 @@ from lorikeet.client.call_limits import OWN
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.reply import native_reply, vector_floats
 from lorikeet.client.uploads import Uploads
-from lorikeet.config import LoRAPath, ServerConfig, resolve
+from lorikeet.config import LoRAPath, ServerConfig, Settings, resolve
 from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_records import LoadOutcome
-from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.setup import build_engine
 from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.models.source import locate_tokenizer
 from lorikeet.signals import interrupt_later
 from lorikeet.text.completion import Completion
 from lorikeet.text.tokenizer import Tokenizer
@@ -60,10 +60,20 @@ class LLM:
             named = cast("Mapping[str, str]", lora_paths)
             lora_paths = [LoRAPath(name, str(path)) for name, path in named.items()]
         paths = cast("tuple[LoRAPath, ...]", tuple(lora_paths))
-        self.config = resolve(ServerConfig(model_path=str(model_path), lora_paths=paths, **options))
-        self._core = build_engine(self.config, report=lambda phase: None, progress=progress)
+        given = ServerConfig(model_path=str(model_path), lora_paths=paths, **options)
+        self._start(resolve(given), progress=progress)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The same of settings that are resolved already, as the command line has them."""
+        llm = cls.__new__(cls)
+        llm._start(settings, progress=False)
+        return llm
+
+    def _start(self, settings: Settings, *, progress: bool) -> None:
+        self._core = build_engine(settings, report=lambda phase: None, progress=progress)
         self._uploads = Uploads()
-        self.tokenizer = Tokenizer.load(tokenizer_dir(self.config))
+        self.tokenizer = Tokenizer.load(locate_tokenizer(settings.tokenizer_path))
         self._intake = Intake(
             self.tokenizer,
             vocab_size=cast(int, self.info["vocab_size"]),

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.sources.source import resolve_source
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.engine.adapter_templates import read_templates
 from lorikeet.engine.lora_setup import resolve_limits
 from lorikeet.engine.worker_setup import resolve_dtype
@@ -23,23 +23,23 @@ from lorikeet.models.spec import read_model_spec
 from lorikeet.utils import format_table
 
 
-def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object]:
-    """The report of the one adapter in ``config.lora_paths``, with its path and digest.
+def check_adapter(config: Settings, *, base_norms: bool) -> dict[str, object]:
+    """The report of the one adapter in ``--lora-paths``, with its path and digest.
 
     Args:
-        config: resolved; its limits on rank and modules apply as they would in the server.
+        config: its limits on rank and modules apply as they would in the server.
         base_norms: also read the base's weights of the changed modules, for the size of the change beside them.
 
     Raises:
         AdapterError: the server would refuse it.
         ConfigError, ModelError: the limits or the base model are wrong.
     """
-    (adapter_path,) = config.lora_paths
+    (adapter_path,) = config.lora.lora_paths
     model_dir = locate_model(config.model_path, weights=base_norms)
     spec = read_model_spec(model_dir)
     dtype = resolve_dtype(config, spec)
     directory = resolve_source(adapter_path.path)
-    limits = resolve_limits(config, spec.lora_sites)
+    limits = resolve_limits(config.lora, spec.lora_sites)
     layout = PoolLayout.make(
         spec.lora_sites,
         limits.targets,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -19,7 +18,7 @@ from lorikeet.adapters.sources.source import SourceOptions, open_source, public_
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import read_adapter_config
 from lorikeet.adapters.targets import resolve_targets
-from lorikeet.config import LoRAPath, ServerConfig
+from lorikeet.config import LoRAPath, LoRASettings, Settings
 from lorikeet.core.sites import LoRASite
 from lorikeet.engine.adapter_reader import AdapterReader, Trust
 from lorikeet.engine.adapter_templates import read_templates
@@ -52,7 +51,7 @@ class LoRAParts:
     """The parts of an engine that exist only with LoRA.
 
     Attributes:
-        backend: ``--lora-backend``, ``auto`` resolved.
+        backend: the kernels, from ``--lora-backend``.
     """
 
     limits: LoRALimits
@@ -63,7 +62,7 @@ class LoRAParts:
     store: LoadedAdapters
 
 
-def resolve_limits(config: ServerConfig, sites: tuple[LoRASite, ...]) -> LoRALimits:
+def resolve_limits(config: LoRASettings, sites: tuple[LoRASite, ...]) -> LoRALimits:
     """Largest rank and allowed modules: as given, else what the adapters of ``--lora-paths`` need.
 
     Raises:
@@ -119,27 +118,27 @@ def naming(source: LoRAPath) -> Iterator[None]:
 
 
 def build_lora(
-    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], model: Decoder
+    config: Settings, model_dir: Path, sites: tuple[LoRASite, ...], model: Decoder
 ) -> LoRAParts:
     """Make the pool, of the model's type and on its device, and put LoRA layers where the limits allow adapters."""
     weight = next(model.parameters())
     dtype, device = weight.dtype, weight.device
-    limits = resolve_limits(config, sites)
+    limits = resolve_limits(config.lora, sites)
     layout = PoolLayout.make(
         sites,
         limits.targets,
         max_rank=limits.max_rank,
-        max_loras_per_batch=config.max_loras_per_batch,
+        max_loras_per_batch=config.lora.max_loras_per_batch,
         element_size=dtype.itemsize,
     )
-    _check_pool(config, layout, limits, device)
+    _check_pool(config.lora, layout, limits, device)
     pool = DevicePool(sites, layout, dtype, device)
-    name = cast(BackendName, config.lora_backend)  # resolved: not auto
+    name = config.lora.lora_backend
     backend = make_backend(
         name,
         pool.page_table,
         page_ranks=layout.page_ranks,
-        deterministic=config.lora_deterministic,
+        deterministic=config.lora.lora_deterministic,
     )
     attach_lora(model, sites, pool, backend)
     host = HostCache()
@@ -148,9 +147,9 @@ def build_lora(
             layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs
         ),
         num_slots=layout.num_slots,
-        policy=config.lora_eviction_policy,
-        max_pinned=config.max_loras_per_batch - 1,
-        max_host=config.max_loaded_loras,
+        policy=config.lora.lora_eviction_policy,
+        max_pinned=config.lora.max_loras_per_batch - 1,
+        max_host=config.lora.max_loaded_loras,
     )
     store = LoadedAdapters(
         registry=AdapterRegistry(),
@@ -162,7 +161,7 @@ def build_lora(
 
 
 def _check_pool(
-    config: ServerConfig, layout: PoolLayout, limits: LoRALimits, device: torch.device
+    config: LoRASettings, layout: PoolLayout, limits: LoRALimits, device: torch.device
 ) -> None:
     """Refuse a pool that a GPU has no room for.
 
@@ -181,14 +180,14 @@ def _check_pool(
 
 
 def _reader(
-    config: ServerConfig, model_dir: Path, sites: tuple[LoRASite, ...], pool: DevicePool
+    config: Settings, model_dir: Path, sites: tuple[LoRASite, ...], pool: DevicePool
 ) -> AdapterReader:
-    sources = SourceOptions.from_config(config)
+    sources = SourceOptions.from_config(config.lora)
     base_weight = checkpoint_weight(model_dir) if config.load_format != "dummy" else None
 
     resolver, options = None, {"operator": sources.trusted(), "request": sources}
-    if config.lora_resolver_dir is not None:
-        found_in = Path(config.lora_resolver_dir)
+    if config.lora.lora_resolver_dir is not None:
+        found_in = Path(config.lora.lora_resolver_dir)
         resolver = Resolver(found_in, roots=sources.roots)
         options["resolver"] = sources.within(found_in)
 
@@ -213,7 +212,7 @@ def _reader(
         load,
         report=lambda adapter: adapter_report(adapter, sites),
         resolver=resolver,
-        download_seconds=config.lora_download_timeout,
+        download_seconds=config.lora.lora_download_timeout,
     )
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 
 import lorikeet
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.core.request import MAX_SEED
 from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency
-from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.engine.worker_setup import (
     Target,
     check_weights_fit,
@@ -30,7 +29,7 @@ from lorikeet.engine.worker_setup import (
 from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
 from lorikeet.models.build import build_model
-from lorikeet.models.source import locate_model
+from lorikeet.models.source import locate_model, locate_tokenizer
 from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -41,9 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: ServerConfig, *, report: Callable[[str], None], progress: bool = True
+    config: Settings, *, report: Callable[[str], None], progress: bool = True
 ) -> EngineCore:
-    """Build the engine of a resolved configuration and load its adapters.
+    """Build the engine of some settings and load its adapters.
 
     Args:
         report: told each phase of the start in a few words.
@@ -65,7 +64,7 @@ def build_engine(
 
 
 def _build(
-    config: ServerConfig,
+    config: Settings,
     directory: Path,
     spec: ModelSpec,
     report: Callable[[str], None],
@@ -88,7 +87,8 @@ def _build(
     lora = build_lora(config, directory, spec.lora_sites, model) if config.enable_lora else None
     parts = split(target, model, lora)
     logger.info("Memory: %s", parts)
-    grammars = GrammarCompiler(tokenizer_dir(config), spec.vocab_size, spec.eos_token_ids)
+    tokenizer = locate_tokenizer(config.tokenizer_path)
+    grammars = GrammarCompiler(tokenizer, spec.vocab_size, spec.eos_token_ids)
     report("preparing the device")
     storage = target.storage(parts.num_pages)
     worker = make_worker(target, model, storage, lora, grammars, progress=progress)
@@ -101,7 +101,7 @@ def _build(
         page_size=parts.page_size, num_pages=parts.num_pages, radix=not config.disable_radix_cache
     )
     if lora:
-        load_first(config.lora_paths, lora.store, report)
+        load_first(config.lora.lora_paths, lora.store, report)
     return EngineCore(
         scheduler=Scheduler(
             _limits(config, spec, target.context_length),
@@ -118,10 +118,9 @@ def _build(
     )
 
 
-def _target(config: ServerConfig, spec: ModelSpec) -> Target:
+def _target(config: Settings, spec: ModelSpec) -> Target:
     """What is served where; raises ConfigError if it cannot fit."""
     context_length = resolve_context_length(config, spec)
-    assert config.device in ("cpu", "cuda"), "the configuration is resolved"
     dtype, device = resolve_dtype(config, spec), torch.device(config.device)
     check_weights_fit(spec, dtype, device)
     return Target(
@@ -134,7 +133,7 @@ def _target(config: ServerConfig, spec: ModelSpec) -> Target:
     )
 
 
-def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -> dict[str, float]:
+def _sampling_defaults(config: Settings, directory: Path, spec: ModelSpec) -> dict[str, float]:
     """What OpenAI requests get that do not say."""
     if config.sampling_defaults != "model":
         return {}
@@ -146,7 +145,7 @@ def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -
     return defaults
 
 
-def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:
+def resolve_context_length(config: Settings, spec: ModelSpec) -> int:
     """The context that is served: as given, else the model's.
 
     Raises:
@@ -163,16 +162,13 @@ def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:
     return config.context_length
 
 
-def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> SchedulerLimits:
-    assert config.max_running_requests is not None
-    assert config.chunked_prefill_size is not None
-    assert config.max_prefill_tokens is not None
+def _limits(config: Settings, spec: ModelSpec, context_length: int) -> SchedulerLimits:
     return SchedulerLimits(
         max_running=config.max_running_requests,
         max_step_tokens=config.chunked_prefill_size,
         max_prefill_tokens=config.max_prefill_tokens,
         context_length=context_length,
-        max_loras_per_batch=config.max_loras_per_batch,
+        max_loras_per_batch=config.lora.max_loras_per_batch,
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
@@ -195,7 +191,7 @@ def _even_length(spec: ModelSpec) -> int | None:
     return max(1, num_weights // (2 * num_full * spec.q_size))
 
 
-def _seed_source(random_seed: int | None) -> Callable[[], int]:
+def _seed_source(random_seed: int) -> Callable[[], int]:
     source = random.Random(random_seed)
     return lambda: source.randint(0, MAX_SEED)
 
@@ -206,7 +202,7 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
     return {
         "version": lorikeet.__version__,
         "model_path": target.config.model_path,
-        "served_model_name": target.config.served_model_name or target.config.model_path,
+        "served_model_name": target.config.served_model_name,
         "architecture": spec.architecture,
         "context_length": target.context_length,
         "max_running_requests": target.max_running,

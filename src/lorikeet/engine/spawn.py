@@ -7,11 +7,11 @@ import os
 from multiprocessing.context import SpawnProcess
 
 from lorikeet.client.transport import EngineAddress
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.signals import leave_stops_to_parent
 
 
-def spawn_engine(config: ServerConfig, address: EngineAddress) -> SpawnProcess:
+def spawn_engine(config: Settings, address: EngineAddress) -> SpawnProcess:
     """Start the engine process. It says Progress, then Ready or Failed, over ``address``.
 
     A fresh interpreter (spawn), since the HTTP process has threads and must not share them.
@@ -24,7 +24,7 @@ def spawn_engine(config: ServerConfig, address: EngineAddress) -> SpawnProcess:
     return process
 
 
-def _run(config: ServerConfig, address: EngineAddress, parent: int) -> None:
+def _run(config: Settings, address: EngineAddress, parent: int) -> None:
     leave_stops_to_parent()  # before the import, which takes seconds
     from lorikeet.engine.child import main
 

@@ -11,7 +11,7 @@ from lorikeet.attention.base import AttentionBackend
 from lorikeet.attention.cut import CutAttention
 from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.sdpa import SDPABackend
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.engine.lora_setup import LoRAParts
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
@@ -61,7 +61,7 @@ class Target:
         context_length: longest sequence.
     """
 
-    config: ServerConfig
+    config: Settings
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
@@ -70,12 +70,10 @@ class Target:
 
     @property
     def page_size(self) -> int:
-        assert self.config.page_size is not None
         return self.config.page_size
 
     @property
     def max_running(self) -> int:
-        assert self.config.max_running_requests is not None
         return self.config.max_running_requests
 
     @property
@@ -103,7 +101,7 @@ class Target:
         )
 
 
-def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
+def resolve_dtype(config: Settings, spec: ModelSpec) -> torch.dtype:
     """The dtype of weights, adapters and K/V: as given; ``auto`` is float32 on a CPU and the checkpoint's on a GPU.
 
     A CPU computes float32 faster than bfloat16 on most machines, and exactly what the tests compare with. A GPU has no
@@ -117,7 +115,7 @@ def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
 
 
 def make_attention(
-    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    config: Settings, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> CutAttention:
     """The attention backend of ``--attention-backend``.
 
@@ -128,14 +126,13 @@ def make_attention(
 
 
 def _make_backend(
-    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    config: Settings, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
     name = config.attention_backend
     if name == "auto":
         name = "sdpa" if dtype == torch.float32 else "flashinfer"
     if name == "sdpa":
         return SDPABackend()
-    assert config.page_size is not None
     return FlashInferBackend(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -201,8 +198,6 @@ def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit
 
 def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
     config = target.config
-    assert config.chunked_prefill_size is not None
-    assert config.max_prefill_tokens is not None
     num_tokens = min(config.chunked_prefill_size, config.max_prefill_tokens)
     num_rows = target.max_logits_rows
     activations = measure_step(
@@ -219,7 +214,7 @@ def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
     return activations + sampling + graphs + FIXED_RESERVE_BYTES
 
 
-def _num_graphs(config: ServerConfig, lora: LoRAParts | None) -> int:
+def _num_graphs(config: Settings, lora: LoRAParts | None) -> int:
     """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
     tiles beside the graph without."""
     if config.disable_cuda_graph:
@@ -245,7 +240,7 @@ def make_worker(
     lanes = Lanes(target.max_running, max_pages, device)
     builder = None
     if lora is not None:
-        chunk = target.config.max_lora_chunk_size or PREFILL_BLOCK_ROWS
+        chunk = target.config.lora.max_lora_chunk_size or PREFILL_BLOCK_ROWS
         builder = make_batch_builder(lora.backend, lora.pool, device, max_chunk=chunk)
     inputs = InputBuilder(storage, target.page_size, device, builder, lanes)
     tiles = builder if isinstance(builder, TileBatchBuilder) else None
@@ -305,16 +300,17 @@ def _capture(
     return [decode, *prompts]
 
 
-def _prompt_sizes(config: ServerConfig) -> tuple[int, ...]:
-    if config.disable_piecewise_cuda_graph:
+def _prompt_sizes(config: Settings) -> tuple[int, ...]:
+    most = config.piecewise_cuda_graph_max_tokens
+    if most is None or config.disable_piecewise_cuda_graph:
         return ()
-    assert config.piecewise_cuda_graph_max_tokens is not None
-    return default_prompt_sizes(config.piecewise_cuda_graph_max_tokens)
+    return default_prompt_sizes(most)
 
 
-def _graph_sizes(config: ServerConfig) -> tuple[int, ...]:
+def _graph_sizes(config: Settings) -> tuple[int, ...]:
     largest = config.cuda_graph_max_bs
-    assert largest is not None
+    if largest is None:
+        return ()
     if config.cuda_graph_bs is None:
         return default_sizes(largest)
     return tuple(sorted({size for size in config.cuda_graph_bs if size <= largest}))
