@@ -65,7 +65,7 @@ class LLM:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        """The same of settings that are resolved already, as the command line has them."""
+        """Make one of settings that are resolved already, as the command line does."""
         llm = cls.__new__(cls)
         llm._start(settings, progress=False)
         return llm
@@ -78,7 +78,7 @@ class LLM:
             self.tokenizer,
             vocab_size=cast(int, self.info["vocab_size"]),
             context_length=cast(int, self.info["context_length"]),
-            # There is nobody else here to be kept waiting: a call may be as large as its caller has memory for.
+            # Nobody else waits for this engine: a call may be as large as its caller has memory for.
             limits=OWN,
         )
 
@@ -279,7 +279,7 @@ class LLM:
             self._core.wait_for_threads()
 
     def _step(self) -> list[RequestOutput]:
-        # Between its plan and its commit, scheduler and worker disagree: whoever presses Ctrl-C waits for the commit.
+        # Between a step's plan and its commit, scheduler and worker disagree: Ctrl-C takes effect after the commit.
         with interrupt_later():
             return self._core.step()
 
@@ -298,7 +298,7 @@ class LLM:
         return reply.result()
 
     def _abandon(self) -> None:
-        """Whatever interrupted a call: no request of it may stay in the engine."""
+        """End the requests of a call that was interrupted: none may stay in the engine."""
         self._core.abort(None, "the call was interrupted")
         self._core.drain()
 
@@ -322,7 +322,7 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _raise_error(completion: Completion) -> None:
-    """An abort with a status is an error: the caller's below 500, ours from there on."""
+    """Raise the error of a completion that failed: the caller's if its status is below 500, else the engine's."""
     finish = completion.finish
     if finish is None or finish.status_code is None:
         return

@@ -60,7 +60,7 @@ def make_app(
     health_timeout: float = HEALTH_TIMEOUT_S,
     limits: Limits = LIMITS,
 ) -> FastAPI:
-    """The routes over a started client.
+    """Make the application: the routes over a started client, behind keys, limits and CORS rules.
 
     Args:
         registry: the one the client counts in; shown at ``/metrics`` if the settings say so.
@@ -89,7 +89,7 @@ def make_app(
         app, needs_key=lambda path: rules.key_of(path) is not None, changing_paths=ADMIN_PATHS
     )
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
-    # The last one added is the outermost: requests that are refused have an access line, too.
+    # The last one added is the outermost, so requests that are refused have an access line, too.
     app.add_middleware(ApiKeys, rules=rules)
     origins = OriginRules.of(http.host, http.allowed_origins, http.allowed_hosts, paths=ADMIN_PATHS)
     app.add_middleware(Origins, rules=origins)
@@ -138,7 +138,7 @@ async def _run(
     spawn: SpawnEngine,
     listener: socket.socket,
 ) -> None:
-    # First of all: a signal that came behind the engine's start would leave it alone.
+    # Installed first: a signal that came right after the engine's start would leave the engine behind.
     stop = StopSignals()
     stop.install()
     process = spawn(settings, address)
