@@ -19,8 +19,6 @@ from lorikeet.config.server_config import OPTIONS, ServerConfig
 from lorikeet.config.values import Option
 from lorikeet.errors import ConfigError
 
-CONFIG_KEY = "config"
-
 
 class _Group(Protocol):
     """The part of argparse's (private) group of arguments that is used here."""
@@ -70,7 +68,8 @@ def _with_dashes(word: str, known: set[str]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option of the table, and ``--config``. Values stay text; only given options appear in the result."""
+    """Add every option of the table, and ``--config``. Values stay text, and only options that are given are in the
+    namespace that the parser returns."""
     group = parser.add_argument_group("configuration")
     group.add_argument(
         "--config",
@@ -117,10 +116,9 @@ def config_from_args(args: argparse.Namespace) -> ServerConfig:
         ConfigError: the file or the environment is wrong, or the model is missing.
     """
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    path: str | None = getattr(args, CONFIG_KEY, None)
-    return config_from_values(
-        {**_from_environment(), **(read_config_file(Path(path)) if path else {}), **given}
-    )
+    path: str | None = getattr(args, "config", None)
+    from_file = _read_file(Path(path)) if path else {}
+    return config_from_values(_from_environment() | from_file | given)
 
 
 def config_from_values(values: Mapping[str, Any]) -> ServerConfig:
@@ -139,7 +137,7 @@ def _from_environment() -> dict[str, object]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def read_config_file(path: Path) -> dict[str, object]:
+def _read_file(path: Path) -> dict[str, object]:
     """Read a YAML file whose keys are options, with dashes or underscores.
 
     Raises:
