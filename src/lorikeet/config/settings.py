@@ -11,35 +11,33 @@ from lorikeet.config.server_config import OPTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
-    """Which adapters are served, how many at a time, and where they may come from.
-
-    ``max_lora_rank`` and ``lora_target_modules`` are None if the adapters of ``lora_paths`` are to decide them, which the
-    engine reads at its start. Any other None is no limit, no such directory, or the choice of the one part that uses it.
-    """
+    """Which adapters are served, how many at a time, and where they may come from. Without ``Settings.enable_lora`` none of
+    it matters."""
 
     lora_paths: tuple[LoRAPath, ...]
     max_loras_per_batch: int
-    max_loaded_loras: int | None
+    max_loaded_loras: int | None  # None: unlimited
     lora_eviction_policy: Literal["lru", "fifo"]
-    max_lora_rank: int | None
-    lora_target_modules: tuple[str, ...] | None
+    max_lora_rank: int | None  # None: the largest of lora_paths, found when the engine starts
+    lora_target_modules: tuple[str, ...] | None  # None: the union over lora_paths, found likewise
 
     lora_backend: Literal["torch", "triton", "csgmv"]
-    max_lora_chunk_size: int | None
+    max_lora_chunk_size: int | None  # None: what the kernels are made for
     lora_deterministic: bool
 
     lora_root: tuple[str, ...]
     lora_sources: tuple[str, ...]
     lora_allow_private_hosts: bool
     lora_download_timeout: float
-    lora_resolver_dir: str | None
-    lora_disk_cache_dir: str | None
-    lora_disk_cache_gb: float | None
+    lora_resolver_dir: str | None  # None: no name is looked up
+    lora_disk_cache_dir: str | None  # None: below the home directory, if one is needed
+    lora_disk_cache_gb: float | None  # None: what SourceOptions says
 
 
 @dataclass(frozen=True, kw_only=True)
 class HTTPSettings:
-    """Where the server listens, who may call it, and what of its API is configured. The engine needs none of it."""
+    """Where the server listens, who may call it, and how its API behaves. The engine needs none of it. A key that is None is
+    not asked for."""
 
     host: str
     port: int
@@ -57,8 +55,7 @@ class HTTPSettings:
 class Settings:
     """Every option, checked, and every automatic value chosen that needs no model. A setting has its option's name.
 
-    What needs the model is decided when the engine starts, in ``engine/setup.py`` and ``engine/worker_setup.py``; until
-    then it is None or ``auto``.
+    What needs the model is decided when the engine starts, and stays None or ``auto`` here.
     """
 
     model_path: str
