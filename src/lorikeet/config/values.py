@@ -123,7 +123,7 @@ class Option:
         kind = self.type
         if get_origin(kind) is UnionType:
             kind = next(part for part in get_args(kind) if part is not NoneType)
-        return type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
+        return str if get_origin(kind) is Literal else kind
 
     @property
     def kind(self) -> Kind:
@@ -140,15 +140,16 @@ class Option:
     @property
     def default_text(self) -> str:
         """The default as the help and the documentation show it."""
+        default = self.default
         if self.required:
             return "required"
-        if self.default is None:
+        if default is None:
             return self.auto or "none"
-        if isinstance(self.default, bool):
-            return "on" if self.default else "off"
-        if isinstance(self.default, tuple):
-            return " ".join(map(str, cast("tuple[object, ...]", self.default))) or "none"
-        return str(self.default)
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        if isinstance(default, tuple):
+            return " ".join(map(str, cast("tuple[object, ...]", default))) or "none"
+        return str(default)
 
     @property
     def bounds(self) -> list[tuple[str, float, Callable[[Any, float], bool]]]:
