@@ -12,7 +12,7 @@ import pytest
 
 from lorikeet import __version__, demo_run
 from lorikeet.cli import main
-from lorikeet.config import LoRAPath
+from lorikeet.config import LoRAPath, Settings
 from lorikeet.errors import AdapterError, EngineDeadError, ModelError
 
 
@@ -50,6 +50,7 @@ def error_line(capsys) -> str:
         (["serve"], "--model-path is required"),
         (["serve", "--model", "m", "--device", "cuda"], "--device is cuda"),
         (["demo", "--port", "x"], "--port is 'x'"),
+        (["demo", "--port", "65536"], "--port is '65536'"),
         (["generate", "--model", "m"], "--prompt is required"),
         (
             ["generate", "--model", "m", "--prompt", "a", "--lora", "x", "--lora", "y"],
@@ -90,13 +91,13 @@ def test_serve_gets_the_resolved_configuration(module):
     served = []
     module("lorikeet.server.app", serve=served.append)
     assert main(["serve", "--model-path", "m", "--port", "8000"]) == 0
-    assert [(config.model_path, config.port, config.device) for config in served] == [
+    assert [(settings.model_path, settings.http.port, settings.device) for settings in served] == [
         ("m", 8000, "cpu")
     ]
 
 
 def test_what_has_no_effect_is_logged(module, caplog):
-    module("lorikeet.server.app", serve=lambda config: None)
+    module("lorikeet.server.app", serve=lambda settings: None)
     assert main(["serve", "--model", "m", "--cuda-graph-max-bs", "2"]) == 0
     assert caplog.messages == ["--cuda-graph-max-bs has no effect: a CPU has no CUDA graphs"]
 
@@ -109,7 +110,7 @@ def test_what_has_no_effect_is_logged(module, caplog):
     ],
 )
 def test_errors_of_a_command_have_their_exit_code(module, capsys, error, code):
-    def serve(config):
+    def serve(settings):
         raise error
 
     module("lorikeet.server.app", serve=serve)
@@ -118,7 +119,7 @@ def test_errors_of_a_command_have_their_exit_code(module, capsys, error, code):
 
 
 def test_an_interrupt_has_the_shells_exit_code(module):
-    def serve(config):
+    def serve(settings):
         raise KeyboardInterrupt
 
     module("lorikeet.server.app", serve=serve)
@@ -126,10 +127,12 @@ def test_an_interrupt_has_the_shells_exit_code(module):
 
 
 class FakeLLM:
-    made = ()
+    settings: Settings
 
-    def __init__(self, model_path, *, lora_paths, **options):
-        FakeLLM.made = (model_path, lora_paths, options)
+    @classmethod
+    def from_settings(cls, settings):
+        cls.settings = settings
+        return cls()
 
     def generate(self, prompts, sampling, *, lora_path):
         return [
@@ -160,13 +163,10 @@ def test_generate_answers_one_prompt_with_its_text(module, capsys):
     ]
     assert main(argv) == 0
     assert capsys.readouterr().out == "hi/a/1\n"
-    model_path, lora_paths, options = FakeLLM.made
-    assert model_path == "m"
-    assert lora_paths == [
-        '{"lora_name": "a", "lora_path": "p", "pinned": false}',
-        '{"lora_name": "b", "lora_path": "q=r", "pinned": false}',
-    ]
-    assert options["page_size"] == 8
+    settings = FakeLLM.settings
+    assert settings.model_path == "m"
+    assert settings.lora.lora_paths == (LoRAPath("a", "p"), LoRAPath("b", "q=r"))
+    assert settings.page_size == 8
 
 
 @pytest.mark.parametrize(
@@ -191,11 +191,11 @@ def checked(module):
     """What ``check-adapter`` was asked to check."""
     calls = []
 
-    def check_adapter(config, *, base_norms):
-        calls.append((config, base_norms))
-        if config.lora_paths[0].path == "bad":
+    def check_adapter(settings, *, base_norms):
+        calls.append((settings, base_norms))
+        if settings.lora.lora_paths[0].path == "bad":
             raise AdapterError("rank 9 is\ntoo much")
-        if config.lora_paths[0].path == "gone":
+        if settings.lora.lora_paths[0].path == "gone":
             raise ModelError("no such base")
         return {"rank": 4}
 
@@ -214,9 +214,9 @@ def test_check_adapter_prints_a_table_or_json(checked, capsys, monkeypatch):
     assert main([*argv, "--lora-target-modules", "q_proj", "v_proj", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out) == {"rank": 4}
     (first, _), (second, base_norms) = checked
-    assert first.lora_paths == (LoRAPath("adapter", "a=b"),)
-    assert (second.max_lora_rank, second.dtype, base_norms) == (8, "bfloat16", True)
-    assert second.lora_target_modules == ("q_proj", "v_proj")
+    assert first.lora.lora_paths == (LoRAPath("adapter", "a=b"),)
+    assert (second.lora.max_lora_rank, second.dtype, base_norms) == (8, "bfloat16", True)
+    assert second.lora.lora_target_modules == ("q_proj", "v_proj")
 
 
 @pytest.mark.parametrize(("path", "code"), [("bad", 1), ("gone", 2)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorikeet.config import OPTIONS
+from lorikeet.config import OPTIONS, resolve
 from lorikeet.config.parsing import Parser, add_options, config_from_args
 from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBody
 from lorikeet.server.protocol import GenerateBody, LoadAdapterBody, UnloadAdapterBody
@@ -103,7 +103,7 @@ def test_python_blocks_run(page, code):
 def test_server_commands_are_accepted(words):
     parser = Parser(prog="test", description="test")
     add_options(parser)
-    assert config_from_args(parser.parse(words)).model_path
+    assert resolve(config_from_args(parser.parse(words))).model_path
 
 
 def test_curl_bodies_are_json():

@@ -22,11 +22,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 1_850,
+    ".": 1_800,
     "adapters": 3_800,
     "attention": 680,
     "client": 1_400,
-    "config": 900,
+    "config": 950,
     "core": 600,
     "demo": 150,
     "engine": 950,

@@ -14,8 +14,8 @@ import torch
 
 from benchmarks.common import Row
 from benchmarks.engine.fixtures import linear_sites
+from lorikeet.config import LoRAPath, resolve
 from lorikeet.config.parsing import config_from_values
-from lorikeet.config.values import LoRAPath
 from lorikeet.engine.build import build_engine
 from lorikeet.engine.core import EngineCore
 from lorikeet.models.spec import ModelSpec
@@ -81,7 +81,7 @@ def with_engine(values: dict[str, object], work: Callable[[EngineCore, float], R
 
 def _with_engine(values: dict[str, object], work: Callable[[EngineCore, float], Result]) -> Result:
     began = time.perf_counter()
-    core = build_engine(config_from_values(values), report=logger.info, progress=False)
+    core = build_engine(resolve(config_from_values(values)), report=logger.info, progress=False)
     seconds = time.perf_counter() - began
     # As in a server's engine process: no collection walks over modules and weights while tokens are timed.
     gc.collect()

@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.engine.fixtures import model_directory, write_adapters
 from benchmarks.engine.session import Adapters, engine_values
-from lorikeet.config.values import LoRAPath
+from lorikeet.config import LoRAPath
 from lorikeet.models.spec import read_model_spec
 from lorikeet.utils import launch_server_cmd, terminate_process, wait_for_server
 

@@ -1,7 +1,8 @@
 """The command ``lorikeet``: serve, demo, generate, check-adapter.
 
 A mistake of the user is one line on stderr and exit code 2; a failure of ours is one line and exit code 1, and so is
-an adapter that ``check-adapter`` refuses. The modules behind a command are imported when it runs, so that ``--help`` and a wrong flag answer at once.
+an adapter that ``check-adapter`` refuses. The modules behind a command are imported when it runs, so ``--help`` and a
+wrong flag are answered at once.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from types import FrameType
+from typing import cast
 
 from lorikeet import __version__, demo, envs
-from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, notes
-from lorikeet.config.parsing import Parser, add_options, config_from_args, config_from_values
+from lorikeet.config import OPTIONS, LoRAPath, Settings, notes, read_value, resolve
+from lorikeet.config.parsing import (
+    Parser,
+    add_option,
+    add_options,
+    config_from_args,
+    config_from_values,
+)
 from lorikeet.errors import AdapterError, ConfigError, LorikeetError, UserError
 from lorikeet.log import setup_logging
 from lorikeet.signals import exit_on_interrupt
@@ -82,14 +89,12 @@ def _dispatch(words: list[str]) -> int:
 def _serve(words: list[str]) -> int:
     parser = Parser(prog="lorikeet serve", description="Serve a base model and its adapters.")
     add_options(parser)
-    config = config_from_args(parser.parse(words))
-    setup_logging(config.log_level)
-    _log_notes(config)
+    settings = _settings(parser.parse(words))
     # Until it listens to signals itself: it starts by importing much.
     with exit_on_interrupt():
         from lorikeet.server.app import serve
 
-        serve(config)
+        serve(settings)
     return 0
 
 
@@ -105,19 +110,16 @@ def _demo(words: list[str]) -> int:
         "--once", action="store_true", help="end after the table (as DEMO_ONCE=1 does)"
     )
     args = parser.parse(words)
-    if args.port is not None and not args.port.isdecimal():
-        raise ConfigError(
-            f"--port is {args.port!r}; allowed: an integer at least 1 and at most 65535"
-        )
+    port = None if args.port is None else cast(int, read_value(OPTIONS["port"], args.port))
     with exit_on_interrupt():
         from lorikeet.demo_run import run
 
     once = args.once or envs.DEMO_ONCE.get()
-    # Whoever ends us (a closed terminal, a supervisor) ends the server too.
+    # What ends this process (a closed terminal, a supervisor) ends the server too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        run(once=once, port=None if args.port is None else int(args.port))
+        run(once=once, port=port)
     except KeyboardInterrupt:
         sys.stdout.write("\nThe server has ended.\n")
     return 0
@@ -154,15 +156,13 @@ def _generate(words: list[str]) -> int:
     if not prompts:
         raise ConfigError("--prompt is required")
     adapters = _adapters(list(args.lora), len(prompts))
-    config = config_from_args(args)
-    setup_logging(config.log_level)
-    _log_notes(config)
-    sys.stdout.write(_answer(config, prompts, sampling, adapters) + "\n")
+    settings = _settings(args)
+    sys.stdout.write(_answer(settings, prompts, sampling, adapters) + "\n")
     return 0
 
 
 def _answer(
-    config: ServerConfig,
+    settings: Settings,
     prompts: list[str],
     sampling: dict[str, object],
     adapters: list[str | None],
@@ -170,15 +170,7 @@ def _answer(
     with exit_on_interrupt():
         from lorikeet.llm import LLM
 
-    options = asdict(config)
-    model_path = options.pop("model_path")
-    # As text, which keeps what a plain NAME=PATH cannot say.
-    paths = [
-        json.dumps({"lora_name": p["name"], "lora_path": p["path"], "pinned": p["pinned"]})
-        for p in options.pop("lora_paths")
-    ]
-    llm = LLM(model_path, lora_paths=paths, **options)
-    replies = llm.generate(prompts, sampling, lora_path=adapters)
+    replies = LLM.from_settings(settings).generate(prompts, sampling, lora_path=adapters)
     texts = [str(reply["text"]).strip() for reply in replies]
     if len(texts) == 1:
         return texts[0]
@@ -197,14 +189,7 @@ def _check_adapter(words: list[str]) -> int:
     )
     parser.add_argument("path", help="directory or source of the adapter, as in --lora-paths")
     for name in ("model_path", "max_lora_rank", "lora_target_modules", "dtype"):
-        option = OPTIONS[name]
-        parser.add_argument(
-            *option.flags,
-            dest=name,
-            default=argparse.SUPPRESS,
-            nargs="+" if name == "lora_target_modules" else None,
-            help=option.meaning.replace("%", "%%"),
-        )
+        add_option(parser, OPTIONS[name])
     parser.add_argument(
         "--base-norms",
         action="store_true",
@@ -213,12 +198,12 @@ def _check_adapter(words: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     values = vars(parser.parse(words))
     path, as_json, base_norms = (values.pop(key) for key in ("path", "json", "base_norms"))
-    config = config_from_values({**values, "lora_paths": (LoRAPath("adapter", path),)})
+    settings = resolve(config_from_values({**values, "lora_paths": (LoRAPath("adapter", path),)}))
     with exit_on_interrupt():
         from lorikeet.engine.check import check_adapter, format_check
 
     try:
-        report = check_adapter(config, base_norms=base_norms)
+        report = check_adapter(settings, base_norms=base_norms)
     except AdapterError as error:
         return _fail(error, EXIT_FAULT)
     width = shutil.get_terminal_size((110, 24)).columns
@@ -246,9 +231,13 @@ def _json_object(text: str) -> dict[str, object]:
     return value
 
 
-def _log_notes(config: ServerConfig) -> None:
-    for note in notes(config):
+def _settings(args: argparse.Namespace) -> Settings:
+    """The settings of a command; logging is set up by them, and what has no effect is logged."""
+    settings = resolve(config_from_args(args))
+    setup_logging(settings.log_level)
+    for note in notes(settings):
         logger.warning("%s", note)
+    return settings
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -1,4 +1,4 @@
-"""The client side of ``lorikeet demo``: start a server, ask the base and every adapter in one call, show the answers."""
+"""The command ``lorikeet demo``: start a server, ask the base and every adapter in one call, show the answers."""
 
 from __future__ import annotations
 
@@ -97,5 +97,5 @@ def example(url: str) -> str:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
-    # A pipe (CI, tee) shows each step when it happens, and in order with the server's output.
+    # Through a pipe (CI, tee), too, each step shows when it happens and in order with the server's output.
     sys.stdout.flush()

@@ -23,7 +23,7 @@ class EnvVar(Generic[_T]):
     Attributes:
         parse: text -> value; raises ValueError with the allowed values.
         default: what :meth:`get` gives when the variable is unset or empty.
-        may_be_empty: False if an empty one is a mistake: a key that was lost on its way must not open the server.
+        may_be_empty: False if an empty one is a mistake: a key that a script lost must not open the server.
     """
 
     name: str
@@ -33,7 +33,7 @@ class EnvVar(Generic[_T]):
     may_be_empty: bool = True
 
     def get(self) -> _T:
-        """The variable's value now.
+        """Read the variable now.
 
         Raises:
             ConfigError: names the variable, its value and the allowed ones.
@@ -51,22 +51,22 @@ class EnvVar(Generic[_T]):
 
 
 def for_child(**changes: str) -> dict[str, str]:
-    """The environment of a process below this one, but for our keys, which are for this one alone.
+    """The environment for a child process: this one's without the API keys, which no child needs.
 
     Args:
-        changes: variables that it has besides, or in place of ours.
+        changes: variables that it has besides, or with other values.
     """
     keys = (API_KEY.name, ADMIN_API_KEY.name)
     return {name: value for name, value in os.environ.items() if name not in keys} | changes
 
 
-_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def _boolean(text: str) -> bool:
-    if text.lower() not in _BOOLEANS:
-        raise ValueError(", ".join(_BOOLEANS))
-    return _BOOLEANS[text.lower()]
+    if text.lower() not in BOOLEANS:
+        raise ValueError(", ".join(BOOLEANS))
+    return BOOLEANS[text.lower()]
 
 
 def _text(text: str) -> str | None:
@@ -115,28 +115,3 @@ ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (
     HF_ENDPOINT,
     TRITON_INTERPRET,
 )
-
-
-_DEFAULTS: dict[object, str] = {None: "unset", False: "`0`", True: "`1`"}
-
-
-def markdown() -> str:
-    """The text of ``docs/environment.md``."""
-    rows = [f"| `{v.name}` | {_DEFAULTS[v.default]} | {v.meaning} |" for v in ALL]
-    return "\n".join(
-        [
-            "# Environment variables",
-            "",
-            "<!-- written by scripts/write_docs.py from src/lorikeet/envs.py -->",
-            "",
-            "An option on the command line wins over its variable. A boolean is one of "
-            + ", ".join(f"`{word}`" for word in _BOOLEANS)
-            + ". An empty",
-            "variable is as one that is not set; an empty key is an error, since it would leave the server open.",
-            "",
-            "| variable | default | meaning |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )

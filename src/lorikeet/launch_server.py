@@ -1,4 +1,4 @@
-"""``python -m lorikeet.launch_server``: the same as ``lorikeet serve``."""
+"""The same as ``lorikeet serve``, for ``python -m lorikeet.launch_server``."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from lorikeet.client.call_limits import OWN
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.reply import native_reply, vector_floats
 from lorikeet.client.uploads import Uploads
-from lorikeet.config import LoRAPath, ServerConfig, resolve
+from lorikeet.config import LoRAPath, ServerConfig, Settings, resolve
 from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
 from lorikeet.engine.build import build_engine
-from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.models.source import locate_tokenizer
 from lorikeet.signals import interrupt_later
 from lorikeet.text.completion import Completion
 from lorikeet.text.tokenizer import Tokenizer
@@ -60,15 +60,25 @@ class LLM:
             named = cast("Mapping[str, str]", lora_paths)
             lora_paths = [LoRAPath(name, str(path)) for name, path in named.items()]
         paths = cast("tuple[LoRAPath, ...]", tuple(lora_paths))
-        self.config = resolve(ServerConfig(model_path=str(model_path), lora_paths=paths, **options))
-        self._core = build_engine(self.config, report=lambda phase: None, progress=progress)
+        given = ServerConfig(model_path=str(model_path), lora_paths=paths, **options)
+        self._start(resolve(given), progress=progress)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Make one of settings that are resolved already, as the command line does."""
+        llm = cls.__new__(cls)
+        llm._start(settings, progress=False)
+        return llm
+
+    def _start(self, settings: Settings, *, progress: bool) -> None:
+        self._core = build_engine(settings, report=lambda phase: None, progress=progress)
         self._uploads = Uploads()
-        self.tokenizer = Tokenizer.load(tokenizer_dir(self.config))
+        self.tokenizer = Tokenizer.load(locate_tokenizer(settings.tokenizer_path))
         self._intake = Intake(
             self.tokenizer,
             vocab_size=cast(int, self.info["vocab_size"]),
             context_length=cast(int, self.info["context_length"]),
-            # There is nobody else here to be kept waiting: a call may be as large as its caller has memory for.
+            # Nobody else waits for this engine: a call may be as large as its caller has memory for.
             limits=OWN,
         )
 
@@ -269,7 +279,7 @@ class LLM:
             self._core.wait_for_threads()
 
     def _step(self) -> list[RequestOutput]:
-        # Between its plan and its commit, scheduler and worker disagree: whoever presses Ctrl-C waits for the commit.
+        # Between a step's plan and its commit, scheduler and worker disagree: Ctrl-C takes effect after the commit.
         with interrupt_later():
             return self._core.step()
 
@@ -288,7 +298,7 @@ class LLM:
         return reply.result()
 
     def _abandon(self) -> None:
-        """Whatever interrupted a call: no request of it may stay in the engine."""
+        """End the requests of a call that was interrupted: none may stay in the engine."""
         self._core.abort(None, "the call was interrupted")
         self._core.drain()
 
@@ -312,7 +322,7 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _raise_error(completion: Completion) -> None:
-    """An abort with a status is an error: the caller's below 500, ours from there on."""
+    """Raise the error of a completion that failed: the caller's if its status is below 500, else the engine's."""
     finish = completion.finish
     if finish is None or finish.status_code is None:
         return

@@ -253,10 +253,12 @@ def test_options_of_a_configuration(root):
             lora_disk_cache_gb=1.5,
         )
     )
-    assert SourceOptions.from_config(config) == SourceOptions(
+    assert SourceOptions.from_config(config.lora) == SourceOptions(
         roots=(root,), cache_dir=Path("cache"), cache_bytes=1_500_000_000
     )
-    assert SourceOptions.from_config(resolve(ServerConfig(model_path="base"))) == SourceOptions()
+    assert (
+        SourceOptions.from_config(resolve(ServerConfig(model_path="base")).lora) == SourceOptions()
+    )
 
 
 def test_a_link_that_is_turned_elsewhere_after_it_was_looked_at(root, inside):

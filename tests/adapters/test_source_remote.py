@@ -19,7 +19,7 @@ from lorikeet.adapters.sources import addresses, remote
 from lorikeet.adapters.sources.disk_cache import DiskCache
 from lorikeet.adapters.sources.source import SourceOptions, open_source, public_path, resolve_source
 from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
-from lorikeet.config.values import LORA_SOURCES
+from lorikeet.config import LORA_SOURCES
 from lorikeet.errors import AdapterError
 from tests.support.fake_hub import fake_hub
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
+from lorikeet.config import OPTIONS, LoRAPath, Settings, resolve
 from lorikeet.config.parsing import (
     Parser,
     add_options,
     config_from_args,
     config_from_values,
-    markdown,
 )
 from lorikeet.errors import ConfigError
+from scripts import write_docs
 
 
-def parse(*argv: str) -> ServerConfig:
+def parse(*argv: str) -> Settings:
     parser = Parser(prog="test", description="test")
     add_options(parser)
-    return config_from_args(parser.parse(argv))
+    return resolve(config_from_args(parser.parse(argv)))
 
 
 def refused(*argv: str) -> str:
@@ -60,13 +60,17 @@ def test_values_get_their_types():
         *("--lora-paths", "a=p", '{"lora_name":"b","lora_path":"q","pinned":true}', "r"),
         *("--lora-target-modules", "q_proj", "v_proj", "--cuda-graph-bs", "1", "2"),
     )
-    assert (config.port, config.mem_fraction_static, config.enable_metrics) == (8000, 0.5, True)
-    assert config.lora_paths == (
+    assert (config.http.port, config.mem_fraction_static, config.http.enable_metrics) == (
+        8000,
+        0.5,
+        True,
+    )
+    assert config.lora.lora_paths == (
         LoRAPath("a", "p"),
         LoRAPath("b", "q", pinned=True),
         LoRAPath("r", "r"),
     )
-    assert config.lora_target_modules == ("q_proj", "v_proj")
+    assert config.lora.lora_target_modules == ("q_proj", "v_proj")
     assert config.cuda_graph_bs == (1, 2)
 
 
@@ -80,7 +84,7 @@ def test_values_get_their_types():
 )
 def test_spellings_of_a_flag(argv):
     config = parse(*argv)
-    assert (config.model_path, config.tp_size, config.max_loras_per_batch) == ("m", 1, 3)
+    assert (config.model_path, config.tp_size, config.lora.max_loras_per_batch) == ("m", 1, 3)
 
 
 def test_an_underscore_in_a_value_stays():
@@ -90,7 +94,7 @@ def test_an_underscore_in_a_value_stays():
 
 def test_a_list_given_twice_is_one_list():
     config = parse("--model", "m", "--lora-paths", "a=p", "--port", "1", "--lora-paths", "b=q")
-    assert [entry.name for entry in config.lora_paths] == ["a", "b"]
+    assert [entry.name for entry in config.lora.lora_paths] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -124,15 +128,15 @@ def test_a_file_gives_options_and_the_command_line_wins(file):
         "lora_paths:\n  - a=p\n  - {lora_name: b, lora_path: q, pinned: true}\n"
     )
     config = parse("--config", path, "--port", "9000", "--no-disable-radix-cache")
-    assert (config.model_path, config.port, config.max_running_requests) == ("m", 9000, 4)
+    assert (config.model_path, config.http.port, config.max_running_requests) == ("m", 9000, 4)
     assert config.disable_radix_cache is False
-    assert config.lora_paths == (LoRAPath("a", "p"), LoRAPath("b", "q", pinned=True))
+    assert config.lora.lora_paths == (LoRAPath("a", "p"), LoRAPath("b", "q", pinned=True))
 
 
 def test_a_lone_value_is_a_list_of_one(file):
     config = parse("--config", file("model: m\nlora_paths: a=p\nlora_target_modules: all\n"))
-    assert config.lora_paths == (LoRAPath("a", "p"),)
-    assert config.lora_target_modules == ("all",)
+    assert config.lora.lora_paths == (LoRAPath("a", "p"),)
+    assert config.lora.lora_target_modules == ("all",)
 
 
 def test_an_empty_file_gives_nothing(file):
@@ -164,15 +168,15 @@ def test_a_bad_file_is_refused(file, text, words):
 def test_keys_come_from_the_environment_unless_given(monkeypatch, file):
     monkeypatch.setenv("LORIKEET_API_KEY", "from-env")
     monkeypatch.setenv("LORIKEET_ADMIN_API_KEY", "admin-env")
-    assert parse("--model", "m").api_key == "from-env"
-    assert parse("--model", "m").admin_api_key == "admin-env"
-    assert parse("--model", "m", "--api-key", "given").api_key == "given"
-    assert parse("--config", file("model: m\napi_key: file\n")).api_key == "file"
+    assert parse("--model", "m").http.api_key == "from-env"
+    assert parse("--model", "m").http.admin_api_key == "admin-env"
+    assert parse("--model", "m", "--api-key", "given").http.api_key == "given"
+    assert parse("--config", file("model: m\napi_key: file\n")).http.api_key == "file"
 
 
 def test_values_may_be_text_or_typed():
-    config = config_from_values({"model_path": "m", "port": "8000", "page_size": 8})
-    assert (config.port, config.page_size) == (8000, 8)
+    config = resolve(config_from_values({"model_path": "m", "port": "8000", "page_size": 8}))
+    assert (config.http.port, config.page_size) == (8000, 8)
 
 
 def test_directories_of_adapters(tmp_path):
@@ -180,10 +184,10 @@ def test_directories_of_adapters(tmp_path):
         *("--model", "m", "--lora-paths", "a=p", "--lora-root", str(tmp_path), "/"),
         *("--lora-disk-cache-gb", "1.5", "--lora-disk-cache-dir", "c"),
     )
-    assert config.lora_root == (str(tmp_path), "/")
-    assert (config.lora_disk_cache_gb, config.lora_disk_cache_dir) == (1.5, "c")
+    assert config.lora.lora_root == (str(tmp_path), "/")
+    assert (config.lora.lora_disk_cache_gb, config.lora.lora_disk_cache_dir) == (1.5, "c")
 
 
 def test_the_table_has_a_row_for_each_option():
-    text = markdown()
+    text = write_docs.options_page()
     assert all(f"| `{option.flag}`" in text for option in OPTIONS.values())

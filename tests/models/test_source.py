@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lorikeet.errors import ModelError
-from lorikeet.models.source import locate_model
+from lorikeet.models import source
+from lorikeet.models.source import locate_model, locate_tokenizer
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -48,6 +49,20 @@ def test_a_hub_id_is_downloaded_without_pickles(
     assert {"*.json", "*.jinja"} <= set(patterns)
     assert ("*.safetensors" in patterns) == weights
     assert not any("bin" in pattern or "*.pt" in pattern for pattern in patterns)
+
+
+def test_a_tokenizer_is_a_path_or_what_a_hub_id_has_beside_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    patterns: list[str] = []
+    monkeypatch.setattr(source, "_download", lambda name, wanted: patterns.extend(wanted))
+    file = tmp_path / "tokenizer.json"
+    file.touch()
+    assert locate_tokenizer(str(file)) == file
+    assert patterns == []
+    locate_tokenizer("owner/name")
+    assert "*.json" in patterns
+    assert "*.safetensors" not in patterns
 
 
 def test_offline_without_a_cached_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.transport import ClientTransport
-from lorikeet.config import ServerConfig
+from lorikeet.config import ServerConfig, Settings, resolve
 from lorikeet.server.app import make_app
 from lorikeet.server.drain import Drain
 from lorikeet.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def config(model_dir: Path) -> ServerConfig:
 
 @asynccontextmanager
 async def open_api(
-    config: ServerConfig, tokenizer: Tokenizer, knobs: Knobs, health_timeout: float = 60.0
+    settings: Settings, tokenizer: Tokenizer, knobs: Knobs, health_timeout: float = 60.0
 ) -> AsyncIterator[Api]:
     registry = CollectorRegistry()
     with ThreadEngine(knobs) as thread:
@@ -87,12 +87,12 @@ async def open_api(
             tokenizer=tokenizer,
             registry=registry,
             model_name="base",
-            max_lora=config.max_loras_per_batch,
+            max_lora=settings.lora.max_loras_per_batch,
         )
         try:
             await client.start()
             drain = Drain(timeout=1)
-            app = make_app(config, client, registry, drain=drain, health_timeout=health_timeout)
+            app = make_app(settings, client, registry, drain=drain, health_timeout=health_timeout)
             # An exception that escapes is answered with 500, as uvicorn does.
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
@@ -104,20 +104,24 @@ async def open_api(
 
 @pytest.fixture
 async def api(config: ServerConfig, tokenizer: Tokenizer) -> AsyncIterator[Api]:
-    async with open_api(config, tokenizer, Knobs()) as made:
+    async with open_api(resolve(config), tokenizer, Knobs()) as made:
         yield made
 
 
 @pytest.fixture
 async def make_api(config: ServerConfig, tokenizer: Tokenizer) -> AsyncIterator[MakeApi]:
-    """``await make_api(config=..., health_timeout=..., **knobs)``."""
+    """``await make_api(config=..., settings=..., health_timeout=..., **knobs)``; settings are those of the configuration
+    unless they are given."""
     async with AsyncExitStack() as stack:
 
         async def make(
-            config: ServerConfig = config, health_timeout: float = 60.0, **knobs: Any
+            config: ServerConfig = config,
+            settings: Settings | None = None,
+            health_timeout: float = 60.0,
+            **knobs: Any,
         ) -> Api:
             return await stack.enter_async_context(
-                open_api(config, tokenizer, Knobs(**knobs), health_timeout)
+                open_api(settings or resolve(config), tokenizer, Knobs(**knobs), health_timeout)
             )
 
         yield make

@@ -6,13 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 
 from lorikeet import __version__
-from lorikeet.config import OPTIONS, LoRAPath, ServerConfig
-from lorikeet.config.values import Option
+from lorikeet.config import OPTIONS, LoRAPath, Option, ServerConfig, Settings, resolve
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
 from tests.support.live_server import LiveServer, wait_until
@@ -166,6 +166,15 @@ def planted(option: Option) -> object:
     return (SECRET_URL,) if option.value_type == tuple[str, ...] else None
 
 
+def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
+    """The settings with other values of some, which may be ones that no option has."""
+    groups = (settings.lora, settings.http, settings)
+    lora, http, rest = ({n: v for n, v in values.items() if hasattr(g, n)} for g in groups)
+    return replace(
+        settings, **rest, lora=replace(settings.lora, **lora), http=replace(settings.http, **http)
+    )
+
+
 async def test_server_info_shows_no_secret_of_any_option(
     make_api: MakeApi, config: ServerConfig
 ) -> None:
@@ -173,7 +182,7 @@ async def test_server_info_shows_no_secret_of_any_option(
         name: value for name, option in OPTIONS.items() if (value := planted(option)) is not None
     }
     assert {"model_path", "lora_paths", "lora_root", "host", "admin_api_key"} <= values.keys()
-    api: Api = await make_api(config=replace(config, **values))
+    api: Api = await make_api(settings=with_values(resolve(config), values))
     headers = {"Authorization": f"Bearer {SECRET_URL}"}
     reply = await api.http.get("/server_info", headers=headers)
     for secret in ("PASSW0RD", "SIGN4TURE", "t0ken"):

@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from lorikeet.client.transport import EngineAddress
-from lorikeet.config import ServerConfig
+from lorikeet.config import ServerConfig, Settings, resolve
 from lorikeet.errors import ConfigError, ModelError
 from lorikeet.server.app import serve
 from lorikeet.server.lifecycle import bind, listen
@@ -477,7 +477,7 @@ def test_a_signal_while_it_starts(program: MakeProgram) -> None:
     assert server.wait() == 0
 
 
-def _no_engine(config: ServerConfig, address: EngineAddress) -> BaseProcess:
+def _no_engine(settings: Settings, address: EngineAddress) -> BaseProcess:
     raise AssertionError("no engine may be started")
 
 
@@ -486,7 +486,7 @@ def test_a_port_in_use_is_told_before_the_engine_starts(model_dir: Path) -> None
         port = other.getsockname()[1]
         config = ServerConfig(model_path=str(model_dir), served_model_name="base", port=port)
         with pytest.raises(ConfigError, match=f"--port {port} on 127.0.0.1 is in use"):
-            serve(config, spawn=_no_engine)
+            serve(resolve(config), spawn=_no_engine)
 
 
 def test_a_port_that_another_starting_server_has_reserved_is_in_use() -> None:
@@ -519,4 +519,4 @@ def test_a_host_that_is_not_here(host: str) -> None:
 def test_a_model_without_a_tokenizer_is_told_before_the_engine_starts(tmp_path: Path) -> None:
     config = ServerConfig(model_path=str(tmp_path), served_model_name="base", port=free_port())
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
-        serve(config, spawn=_no_engine)
+        serve(resolve(config), spawn=_no_engine)

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from lorikeet.config import ServerConfig
+from lorikeet.config import ServerConfig, resolve
 from lorikeet.text.tokenizer import Tokenizer
 from tests.server.conftest import Api, open_api
 from tests.server.test_native import events
@@ -60,7 +60,9 @@ def open_tools(
         model_path=str(directory), served_model_name="base", tool_call_parser=parser
     )
     return open_api(
-        config, tokenizer, Knobs(scripts=tokens, context_length=4096, vocab_size=300, **knobs)
+        resolve(config),
+        tokenizer,
+        Knobs(scripts=tokens, context_length=4096, vocab_size=300, **knobs),
     )
 
 

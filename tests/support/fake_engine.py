@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from lorikeet.client.transport import EngineAddress, EngineEndpoint
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.core.messages import (
     Abort,
     Accepted,
@@ -484,7 +484,7 @@ class ThreadEngine:
 
 
 def spawn_fake_engine(
-    config: ServerConfig, address: EngineAddress, knobs: Knobs | None = None
+    settings: Settings, address: EngineAddress, knobs: Knobs | None = None
 ) -> BaseProcess:
     """The engine in a process of its own, as ``engine.spawn.spawn_engine`` starts the real one."""
     process = multiprocessing.get_context("spawn").Process(

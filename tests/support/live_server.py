@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.transport import ClientTransport
-from lorikeet.config import ServerConfig
+from lorikeet.config import ServerConfig, resolve
 from lorikeet.server.app import LIMITS, make_app
 from lorikeet.server.drain import Drain
 from lorikeet.server.lifecycle import HTTPServer, bind
@@ -48,7 +48,7 @@ class LiveServer:
         send_buffer: int = 0,
     ) -> None:
         self._send_buffer = send_buffer
-        self._config = config
+        self._settings = resolve(config)
         self._limits = limits
         self._tokenizer = tokenizer
         self.thread = ThreadEngine(knobs)
@@ -91,7 +91,7 @@ class LiveServer:
                 self.port = listener.getsockname()[1]
                 self.drain = Drain(timeout=1)
                 app = make_app(
-                    self._config, self.client, registry, drain=self.drain, limits=self._limits
+                    self._settings, self.client, registry, drain=self.drain, limits=self._limits
                 )
                 self._server = HTTPServer(
                     app, drain=self.drain, ready_line="live server ready", limits=self._limits

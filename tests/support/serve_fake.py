@@ -11,7 +11,7 @@ import sys
 from functools import partial
 
 from lorikeet import signals
-from lorikeet.config import ServerConfig
+from lorikeet.config import ServerConfig, resolve
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.log import setup_logging
 from lorikeet.server.app import serve
@@ -33,7 +33,7 @@ def main(model: str, port: str, knobs: str) -> int:
     )
     spawn = partial(spawn_fake_engine, knobs=Knobs(**options))
     try:
-        serve(config, spawn=spawn)
+        serve(resolve(config), spawn=spawn)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

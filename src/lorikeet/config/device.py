@@ -1,4 +1,4 @@
-"""What of a configuration depends on the device, and what a device refuses. No torch here."""
+"""The settings that depend on the device, and the options that a device refuses. No torch here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorikeet.errors import ConfigError
 
 _ATTENTION_BACKENDS = {
     "cpu": {"auto": "sdpa", "sdpa": "sdpa", "torch_native": "sdpa"},
-    # Which one auto is depends on the type of the weights, which the engine reads from the model.
+    # What auto means depends on the type of the weights, which the engine reads from the model.
     "cuda": {
         "auto": "auto",
         "flashinfer": "flashinfer",
@@ -24,7 +24,7 @@ _MAX_GRAPH_TOKENS = 1024
 
 
 def resolve_device(asked: str) -> str:
-    """``cpu`` or ``cuda``, for ``--device``.
+    """The device that ``--device`` means: ``cpu`` or ``cuda``.
 
     Raises:
         ConfigError: ``cuda`` is asked for, and there is none.
@@ -52,10 +52,11 @@ def check_ranks(tp_size: int) -> None:
 
 
 def resolve_lora_backend(device: str, asked: str) -> Literal["torch", "triton", "csgmv"]:
-    """The kernels of ``--lora-backend``. ``auto`` is what measured fastest: docs/decisions/0011-lora-on-a-gpu.md.
+    """The kernels that ``--lora-backend`` means; ``auto`` is what measured fastest
+    (docs/decisions/0011-lora-on-a-gpu.md).
 
     Raises:
-        ConfigError: kernels for a GPU without one, and without Triton's interpreter.
+        ConfigError: the kernels need a GPU, or Triton's interpreter, and there is neither.
     """
     on_gpu = device == "cuda"
     if asked == "auto":
@@ -69,7 +70,7 @@ def resolve_lora_backend(device: str, asked: str) -> Literal["torch", "triton", 
 
 
 def resolve_attention(device: str, asked: str | None) -> str:
-    """The attention backend: as given, or ``auto`` where the model decides.
+    """The attention backend that ``--attention-backend`` means; ``auto`` where the model decides.
 
     Raises:
         ConfigError: the device has no such backend.
@@ -85,8 +86,8 @@ def resolve_attention(device: str, asked: str | None) -> str:
 def max_graph_rows(
     device: str, sizes: tuple[int, ...] | None, most: int | None, max_running: int
 ) -> int | None:
-    """Rows of the largest batch with a CUDA graph. More than run at a time would never be used. A CPU has no graphs, so
-    that ``most`` stays as it is.
+    """Rows of the largest batch with a CUDA graph: never more than run at a time. A CPU has no graphs, so ``most`` stays
+    as it is.
 
     Args:
         sizes, most: ``--cuda-graph-bs`` and ``--cuda-graph-max-bs``.
@@ -109,7 +110,7 @@ def max_graph_rows(
 
 
 def max_graph_tokens(device: str, most: int | None, chunk: int) -> int | None:
-    """Tokens of the largest step with prompts that runs in CUDA graphs. A CPU has none, so that ``most`` stays as it is.
+    """Tokens of the largest step with prompts that runs in CUDA graphs. A CPU has none, so ``most`` stays as it is.
 
     Args:
         most: ``--piecewise-cuda-graph-max-tokens``.

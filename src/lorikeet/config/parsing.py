@@ -1,7 +1,7 @@
 """From words to a :class:`ServerConfig`: the command line and the YAML file of ``--config``.
 
 Both read the table ``OPTIONS``, so an option exists in both or in neither. The command line wins over the file, and
-the file over the environment.
+the file over the environment. Values stay as they are given: :func:`lorikeet.config.resolve` reads them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from typing import Any, NoReturn, Protocol, cast
 import yaml
 
 from lorikeet import envs
-from lorikeet.config import OPTIONS, ServerConfig, resolve
-from lorikeet.config.values import LoRAPath, Option, read_value
+from lorikeet.config.server_config import OPTIONS, ServerConfig
+from lorikeet.config.values import Option
 from lorikeet.errors import ConfigError
-
-CONFIG_KEY = "config"
 
 
 class _Group(Protocol):
@@ -70,7 +68,8 @@ def _with_dashes(word: str, known: set[str]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option of the table, and ``--config``. Values stay text; only given options appear in the result."""
+    """Add every option of the table, and ``--config``. Values stay text, and only options that are given are in the
+    namespace that the parser returns."""
     group = parser.add_argument_group("configuration")
     group.add_argument(
         "--config",
@@ -79,10 +78,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="YAML file with these options by name; the command line wins over it",
     )
     for option in OPTIONS.values():
-        _add_option(group, option)
+        add_option(group, option)
 
 
-def _add_option(group: _Group, option: Option) -> None:
+def add_option(group: _Group, option: Option) -> None:
+    """Add one option to a parser or to a group of its arguments."""
     text = f"{option.meaning} (default: {option.default_text})".replace("%", "%%")
     if option.required:
         text = f"{option.meaning} (required)"
@@ -95,7 +95,7 @@ def _add_option(group: _Group, option: Option) -> None:
             help=text,
         )
         return
-    many = option.value_type not in (str, int, float)
+    many = option.kind.is_list
     choices = ",".join(str(choice) for choice in option.allowed_values)
     group.add_argument(
         *option.flags,
@@ -110,27 +110,26 @@ def _add_option(group: _Group, option: Option) -> None:
 
 
 def config_from_args(args: argparse.Namespace) -> ServerConfig:
-    """Put the file under the command line and the environment under both; resolve.
+    """The options of a command: those of the command line, else of the file, else of the environment.
 
     Raises:
-        ConfigError: any of them is wrong.
+        ConfigError: the file or the environment is wrong, or the model is missing.
     """
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    path = cast("str | None", getattr(args, CONFIG_KEY, None))
-    values = {**_from_environment(), **(read_config_file(Path(path)) if path else {}), **given}
-    return config_from_values(values)
+    path: str | None = getattr(args, "config", None)
+    from_file = _read_file(Path(path)) if path else {}
+    return config_from_values(_from_environment() | from_file | given)
 
 
-def config_from_values(values: Mapping[str, object]) -> ServerConfig:
-    """Resolve options given by field name, each as text or as a value of its type.
+def config_from_values(values: Mapping[str, Any]) -> ServerConfig:
+    """Options by their field names, each as text or as a value of its type.
 
     Raises:
-        ConfigError: a value is wrong, or the model is missing.
+        ConfigError: the model is missing.
     """
     if "model_path" not in values:
         raise ConfigError("--model-path is required: a directory, a hub id, or demo")
-    read = {name: read_value(OPTIONS[name], value) for name, value in values.items()}
-    return resolve(ServerConfig(**read))  # pyright: ignore[reportArgumentType]
+    return ServerConfig(**values)
 
 
 def _from_environment() -> dict[str, object]:
@@ -138,7 +137,7 @@ def _from_environment() -> dict[str, object]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def read_config_file(path: Path) -> dict[str, object]:
+def _read_file(path: Path) -> dict[str, object]:
     """Read a YAML file whose keys are options, with dashes or underscores.
 
     Raises:
@@ -177,45 +176,3 @@ def _known_keys(path: Path, content: dict[object, object]) -> dict[str, object]:
             raise ConfigError(f"--config {path}: {name} is empty; allowed: a key, or no such line")
         values[name] = value
     return values
-
-
-def markdown() -> str:
-    """The text of ``docs/options.md``."""
-    rows = [
-        f"| {', '.join(f'`{flag}`' for flag in option.flags)} | {_values(option)} "
-        f"| {option.default_text} | {option.meaning} |"
-        for option in OPTIONS.values()
-    ]
-    return "\n".join(
-        [
-            "# Options",
-            "",
-            "<!-- written by scripts/write_docs.py from src/lorikeet/config/server_config.py -->",
-            "",
-            "Of `lorikeet serve`, `python -m lorikeet.launch_server` and `lorikeet generate`. `--like_this` is accepted",
-            "for `--like-this`; a flag has its opposite in `--no-flag`. `--config FILE` reads the same names from YAML;",
-            "the command line wins. `lorikeet.LLM` takes them as keywords, with underscores.",
-            "",
-            "| option | values | default | meaning |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def _values(option: Option) -> str:
-    if option.allowed_values:
-        return ", ".join(f"`{choice}`" for choice in option.allowed_values)
-    return _VALUE_WORDS[option.value_type]
-
-
-_VALUE_WORDS: dict[object, str] = {
-    str: "text",
-    int: "integer",
-    float: "number",
-    bool: "flag",
-    tuple[str, ...]: "names",
-    tuple[int, ...]: "integers",
-    tuple[LoRAPath, ...]: "`PATH`, `NAME=PATH` or JSON; any number",
-}

@@ -1,34 +1,17 @@
-"""The configuration of a server or an ``LLM``: one frozen dataclass, one field per option of the command line.
-
-:func:`resolve` checks the fields and fills every auto value that needs no model; what needs the model (context
-length, largest rank, target modules, memory) is filled by the engine. Nothing is changed after that.
-"""
+"""The options of a server, a command or an ``LLM``, as they are given: one dataclass, one field per option."""
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from lorikeet import demo, devices
-from lorikeet.config.device import (
-    check_ranks,
-    max_graph_rows,
-    max_graph_tokens,
-    resolve_attention,
-    resolve_device,
-    resolve_lora_backend,
-)
-from lorikeet.config.targets import check_targets, expand_targets
-from lorikeet.config.values import LORA_SOURCES, LoRAPath, Option, parse_lora_paths, read_value
-from lorikeet.errors import ConfigError, RequestError
-from lorikeet.masking import mask
-from lorikeet.names import MAX_PATH, check_name, is_reserved
+from lorikeet.config.lora_paths import LoRAPath
+from lorikeet.config.values import Option
 
-__all__ = ["OPTIONS", "LoRAPath", "ServerConfig", "parse_lora_paths", "resolve"]
-
+# Where an adapter may come from.
+LORA_SOURCES = ("local", "hub", "http", "https", "s3", "gs")
 _T = TypeVar("_T")
+_REQUIRED: Any = MISSING
 _TOOL_PARSERS = ("hermes", "llama3", "mistral", "qwen", "qwen25")
 
 
@@ -42,15 +25,15 @@ def _option(default: _T, meaning: str, **rules: Any) -> _T:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Every option, under its name with underscores. None means: chosen by :func:`resolve` or by the engine."""
+    """Every option as it was given, under its name with underscores. None means: choose for me.
 
-    model_path: str = field(
-        metadata={
-            "option": Option(
-                meaning="base model in Hugging Face format: a directory, a hub id, or demo",
-                aliases=("model",),
-            )
-        }
+    A value may still be the text of a command line or a YAML file: :func:`lorikeet.config.resolve` reads and checks it.
+    """
+
+    model_path: str = _option(
+        _REQUIRED,
+        "base model in Hugging Face format: a directory, a hub id, or demo",
+        aliases=("model",),
     )
     tokenizer_path: str | None = _option(None, "directory of the tokenizer", auto="the model's")
     served_model_name: str | None = _option(
@@ -264,178 +247,3 @@ def _table() -> dict[str, Option]:
 
 OPTIONS: dict[str, Option] = _table()
 """Every option by its field name, in the order of the help."""
-
-_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-
-
-def resolve(config: ServerConfig) -> ServerConfig:
-    """Check every field and fill the auto values that need no model. Resolving twice changes nothing.
-
-    Raises:
-        ConfigError: names the option, its value and what is allowed.
-    """
-    values = {name: read_value(option, getattr(config, name)) for name, option in OPTIONS.items()}
-    config = _expand_demo(replace(config, **values))
-    _check_names(config)
-    device = resolve_device(config.device)
-    check_ranks(config.tp_size)
-    _check_lora(config)
-    _check_memory(config)
-    max_running = config.max_running_requests or (48 if device == "cpu" else 256)
-    chunk = config.chunked_prefill_size or (2048 if device == "cpu" else 8192)
-    return replace(
-        config,
-        tokenizer_path=config.tokenizer_path or config.model_path,
-        dtype=_DTYPE_ALIASES.get(config.dtype, config.dtype),
-        device=device,
-        enable_lora=_lora_is_on(config),
-        lora_backend=resolve_lora_backend(device, config.lora_backend),
-        lora_target_modules=expand_targets(config.lora_target_modules),
-        lora_root=tuple(_directory("lora_root", path) for path in config.lora_root),
-        lora_resolver_dir=_directory("lora_resolver_dir", config.lora_resolver_dir)
-        if config.lora_resolver_dir
-        else None,
-        max_running_requests=max_running,
-        chunked_prefill_size=chunk,
-        max_prefill_tokens=config.max_prefill_tokens or 16384,
-        page_size=config.page_size or 16,
-        cuda_graph_max_bs=max_graph_rows(
-            device, config.cuda_graph_bs, config.cuda_graph_max_bs, max_running
-        ),
-        piecewise_cuda_graph_max_tokens=max_graph_tokens(
-            device, config.piecewise_cuda_graph_max_tokens, chunk
-        ),
-        attention_backend=resolve_attention(device, config.attention_backend),
-        random_seed=secrets.randbelow(2**31) if config.random_seed is None else config.random_seed,
-    )
-
-
-def notes(config: ServerConfig) -> list[str]:
-    """What was asked for and cannot matter here; the caller logs it."""
-    reasons: dict[str, str] = {}
-    if config.device != "cuda" and not (config.device == "auto" and devices.num_cuda_devices()):
-        graphs = [name for name in OPTIONS if "cuda_graph" in name]
-        reasons = dict.fromkeys(graphs, "a CPU has no CUDA graphs")
-        reasons["disable_overlap_schedule"] = "a CPU runs one step at a time"
-    if config.lora_backend != "csgmv":
-        reasons["max_lora_chunk_size"] = "only the csgmv backend has chunks"
-    return [
-        f"{OPTIONS[name].flag} has no effect: {reason}"
-        for name, reason in reasons.items()
-        if getattr(config, name) != OPTIONS[name].default
-    ]
-
-
-def _expand_demo(config: ServerConfig) -> ServerConfig:
-    """Replace the word ``demo`` by the embedded model and adapters, and name the base model as it was given."""
-    served = config.served_model_name or config.model_path
-    path = str(demo.model_path()) if demo.is_demo(config.model_path) else config.model_path
-    adapters: list[LoRAPath] = []
-    for entry in config.lora_paths:
-        if demo.is_demo(entry.name) and demo.is_demo(entry.path):
-            found = demo.adapter_paths().items()
-            adapters += [LoRAPath(name, str(where), pinned=entry.pinned) for name, where in found]
-        else:
-            adapters.append(entry)
-    return replace(config, model_path=path, served_model_name=served, lora_paths=tuple(adapters))
-
-
-def _check_names(config: ServerConfig) -> None:
-    served = config.served_model_name or config.model_path
-    if ":" in served:
-        raise ConfigError(
-            f"--served-model-name is {served!r} (--model-path unless given); allowed: a name without ':', "
-            "which separates base and adapter in a request's model"
-        )
-    seen: dict[str, str] = {}
-    for entry in config.lora_paths:
-        _check_adapter(entry, served)
-        if entry.name in seen:
-            raise ConfigError(
-                f"--lora-paths names the adapter {entry.name!r} twice ({mask(seen[entry.name])} and {mask(entry.path)}); "
-                "allowed: a different name for each, as NAME=PATH"
-            )
-        seen[entry.name] = entry.path
-    if served in seen:
-        raise ConfigError(
-            f"--lora-paths names an adapter {served!r} like the base model; rename the adapter with NAME=PATH "
-            "or the base with --served-model-name"
-        )
-
-
-def _check_adapter(entry: LoRAPath, served: str) -> None:
-    try:
-        check_name(entry.name, "the adapter's name")
-        check_name(entry.path, "the adapter's path", most=MAX_PATH)
-    except RequestError as error:
-        raise ConfigError(f"--lora-paths: {error}; a name is given as NAME=PATH") from error
-    if entry.name != served and is_reserved(entry.name, served):
-        raise ConfigError(
-            f"--lora-paths names an adapter {entry.name!r}, by which requests name the base {served!r} with the adapter that "
-            "follows; rename it with NAME=PATH"
-        )
-
-
-def _check_memory(config: ServerConfig) -> None:
-    page, tokens = config.page_size or 16, config.max_total_tokens
-    if tokens is not None and tokens < page:
-        raise ConfigError(
-            f"--max-total-tokens is {tokens}; allowed: at least one page (--page-size {page})"
-        )
-
-
-def _directory(name: str, path: str) -> str:
-    """The real path of a directory that has to be there: a link that changes later changes nothing."""
-    try:
-        found = Path(path).expanduser().resolve()
-        if found.is_dir():
-            return str(found)
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a home that is not there, a NUL
-        pass
-    raise ConfigError(f"{OPTIONS[name].flag} is {path!r}; allowed: a directory that exists")
-
-
-def _lora_is_on(config: ServerConfig) -> bool:
-    return bool(config.lora_paths) if config.enable_lora is None else config.enable_lora
-
-
-def _check_lora(config: ServerConfig) -> None:
-    if config.enable_lora is False and config.lora_paths:
-        raise ConfigError("--no-enable-lora contradicts --lora-paths; leave one of them out")
-    needed = ("max_lora_rank", "lora_target_modules")
-    sources = ("lora_root", "lora_sources", "lora_allow_private_hosts", "lora_download_timeout")
-    places = ("lora_resolver_dir", "lora_disk_cache_dir", "lora_disk_cache_gb")
-    names = ("max_loaded_loras", *needed, *sources, *places)
-    given = [name for name in names if getattr(config, name) != OPTIONS[name].default]
-    if not _lora_is_on(config):
-        if given:
-            flags = ", ".join(OPTIONS[name].flag for name in given)
-            raise ConfigError(f"{flags} given, but LoRA is off; add --enable-lora or --lora-paths")
-        return
-    missing = [name for name in needed if name not in given]
-    if missing and not config.lora_paths:
-        raise ConfigError(
-            f"--enable-lora without --lora-paths needs {' and '.join(OPTIONS[n].flag for n in missing)}: "
-            "there is no adapter to take the value from"
-        )
-    _check_lora_counts(config)
-    check_targets(config.lora_target_modules)
-
-
-def _check_lora_counts(config: ServerConfig) -> None:
-    per_batch, loaded = config.max_loras_per_batch, config.max_loaded_loras
-    given = len(config.lora_paths)
-    if loaded is not None and loaded < per_batch:
-        raise ConfigError(
-            f"--max-loaded-loras is {loaded}; allowed: at least --max-loras-per-batch ({per_batch})"
-        )
-    if loaded is not None and loaded < given:
-        raise ConfigError(
-            f"--max-loaded-loras is {loaded}; allowed: at least the number of --lora-paths ({given})"
-        )
-    pinned = [entry.name for entry in config.lora_paths if entry.pinned]
-    if len(pinned) > per_batch - 1:
-        raise ConfigError(
-            f"--lora-paths pins {len(pinned)} adapters ({', '.join(pinned)}); allowed: at most "
-            f"--max-loras-per-batch - 1 ({per_batch - 1}), to prevent starvation of the others"
-        )

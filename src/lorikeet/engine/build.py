@@ -16,14 +16,13 @@ import lorikeet
 from lorikeet.adapters.limits import naming
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.store import AdapterStore
-from lorikeet.config import LoRAPath, ServerConfig
+from lorikeet.config import LoRAPath, Settings
 from lorikeet.core.request import MAX_SEED
 from lorikeet.engine.core import EngineCore
-from lorikeet.engine.paths import tokenizer_dir
 from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
 from lorikeet.lora.build import LoRAParts
-from lorikeet.models.source import locate_model
+from lorikeet.models.source import locate_model, locate_tokenizer
 from lorikeet.models.spec import ModelSpec, read_model_spec, read_sampling_defaults
 from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
@@ -35,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: ServerConfig, *, report: Callable[[str], None], progress: bool = True
+    config: Settings, *, report: Callable[[str], None], progress: bool = True
 ) -> EngineCore:
-    """Build the engine of a resolved configuration and load its adapters.
+    """Build the engine of some settings and load its adapters.
 
     Args:
         report: told each phase of the start in a few words.
@@ -59,7 +58,7 @@ def build_engine(
 
 
 def _build(
-    config: ServerConfig,
+    config: Settings,
     directory: Path,
     spec: ModelSpec,
     report: Callable[[str], None],
@@ -71,7 +70,7 @@ def _build(
     rank = build_rank(
         target,
         directory,
-        tokenizer_dir(config),
+        locate_tokenizer(config.tokenizer_path),
         SingleRank(),
         report=report,
         progress=progress,
@@ -86,7 +85,7 @@ def _build(
         page_size=memory.page_size, num_pages=memory.num_pages, radix=not config.disable_radix_cache
     )
     store = _store(config, rank)
-    load_first(config.lora_paths, store, report)
+    load_first(config.lora.lora_paths, store, report)
     return EngineCore(
         scheduler=Scheduler(_limits(config, spec, target.context_length), kv, store.residency),
         kv=kv,
@@ -99,13 +98,13 @@ def _build(
     )
 
 
-def _store(config: ServerConfig, rank: Rank) -> AdapterStore:
+def _store(config: Settings, rank: Rank) -> AdapterStore:
     residency = Residency.of_pool(
         rank.lora.plan.layout if rank.lora else None,
-        policy=config.lora_eviction_policy,
-        max_host=config.max_loaded_loras,
+        policy=config.lora.lora_eviction_policy,
+        max_host=config.lora.max_loaded_loras,
     )
-    can_find = config.lora_resolver_dir is not None
+    can_find = config.lora.lora_resolver_dir is not None
     return AdapterStore(residency, rank.worker.host, can_find=can_find)
 
 
@@ -119,10 +118,9 @@ def load_first(
             store.load(source)
 
 
-def read_target(config: ServerConfig, spec: ModelSpec) -> Target:
+def read_target(config: Settings, spec: ModelSpec) -> Target:
     """What is served where; raises ConfigError if the options do not fit the model or the device."""
     context_length = resolve_context_length(config, spec)
-    assert config.device in ("cpu", "cuda"), "the configuration is resolved"
     dtype, device = resolve_dtype(config, spec), torch.device(config.device)
     return Target(
         config=config,
@@ -134,7 +132,7 @@ def read_target(config: ServerConfig, spec: ModelSpec) -> Target:
     )
 
 
-def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -> dict[str, float]:
+def _sampling_defaults(config: Settings, directory: Path, spec: ModelSpec) -> dict[str, float]:
     """What OpenAI requests get that do not say."""
     if config.sampling_defaults != "model":
         return {}
@@ -146,7 +144,7 @@ def _sampling_defaults(config: ServerConfig, directory: Path, spec: ModelSpec) -
     return defaults
 
 
-def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:
+def resolve_context_length(config: Settings, spec: ModelSpec) -> int:
     """The context that is served: as given, else the model's.
 
     Raises:
@@ -163,16 +161,13 @@ def resolve_context_length(config: ServerConfig, spec: ModelSpec) -> int:
     return config.context_length
 
 
-def _limits(config: ServerConfig, spec: ModelSpec, context_length: int) -> SchedulerLimits:
-    assert config.max_running_requests is not None
-    assert config.chunked_prefill_size is not None
-    assert config.max_prefill_tokens is not None
+def _limits(config: Settings, spec: ModelSpec, context_length: int) -> SchedulerLimits:
     return SchedulerLimits(
         max_running=config.max_running_requests,
         max_step_tokens=config.chunked_prefill_size,
         max_prefill_tokens=config.max_prefill_tokens,
         context_length=context_length,
-        max_loras_per_batch=config.max_loras_per_batch,
+        max_loras_per_batch=config.lora.max_loras_per_batch,
         eos_token_ids=frozenset(spec.eos_token_ids),
         policy=config.schedule_policy,
         max_queued=config.max_queued_requests,
@@ -195,7 +190,7 @@ def _even_length(spec: ModelSpec) -> int | None:
     return max(1, num_weights // (2 * num_full * spec.q_size))
 
 
-def _seed_source(random_seed: int | None) -> Callable[[], int]:
+def _seed_source(random_seed: int) -> Callable[[], int]:
     source = random.Random(random_seed)
     return lambda: source.randint(0, MAX_SEED)
 
@@ -206,7 +201,7 @@ def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[st
     return {
         "version": lorikeet.__version__,
         "model_path": target.config.model_path,
-        "served_model_name": target.config.served_model_name or target.config.model_path,
+        "served_model_name": target.config.served_model_name,
         "architecture": spec.architecture,
         "context_length": target.context_length,
         "max_running_requests": target.max_running,

@@ -12,7 +12,7 @@ from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.limits import resolve_limits
 from lorikeet.adapters.sources.source import SourceOptions, resolve_source
 from lorikeet.adapters.templates import read_templates
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.core.adapters import format_report
 from lorikeet.errors import AdapterError, ModelError
 from lorikeet.lora.base_weights import BaseWeight, checkpoint_weight
@@ -24,28 +24,28 @@ from lorikeet.utils import format_table
 from lorikeet.worker.target import resolve_dtype
 
 
-def check_adapter(config: ServerConfig, *, base_norms: bool) -> dict[str, object]:
-    """The report of the one adapter in ``config.lora_paths``, with its path and digest.
+def check_adapter(config: Settings, *, base_norms: bool) -> dict[str, object]:
+    """The report of the one adapter in ``--lora-paths``, with its path and digest.
 
     Args:
-        config: resolved; its limits on rank and modules apply as they would in the server.
+        config: its limits on rank and modules apply as they would in the server.
         base_norms: also read the base's weights of the changed modules, for the size of the change beside them.
 
     Raises:
         AdapterError: the server would refuse it.
         ConfigError, ModelError: the limits or the base model are wrong.
     """
-    (adapter_path,) = config.lora_paths
+    (adapter_path,) = config.lora.lora_paths
     model_dir = locate_model(config.model_path, weights=base_norms)
     spec = read_model_spec(model_dir)
     dtype = resolve_dtype(config, spec)
     directory = resolve_source(adapter_path.path)
     limits = resolve_limits(
         spec.lora_sites,
-        max_rank=config.max_lora_rank,
-        targets=config.lora_target_modules,
-        paths=config.lora_paths,
-        sources=SourceOptions.from_config(config).trusted(),
+        max_rank=config.lora.max_lora_rank,
+        targets=config.lora.lora_target_modules,
+        paths=config.lora.lora_paths,
+        sources=SourceOptions.from_config(config.lora).trusted(),
     )
     layout = PoolLayout.make(
         spec.lora_sites,

@@ -24,7 +24,7 @@ from typing import NoReturn, cast
 from tqdm import tqdm
 
 from lorikeet.client.transport import EngineAddress, EngineEndpoint
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.core.messages import (
     Abort,
     Accepted,
@@ -65,7 +65,7 @@ PATIENCE = 0.1
 STATS_INTERVAL_S = 1.0
 
 
-def main(config: ServerConfig, address: EngineAddress, parent: int) -> None:
+def main(config: Settings, address: EngineAddress, parent: int) -> None:
     """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
     setup_logging(config.log_level)
     # Files for a while lie in the directory that the parent removes, also if this process is killed.
@@ -89,7 +89,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
+def _serve(config: Settings, endpoint: EngineEndpoint, parent: int) -> int:
     try:
         core = build_engine(config, report=lambda phase: endpoint.send(Progress(phase)))
     except LorikeetError as error:

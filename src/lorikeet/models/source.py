@@ -38,6 +38,16 @@ def locate_model(name: str | Path, *, weights: bool = True) -> Path:
     return _download(text, _TEXT_FILES + _WEIGHT_FILES if weights else _TEXT_FILES)
 
 
+def locate_tokenizer(name: str) -> Path:
+    """The local directory of a tokenizer: ``name`` itself, or what a hub repository has beside its weights.
+
+    Raises:
+        ModelError: it is neither a path nor a hub id that can be had.
+    """
+    path = Path(name)
+    return path if path.exists() else locate_model(name, weights=False)
+
+
 def _download(repo_id: str, patterns: tuple[str, ...]) -> Path:
     # Imported here because a local model should not pay for it: the hub client takes longer to import than a small
     # model takes to load.

@@ -12,7 +12,6 @@ from fastapi.responses import PlainTextResponse, Response
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.uploads import Uploads
-from lorikeet.config import ServerConfig
 from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
 from lorikeet.names import MAX_PATH, check_adapter_name, check_name
 from lorikeet.server.limits import BodyError
@@ -55,10 +54,10 @@ class AdapterRoutes:
     the caller's fault (a dead engine) has the form of every other error.
     """
 
-    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+    def __init__(self, base: str, client: EngineClient) -> None:
         self._client = client
         self._uploads = Uploads(client.uploads)
-        self._base = config.served_model_name or config.model_path
+        self._base = base
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["adapters"])

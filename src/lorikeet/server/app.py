@@ -16,9 +16,9 @@ from lorikeet import __version__
 from lorikeet.adapters.registry import MAX_LISTED
 from lorikeet.client.client import EngineClient
 from lorikeet.client.transport import ClientTransport, EngineAddress
-from lorikeet.config import ServerConfig, resolve
-from lorikeet.engine.paths import tokenizer_dir
+from lorikeet.config import Settings
 from lorikeet.engine.spawn import spawn_engine
+from lorikeet.models.source import locate_tokenizer
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
 from lorikeet.server.drain import Drain, DrainGate
@@ -39,7 +39,7 @@ from lorikeet.server.openai.embeddings import EmbeddingRoutes
 from lorikeet.server.openai.models import OpenAIRoutes
 from lorikeet.text.tokenizer import Tokenizer
 
-SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
+SpawnEngine = Callable[[Settings, EngineAddress], BaseProcess]
 
 # How long /health_generate waits for its token before it calls the engine stuck.
 HEALTH_TIMEOUT_S = 20.0
@@ -52,7 +52,7 @@ ADMIN_PATHS = ("/flush_cache", "/abort_request", *adapters.ADMIN_PATHS)
 
 
 def make_app(
-    config: ServerConfig,
+    settings: Settings,
     client: EngineClient,
     registry: CollectorRegistry,
     *,
@@ -60,27 +60,28 @@ def make_app(
     health_timeout: float = HEALTH_TIMEOUT_S,
     limits: Limits = LIMITS,
 ) -> FastAPI:
-    """The routes over a started client.
+    """Make the application: the routes over a started client, behind keys, limits and CORS rules.
 
     Args:
-        registry: the one the client counts in; shown at ``/metrics`` if the configuration says so.
+        registry: the one the client counts in; shown at ``/metrics`` if the settings say so.
         drain: begun when the server is to end.
         health_timeout: seconds that ``/health_generate`` waits for its token.
         limits: on the bodies of requests.
     """
     app = FastAPI(title="Lorikeet", version=__version__)
     app.include_router(NativeRoutes(client).router())
-    app.include_router(AdapterRoutes(config, client).router())
-    app.include_router(CompletionRoutes(config, client).router())
-    app.include_router(EmbeddingRoutes(config, client).router())
-    app.include_router(OpenAIRoutes(config, client).router())
-    app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
-    if config.enable_metrics:
+    app.include_router(AdapterRoutes(settings.served_model_name, client).router())
+    app.include_router(CompletionRoutes(settings, client).router())
+    app.include_router(EmbeddingRoutes(settings.served_model_name, client).router())
+    app.include_router(OpenAIRoutes(settings, client).router())
+    app.include_router(HealthRoutes(settings, client, generate_timeout=health_timeout).router())
+    http = settings.http
+    if http.enable_metrics:
         app.include_router(metrics_router(registry))
     errors.install(app)
     rules = KeyRules(
-        api_key=config.api_key,
-        admin_api_key=config.admin_api_key,
+        api_key=http.api_key,
+        admin_api_key=http.admin_api_key,
         admin_paths=ADMIN_PATHS,
         open_paths=OPEN_PATHS,
     )
@@ -88,17 +89,15 @@ def make_app(
         app, needs_key=lambda path: rules.key_of(path) is not None, changing_paths=ADMIN_PATHS
     )
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
-    # The last one added is the outermost: requests that are refused have an access line, too.
+    # The last one added is the outermost, so requests that are refused have an access line, too.
     app.add_middleware(ApiKeys, rules=rules)
-    origins = OriginRules.of(
-        config.host, config.allowed_origins, config.allowed_hosts, paths=ADMIN_PATHS
-    )
+    origins = OriginRules.of(http.host, http.allowed_origins, http.allowed_hosts, paths=ADMIN_PATHS)
     app.add_middleware(Origins, rules=origins)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
-    if config.allowed_origins:
+    if http.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.allowed_origins,
+            allow_origins=http.allowed_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
             expose_headers=("*",),
@@ -107,10 +106,10 @@ def make_app(
     return app
 
 
-def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
+def serve(settings: Settings, *, spawn: SpawnEngine = spawn_engine) -> None:
     """Serve until a signal to stop (SIGTERM, SIGINT, ...), then let running requests finish. Call it in the main thread.
 
-    Meanwhile new ones get 503, and what has not finished after ``config.shutdown_timeout`` is cut off with 503. A second
+    Meanwhile new ones get 503, and what has not finished after ``--shutdown-timeout`` is cut off with 503. A second
     signal ends it at once. When it returns or raises, the engine process is gone.
 
     Args:
@@ -120,13 +119,12 @@ def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
         UserError: flags or files are wrong (ConfigError: the port is in use, ...). Nothing was served.
         EngineDeadError: the engine died; its open requests were answered with that error.
     """
-    config = resolve(config)
     raise_descriptor_limit()
-    with bind(config.host, config.port) as listener:
-        tokenizer = Tokenizer.load(tokenizer_dir(config))
+    with bind(settings.http.host, settings.http.port) as listener:
+        tokenizer = Tokenizer.load(locate_tokenizer(settings.tokenizer_path))
         address = EngineAddress.create()
         try:
-            work = _run(config, tokenizer, address, spawn, listener)
+            work = _run(settings, tokenizer, address, spawn, listener)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(work)
         finally:
@@ -134,24 +132,24 @@ def serve(config: ServerConfig, *, spawn: SpawnEngine = spawn_engine) -> None:
 
 
 async def _run(
-    config: ServerConfig,
+    settings: Settings,
     tokenizer: Tokenizer,
     address: EngineAddress,
     spawn: SpawnEngine,
     listener: socket.socket,
 ) -> None:
-    # First of all: a signal that came behind the engine's start would leave it alone.
+    # Installed first: a signal that came right after the engine's start would leave the engine behind.
     stop = StopSignals()
     stop.install()
-    process = spawn(config, address)
+    process = spawn(settings, address)
     try:
-        await _run_with(config, tokenizer, address, process, listener, stop)
+        await _run_with(settings, tokenizer, address, process, listener, stop)
     finally:
         await end_process(process, stop)
 
 
 async def _run_with(
-    config: ServerConfig,
+    settings: Settings,
     tokenizer: Tokenizer,
     address: EngineAddress,
     process: BaseProcess,
@@ -164,26 +162,27 @@ async def _run_with(
         process=process,
         tokenizer=tokenizer,
         registry=registry,
-        model_name=config.served_model_name or config.model_path,
-        max_lora=config.max_loras_per_batch if config.enable_lora else None,
-        watchdog_timeout=config.watchdog_timeout,
+        model_name=settings.served_model_name,
+        max_lora=settings.lora.max_loras_per_batch if settings.enable_lora else None,
+        watchdog_timeout=settings.http.watchdog_timeout,
     )
 
     def make_server() -> HTTPServer:
-        drain = Drain(config.shutdown_timeout)
-        app = make_app(config, client, registry, drain=drain)
-        ready_line = _ready_line(config, client)
+        drain = Drain(settings.http.shutdown_timeout)
+        app = make_app(settings, client, registry, drain=drain)
+        ready_line = _ready_line(settings, client)
         return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
     await run_server(client, process, listener, make_server, stop)
 
 
-def _ready_line(config: ServerConfig, client: EngineClient) -> str:
+def _ready_line(settings: Settings, client: EngineClient) -> str:
     num_adapters = len(client.adapters)
     names = list(client.adapters.paths())[:MAX_LISTED]
     names += ["…"] if num_adapters > len(names) else []
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    http = settings.http
+    host = f"[{http.host}]" if ":" in http.host else http.host
     return (
-        f"Server ready at http://{host}:{config.port}: {config.served_model_name or config.model_path} "
+        f"Server ready at http://{host}:{http.port}: {settings.served_model_name} "
         f"with {num_adapters} adapters" + (f" ({', '.join(names)})" if names else "")
     )

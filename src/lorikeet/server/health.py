@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -14,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from lorikeet import __version__
 from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
-from lorikeet.config import OPTIONS, ServerConfig
+from lorikeet.config import Settings
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError, UnavailableError
@@ -42,12 +40,12 @@ class HealthRoutes:
 
     def __init__(
         self,
-        config: ServerConfig,
+        settings: Settings,
         client: EngineClient,
         *,
         generate_timeout: float,
     ) -> None:
-        self._config = config
+        self._settings = settings
         self._client = client
         self._generate_timeout = generate_timeout
         self._flushing = asyncio.Lock()
@@ -100,12 +98,12 @@ class HealthRoutes:
 
     async def model_info(self) -> Response:
         info = self._client.info
-        config = self._config
+        settings = self._settings
         return JSONReply(
             {
-                "model_path": config.model_path,
-                "tokenizer_path": config.tokenizer_path or config.model_path,
-                "served_model_name": config.served_model_name or config.model_path,
+                "model_path": settings.model_path,
+                "tokenizer_path": settings.tokenizer_path,
+                "served_model_name": settings.served_model_name,
                 "is_generation": True,
                 "context_length": info["context_length"],
                 "vocab_size": info["vocab_size"],
@@ -117,17 +115,13 @@ class HealthRoutes:
         )
 
     async def server_info(self) -> Response:
-        """Every field of the configuration but the keys, what the engine reported, and what is so now.
+        """Every setting but the keys, what the engine reported, and its adapters and numbers of now.
 
         No text of it shows a password, a signature or whatever else a URL may keep secret.
         """
         self._client.check_alive()
-        fields: dict[str, Any] = dataclasses.asdict(self._config)
-        for option in OPTIONS.values():
-            if option.secret:
-                del fields[option.name]
-        reply: dict[str, Any] = {
-            **fields,
+        reply: dict[str, object] = {
+            **self._settings.by_option(),
             **self._client.info,
             "adapters": self._client.adapters.paths(),
             "version": __version__,

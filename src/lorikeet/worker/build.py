@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.kv.storage import KVStorage
 from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
 from lorikeet.lora.build import LoRAParts
@@ -28,7 +28,7 @@ from lorikeet.worker.worker import Worker
 logger = logging.getLogger(__name__)
 
 
-def num_graphs(config: ServerConfig, lora: LoRAParts | None) -> int:
+def num_graphs(config: Settings, lora: LoRAParts | None) -> int:
     """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
     tiles beside the graph without."""
     decode, prompts = map(len, _graph_sizes(config))
@@ -52,7 +52,7 @@ def make_worker(
     lanes = Lanes(target.max_running, max_pages, device)
     builder = None
     if lora is not None:
-        chunk = target.config.max_lora_chunk_size or PREFILL_BLOCK_ROWS
+        chunk = target.config.lora.max_lora_chunk_size or PREFILL_BLOCK_ROWS
         builder = make_batch_builder(lora.backend, lora.pool, device, max_chunk=chunk)
     inputs = InputBuilder(storage, target.page_size, device, builder, lanes)
     tiles = builder if isinstance(builder, TileBatchBuilder) else None
@@ -97,15 +97,20 @@ def make_worker(
     )
 
 
-def _graph_sizes(config: ServerConfig) -> tuple[Sequence[int], Sequence[int]]:
+def _graph_sizes(config: Settings) -> tuple[Sequence[int], Sequence[int]]:
     """Which passes are captured: rows of decode steps, and tokens of steps with prompts."""
-    if config.disable_cuda_graph:
-        return (), ()
+    decode: Sequence[int] = ()
+    prompts: Sequence[int] = ()
     max_rows, max_tokens = config.cuda_graph_max_bs, config.piecewise_cuda_graph_max_tokens
-    assert max_rows is not None
-    assert max_tokens is not None
-    decode = default_decode_sizes(max_rows)
-    if config.cuda_graph_bs is not None:
-        decode = sorted({size for size in config.cuda_graph_bs if size <= max_rows})
-    prompts = () if config.disable_piecewise_cuda_graph else default_prompt_sizes(max_tokens)
+    if config.disable_cuda_graph:
+        return decode, prompts
+    if max_rows is not None:
+        given = config.cuda_graph_bs
+        decode = (
+            default_decode_sizes(max_rows)
+            if given is None
+            else sorted({size for size in given if size <= max_rows})
+        )
+    if max_tokens is not None and not config.disable_piecewise_cuda_graph:
+        prompts = default_prompt_sizes(max_tokens)
     return decode, prompts

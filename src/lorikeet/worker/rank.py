@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -17,7 +16,6 @@ from lorikeet.lora.build import LoRAParts, build_host_memory, build_pool
 from lorikeet.lora.pool_plan import plan_pool
 from lorikeet.models.build import build_model
 from lorikeet.models.decoder import Decoder
-from lorikeet.ops.lora.select import BackendName
 from lorikeet.parallel.group import TPGroup
 from lorikeet.worker.build import make_worker, num_graphs
 from lorikeet.worker.grammar.compiler import GrammarCompiler
@@ -103,25 +101,25 @@ def build_rank(
 
 def _build_lora(target: Target, directory: Path, model: Decoder, tp: TPGroup) -> LoRAParts:
     config, sites = target.config, target.spec.lora_sites
-    sources = SourceOptions.from_config(config)
+    sources = SourceOptions.from_config(config.lora)
     limits = resolve_limits(
         sites,
-        max_rank=config.max_lora_rank,
-        targets=config.lora_target_modules,
-        paths=config.lora_paths,
+        max_rank=config.lora.max_lora_rank,
+        targets=config.lora.lora_target_modules,
+        paths=config.lora.lora_paths,
         sources=sources.trusted(),
     )
     plan = plan_pool(
         model,
         sites,
         limits,
-        max_loras_per_batch=config.max_loras_per_batch,
+        max_loras_per_batch=config.lora.max_loras_per_batch,
         dtype=target.dtype,
     )
     free, weights_bytes = free_bytes(target.device), _weights_bytes(model)
     if free is not None:
         check_memory(free + weights_bytes, {WEIGHTS: weights_bytes, POOL: plan.layout.nbytes})
-    backend = cast("BackendName", config.lora_backend)  # resolved: not auto
+    backend = config.lora.lora_backend
     return LoRAParts(
         plan,
         backend,
@@ -130,15 +128,17 @@ def _build_lora(target: Target, directory: Path, model: Decoder, tp: TPGroup) ->
             plan,
             target.device,
             backend=backend,
-            deterministic=config.lora_deterministic,
+            deterministic=config.lora.lora_deterministic,
             rank=tp.rank,
         ),
         build_host_memory(
             plan,
             sources,
             base_weight=checkpoint_weight(directory) if config.load_format != "dummy" else None,
-            resolver_dir=Path(config.lora_resolver_dir) if config.lora_resolver_dir else None,
-            download_seconds=config.lora_download_timeout,
+            resolver_dir=Path(config.lora.lora_resolver_dir)
+            if config.lora.lora_resolver_dir
+            else None,
+            download_seconds=config.lora.lora_download_timeout,
         ),
     )
 
@@ -192,8 +192,6 @@ def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit
 
 def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
     config = target.config
-    assert config.chunked_prefill_size is not None
-    assert config.max_prefill_tokens is not None
     num_tokens = min(config.chunked_prefill_size, config.max_prefill_tokens)
     num_rows = target.max_logits_rows
     activations = measure_step(

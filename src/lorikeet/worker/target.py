@@ -10,7 +10,7 @@ from lorikeet.attention.base import AttentionBackend
 from lorikeet.attention.cut import CutAttention
 from lorikeet.attention.flashinfer import FlashInferBackend
 from lorikeet.attention.sdpa import SDPABackend
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.kv.storage import KVStorage
 from lorikeet.models.spec import ModelSpec
 
@@ -28,7 +28,7 @@ class Target:
         context_length: longest sequence.
     """
 
-    config: ServerConfig
+    config: Settings
     spec: ModelSpec
     dtype: torch.dtype
     device: torch.device
@@ -37,12 +37,10 @@ class Target:
 
     @property
     def page_size(self) -> int:
-        assert self.config.page_size is not None
         return self.config.page_size
 
     @property
     def max_running(self) -> int:
-        assert self.config.max_running_requests is not None
         return self.config.max_running_requests
 
     @property
@@ -70,7 +68,7 @@ class Target:
         )
 
 
-def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
+def resolve_dtype(config: Settings, spec: ModelSpec) -> torch.dtype:
     """The dtype of weights, adapters and K/V: as given; ``auto`` is float32 on a CPU and the checkpoint's on a GPU.
 
     A CPU computes float32 faster than bfloat16 on most machines, and exactly what the tests compare with. A GPU has no
@@ -84,7 +82,7 @@ def resolve_dtype(config: ServerConfig, spec: ModelSpec) -> torch.dtype:
 
 
 def make_attention(
-    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    config: Settings, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> CutAttention:
     """The attention backend of ``--attention-backend``.
 
@@ -95,14 +93,13 @@ def make_attention(
 
 
 def _make_backend(
-    config: ServerConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    config: Settings, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> AttentionBackend:
     name = config.attention_backend
     if name == "auto":
         name = "sdpa" if dtype == torch.float32 else "flashinfer"
     if name == "sdpa":
         return SDPABackend()
-    assert config.page_size is not None
     return FlashInferBackend(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,

@@ -16,8 +16,7 @@ from lorikeet.adapters.sources import hub, remote
 from lorikeet.adapters.sources.disk_cache import DiskCache
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import CONFIG_FILE
-from lorikeet.config import ServerConfig
-from lorikeet.config.values import LORA_SOURCES
+from lorikeet.config import LORA_SOURCES, LoRASettings
 from lorikeet.errors import AdapterError
 from lorikeet.masking import mask_path
 
@@ -56,9 +55,8 @@ class SourceOptions:
     hub_endpoint: str | None = None
 
     @classmethod
-    def from_config(cls, config: ServerConfig) -> SourceOptions:
-        """What the options of a resolved configuration say. The sources of requests: those given at start are
-        :meth:`trusted`."""
+    def from_config(cls, config: LoRASettings) -> SourceOptions:
+        """The sources of requests; those given at start are :meth:`trusted`."""
         given, size = config.lora_disk_cache_dir, config.lora_disk_cache_gb
         return cls(
             kinds=config.lora_sources,

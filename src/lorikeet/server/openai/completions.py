@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.stream import CompletionStream
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.server.errors import describe
 from lorikeet.server.openai.bodies import ChatBody, CompletionBody
@@ -43,11 +43,11 @@ class _Form:
 class CompletionRoutes:
     """The routes of this module."""
 
-    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+    def __init__(self, settings: Settings, client: EngineClient) -> None:
         self._client = client
-        base = config.served_model_name or config.model_path
+        base = settings.served_model_name
         self._names = ModelNames(base)
-        self._reader = CallReader(self._names, client, config.tool_call_parser)
+        self._reader = CallReader(self._names, client, settings.http.tool_call_parser)
         self._completion = _Form(
             self._read_completion, CompletionChoice, "text_completion", "text_completion"
         )

@@ -12,7 +12,6 @@ from fastapi.responses import Response
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.reply import vector_floats
-from lorikeet.config import ServerConfig
 from lorikeet.core.request import Pooling
 from lorikeet.errors import RequestError
 from lorikeet.server.openai.bodies import EmbeddingBody
@@ -33,9 +32,9 @@ class _EmbeddingCall(ModelCall):
 class EmbeddingRoutes:
     """The routes of this module."""
 
-    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+    def __init__(self, base: str, client: EngineClient) -> None:
         self._client = client
-        self._names = ModelNames(config.served_model_name or config.model_path)
+        self._names = ModelNames(base)
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from lorikeet.adapters.registry import MAX_LISTED
 from lorikeet.client.client import EngineClient
-from lorikeet.config import ServerConfig
+from lorikeet.config import Settings
 from lorikeet.masking import shortened
 from lorikeet.server.errors import ModelNotFoundError
 from lorikeet.server.replies import JSONReply, list_body
@@ -22,10 +22,10 @@ Card = dict[str, Any]
 class OpenAIRoutes:
     """The routes of this module."""
 
-    def __init__(self, config: ServerConfig, client: EngineClient) -> None:
+    def __init__(self, settings: Settings, client: EngineClient) -> None:
         self._client = client
-        self._base = config.served_model_name or config.model_path
-        self._root = config.model_path
+        self._base = settings.served_model_name
+        self._root = settings.model_path
         self._created = int(time.time())
         # The list, and which state of the adapters it shows: clients poll it.
         self._list: tuple[int, bytes] | None = None

@@ -1,18 +1,17 @@
-"""Options: types, ranges, combinations, the spellings of --lora-paths, and what resolve() fills in."""
+"""From options to settings: types, ranges and combinations that are refused, and what is chosen for each None."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 
 import pytest
 
 from lorikeet import demo
-from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, notes, parse_lora_paths, resolve
+from lorikeet.config import OPTIONS, LoRAPath, ServerConfig, Settings, notes, resolve
 from lorikeet.errors import ConfigError
 
 
-def config(**options: object) -> ServerConfig:
+def config(**options: object) -> Settings:
     return resolve(ServerConfig(**{"model_path": "base", **options}))  # pyright: ignore[reportArgumentType]
 
 
@@ -34,38 +33,23 @@ def test_every_field_is_an_option_with_a_meaning():
 def test_resolve_fills_what_needs_no_model():
     resolved = config()
     assert resolved.device == "cpu"
-    assert resolved.lora_backend == "torch"
+    assert resolved.lora.lora_backend == "torch"
     assert resolved.attention_backend == "sdpa"
     assert resolved.enable_lora is False
     assert resolved.served_model_name == "base"
     assert resolved.tokenizer_path == "base"
     assert (resolved.page_size, resolved.chunked_prefill_size) == (16, 2048)
     assert (resolved.max_prefill_tokens, resolved.max_running_requests) == (16384, 48)
-    assert resolved.random_seed is not None
     assert 0 <= resolved.random_seed < 2**31
 
 
 def test_what_needs_the_model_stays_open():
     resolved = config(lora_paths=(A,))
     assert resolved.context_length is None
-    assert resolved.max_lora_rank is None
-    assert resolved.lora_target_modules is None
+    assert resolved.lora.max_lora_rank is None
+    assert resolved.lora.lora_target_modules is None
     assert resolved.max_total_tokens is None
     assert resolved.dtype == "auto"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"model_path": "demo", "lora_paths": (LoRAPath("demo", "demo"),)},
-        {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ("qkv_proj",)},
-        {"dtype": "half", "attention_backend": "torch_native"},
-    ],
-)
-def test_resolving_twice_changes_nothing(options):
-    once = config(**options)
-    assert resolve(once) == once
 
 
 def test_given_values_are_kept():
@@ -217,23 +201,28 @@ def test_lora_is_on_with_paths_and_off_without():
 
 def test_bounds_are_inclusive():
     resolved = config(lora_paths=(A, B), max_loras_per_batch=2, max_loaded_loras=2)
-    assert resolved.max_loaded_loras == 2
+    assert resolved.lora.max_loaded_loras == 2
     pinned = (replace(A, pinned=True), B)
-    assert config(lora_paths=pinned, max_loras_per_batch=2).lora_paths == pinned
+    assert config(lora_paths=pinned, max_loras_per_batch=2).lora.lora_paths == pinned
 
 
 def test_directories_of_adapters_become_real_paths(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
     resolved = config(lora_paths=(A,), lora_root=("link", "."), lora_resolver_dir="link")
-    assert resolved.lora_root == (str(tmp_path), str(tmp_path))
-    assert resolved.lora_resolver_dir == str(tmp_path)
-    assert resolve(resolved) == resolved
+    assert resolved.lora.lora_root == (str(tmp_path), str(tmp_path))
+    assert resolved.lora.lora_resolver_dir == str(tmp_path)
 
 
 def test_packed_targets_mean_their_parts():
     resolved = config(lora_paths=(A,), lora_target_modules=("qkv_proj", "q_proj", "gate_up_proj"))
-    assert resolved.lora_target_modules == ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    assert resolved.lora.lora_target_modules == (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "gate_proj",
+        "up_proj",
+    )
 
 
 def test_options_without_effect_are_noted():
@@ -256,7 +245,7 @@ def test_demo_stands_for_the_embedded_model_and_adapters(monkeypatch, tmp_path):
     assert resolved.model_path == str(demo.model_path())
     assert resolved.tokenizer_path == resolved.model_path
     assert resolved.served_model_name == "demo"
-    assert resolved.lora_paths == (
+    assert resolved.lora.lora_paths == (
         LoRAPath("x", str(tmp_path / "x")),
         LoRAPath("y", str(tmp_path / "y")),
         LoRAPath("z", "other"),
@@ -264,112 +253,7 @@ def test_demo_stands_for_the_embedded_model_and_adapters(monkeypatch, tmp_path):
 
 
 def test_a_directory_named_demo_can_be_an_adapter():
-    assert config(lora_paths=("mine=demo",)).lora_paths == (LoRAPath("mine", "demo"),)
-
-
-# ---- --lora-paths ----
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ("path/to/it", LoRAPath("path/to/it", "path/to/it")),
-        ("sql=path/to/it", LoRAPath("sql", "path/to/it")),
-        ("a=p=q", LoRAPath("a", "p=q")),
-        ("a=https://u:p@host/a?key=b", LoRAPath("a", "https://u:p@host/a?key=b")),
-        ("s3://bucket/a", LoRAPath("s3://bucket/a", "s3://bucket/a")),
-        ('{"lora_name": "n", "lora_path": "p"}', LoRAPath("n", "p")),
-        ('{"lora_name":"n","lora_path":"p=q","pinned":true}', LoRAPath("n", "p=q", pinned=True)),
-        ({"lora_name": "n", "lora_path": "p", "pinned": False}, LoRAPath("n", "p")),
-        (A, A),
-    ],
-)
-def test_spellings_of_an_adapter(entry, expected):
-    assert parse_lora_paths([entry]) == (expected,)
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ("", ["''"]),
-        (7, ["7", "NAME=PATH"]),
-        ("=path", ["'=path'", "both"]),
-        ("name=", ["'name='", "both"]),
-        ("https://host/a?key=secret", ["URL", "NAME=URL"]),
-        ('{"lora_name": 3, "lora_path": "https://h/a?secret"}', ["https://h/a?***", "lora_name"]),
-        ({"lora_path": "s3://u:secret@b/a"}, ["s3://***@b/a", "lora_name is missing"]),
-        ("https://user:secret@host/a", ["URL", "NAME=URL"]),
-        ('{"lora_name": "n"}', ["lora_path is missing"]),
-        ('{"lora_path": "p"}', ["lora_name is missing"]),
-        ('{"lora_name": "n", "lora_path": ""}', ["lora_path must be text"]),
-        ('{"lora_name": 3, "lora_path": "p"}', ["lora_name must be text"]),
-        ('{"lora_name": "n", "lora_path": "p", "pinned": "yes"}', ["pinned must be true or false"]),
-        (
-            '{"lora_name": "n", "lora_path": "p", "rank": 8}',
-            ["unknown key rank", "known: lora_name"],
-        ),
-        ('{"name": "n"', ["not JSON", '{"lora_name"']),
-    ],
-)
-def test_a_bad_adapter_entry_is_refused(entry, words):
-    with pytest.raises(ConfigError) as caught:
-        parse_lora_paths([entry])
-    assert all(word in str(caught.value) for word in words), caught.value
-    assert "secret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("eaten", "meant"),
-    [
-        # dash keeps the braces, bash expands them into three words; both remove the quotes.
-        ("{lora_name:lora0,lora_path:p/q,pinned:true}", ("lora0", "p/q", True)),
-        ("{lora_name: lora0, lora_path: p}", ("lora0", "p", False)),
-        ("{lora_name:lora0,lora_path:p,pinned:True}", ("lora0", "p", True)),
-        ("lora_name:lora0", ("lora0", "PATH", False)),
-        ("pinned:true", ("NAME", "PATH", True)),
-    ],
-)
-def test_json_whose_quotes_the_shell_ate_is_shown_quoted(eaten, meant):
-    with pytest.raises(ConfigError) as caught:
-        parse_lora_paths([eaten])
-    message = str(caught.value)
-    assert "single quotes" in message
-    quoted = json.loads(message[message.rindex("'{") + 1 : message.rindex("}") + 1])
-    assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ('{"lora_name":"x","lora_path":"p","pinned":True}', ("x", "p", True)),
-        ("{'lora_name': 'x', 'lora_path': 'p=q', 'pinned': False}", ("x", "p=q", False)),
-        ('{"lora_name": "x", "lora_path": "p",}', ("x", "p", False)),
-    ],
-)
-def test_an_object_of_python_is_shown_as_json(written, meant):
-    with pytest.raises(ConfigError) as caught:
-        parse_lora_paths([written])
-    message = str(caught.value)
-    assert "Python and not JSON" in message
-    quoted = json.loads(message[message.rindex("'{") + 1 : message.rindex("}") + 1])
-    assert (quoted["lora_name"], quoted["lora_path"], quoted["pinned"]) == meant
-
-
-@pytest.mark.parametrize(
-    ("written", "words"),
-    [
-        ("{lora_name:x,lora_path:p,pinned:yes}", "pinned must be true or false"),
-        ("{'lora_name': 'x', 'lora_path': 'p', 'pinned': 1}", "pinned must be true or false"),
-        ("{'lora_name': 'x', 'rank': 1}", "unknown key rank"),
-        ("{'lora_name'", "not JSON"),
-        ("{'lora_name'}", "not JSON"),
-        ("{" * 5000, "not JSON"),
-    ],
-)
-def test_no_value_is_proposed_that_was_not_meant(written, words):
-    with pytest.raises(ConfigError) as caught:
-        parse_lora_paths([written])
-    assert words in str(caught.value)
+    assert config(lora_paths=("mine=demo",)).lora.lora_paths == (LoRAPath("mine", "demo"),)
 
 
 @pytest.fixture(autouse=True)
@@ -382,7 +266,7 @@ def no_interpreter(monkeypatch):
 def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch, backend):
     assert "TRITON_INTERPRET=1" in refused(lora_backend=backend)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert resolve(ServerConfig(model_path="m", lora_backend=backend)).lora_backend == backend
+    assert resolve(ServerConfig(model_path="m", lora_backend=backend)).lora.lora_backend == backend
 
 
 @pytest.fixture
@@ -394,10 +278,9 @@ def a_gpu(monkeypatch):
 def test_what_a_gpu_changes(a_gpu):
     resolved = resolve(ServerConfig(model_path="m"))
     assert (resolved.device, resolved.attention_backend) == ("cuda", "auto")
-    assert resolved.lora_backend == "csgmv"
+    assert resolved.lora.lora_backend == "csgmv"
     assert (resolved.chunked_prefill_size, resolved.cuda_graph_max_bs) == (8192, 256)
     assert resolved.piecewise_cuda_graph_max_tokens == 1024
-    assert resolve(resolved) == resolved
     on_cpu = resolve(ServerConfig(model_path="m", device="cpu"))
     assert on_cpu.piecewise_cuda_graph_max_tokens is None
     assert (on_cpu.device, on_cpu.cuda_graph_max_bs, on_cpu.attention_backend) == (
@@ -452,13 +335,13 @@ def test_what_a_gpu_refuses(a_gpu, options, words):
 
 def test_flags_of_graphs_are_noted_on_a_cpu_alone(monkeypatch):
     config = ServerConfig(model_path="m", disable_cuda_graph=True)
-    assert "--disable-cuda-graph has no effect: a CPU has no CUDA graphs" in notes(config)
+    assert "--disable-cuda-graph has no effect: a CPU has no CUDA graphs" in notes(resolve(config))
     monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
-    assert notes(config) == []
+    assert notes(resolve(config)) == []
 
 
 def test_sources_of_requests():
     everything = ("local", "hub", "http", "https", "s3", "gs")
-    assert config().lora_sources == everything
+    assert config().lora.lora_sources == everything
     assert ", ".join(everything) in refused(lora_sources=("local", "ftp"))
     assert "--lora-sources given, but LoRA is off" in refused(lora_sources=("local",))
