@@ -126,7 +126,7 @@ def _build_lora(target: Target, directory: Path, model: Decoder, tp: TPGroup) ->
         build_pool(
             model,
             plan,
-            target.device,
+            next(model.parameters()).device,
             backend=backend,
             deterministic=config.lora.lora_deterministic,
             rank=tp.rank,
