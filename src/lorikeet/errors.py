@@ -20,6 +20,8 @@ them is ``server/errors.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = [
     "AdapterError",
     "AdapterNotFoundError",
@@ -45,6 +47,8 @@ class UserError(LorikeetError):
     """What was asked for cannot be done; the message names what is wrong and what is allowed."""
 
     status_code = 400
+    code: str | None = None
+    """Which kind of refusal it is, for programs: they must not read the message."""
 
 
 class ConfigError(UserError):
@@ -56,23 +60,90 @@ class ModelError(UserError):
 
 
 class AdapterError(UserError):
-    """The adapter cannot be served exactly, so it is not served at all."""
+    """The adapter cannot be served exactly, so it is not served at all.
+
+    Args:
+        code: ``ALREADY_LOADED``, or None.
+    """
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+ALREADY_LOADED = "already_loaded"
+"""Code of an :class:`AdapterError`: another adapter has the name, or is about to get it."""
+
+
+Field = tuple[str | int, ...]
+"""Path to a field of a request, by its names in the native API: ``("sampling_params", 2, "stop")``."""
+
+Words = tuple[str | Field, ...]
+"""A message in pieces. A path among them is shown as the field's name, which depends on the API that the client uses."""
+
+SAMPLING = "sampling_params"
 
 
 class RequestError(UserError):
     """A field of one request is wrong.
 
+    Fields stand in the message as paths; the sentence is made of it when it is shown (``str``), so that :meth:`rename`
+    never has to look into a text.
+
     Args:
         message: what is wrong and what is allowed.
-        param: the field's name as the client wrote it, if one field is to blame.
+        param: the field's name as the client wrote it, if one field is to blame; unless given, that with which the
+            message begins, if it begins with one.
     """
 
-    code: str | None = None
-    """What OpenAI calls this kind of error, where its clients look for it."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str | Words, param: str | None = None) -> None:
         super().__init__(message)
+        pieces = (message,) if isinstance(message, str) else message
+        # What has crossed a process boundary has lists in place of tuples.
+        self.words: Words = tuple(
+            piece if isinstance(piece, str) else tuple(piece) for piece in pieces
+        )
+        if param is None and self.words and not isinstance(self.words[0], str):
+            param = _param(self.words[0])
         self.param = param
+
+    def __str__(self) -> str:
+        return "".join(
+            piece if isinstance(piece, str) else field_name(piece) for piece in self.words
+        )
+
+    def prefix(self, text: str) -> None:
+        """Say first what else it is about: "prompt 3: "."""
+        self.words = (text, *self.words)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the fields as an API does in which sampling parameters are fields of the body.
+
+        Args:
+            names: a field's name in the native API -> in that one; a name that is not there is the same.
+        """
+
+        def renamed(field: Field) -> Field:
+            name, *rest = field[1:] if field[0] == SAMPLING and len(field) > 1 else field
+            return names.get(str(name), name), *rest
+
+        self.words = tuple(
+            piece if isinstance(piece, str) else renamed(piece) for piece in self.words
+        )
+        if self.param is not None:
+            self.param = names.get(self.param, self.param)
+
+
+def field_name(field: Field) -> str:
+    """A path as text: ``sampling_params[2].stop``."""
+    names = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in field)
+    return "".join(names).removeprefix(".")
+
+
+def _param(field: Field) -> str:
+    """The name of a path that clients know a field by: without ``sampling_params``, and without places in lists."""
+    names = [part for part in field if isinstance(part, str)]
+    return names[1] if names[0] == SAMPLING and len(names) > 1 else names[0]
 
 
 class AdapterNotFoundError(RequestError):

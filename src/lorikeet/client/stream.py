@@ -70,7 +70,7 @@ def finish_error(finish: FinishReason) -> UserError | EngineFault | None:
         return None
     error: UserError | EngineFault
     if status < 500:
-        error = RequestError(finish.message or "the request was refused")
+        error = RequestError(finish.words or finish.message or "the request was refused")
     elif status == UnavailableError.status_code:
         error = UnavailableError(finish.message or "the engine is not available")
     else:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from lorikeet.errors import RequestError
+from lorikeet.errors import SAMPLING, RequestError, Words
 
 # A seed is a 63-bit integer so that it fits a signed 64-bit tensor element.
 MAX_SEED = 2**63 - 1
@@ -155,7 +155,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
 
 
 def _refuse(name: str, value: object, allowed: str) -> RequestError:
-    return RequestError(f"sampling_params.{name} is {value}; allowed: {allowed}", name)
+    return RequestError(((SAMPLING, name), f" is {value}; allowed: {allowed}"))
 
 
 class Pooling(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,6 +224,7 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
             an error is an abort with a status of 400 or above).
         matched: token id of the end-of-sequence or stop token, or the stop string or pattern.
         length: the number of tokens generated, for ``length``.
+        words: the message in pieces, if it names fields of the request.
     """
 
     kind: FinishKind
@@ -231,6 +232,7 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     length: int | None = None
     message: str | None = None
     status_code: int | None = None
+    words: Words | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

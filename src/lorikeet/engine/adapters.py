@@ -37,7 +37,7 @@ from lorikeet.engine.adapter_records import (
 from lorikeet.engine.adapter_store import BASE_VERSION
 from lorikeet.engine.adapter_templates import TemplateNews, Templates
 from lorikeet.engine.adapter_unloads import UnloadedNames, Unloads
-from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
+from lorikeet.errors import ALREADY_LOADED, AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
 
@@ -298,13 +298,15 @@ class LoadedAdapters:
         if load is not None:
             raise AdapterError(
                 f"adapter {name!r} is already loaded or about to be, from {load.path!r}; wait for it, or choose "
-                "another name"
+                "another name",
+                code=ALREADY_LOADED,
             )
         info = self._registry.get(name)
         if info is None or replace or self._residency.failure(info.version) is not None:
             return
         raise AdapterError(
-            f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name"
+            f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name",
+            code=ALREADY_LOADED,
         )
 
     def _begin(self, source: LoRAPath, read: Future[ReadAdapter], *, replace: bool) -> Load:

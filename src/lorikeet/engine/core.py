@@ -456,5 +456,6 @@ class EngineCore:
 def _refusal(number: int, error: Exception) -> RequestOutput:
     status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
     text = str(error) if isinstance(error, LorikeetError) else f"{type(error).__name__}: {error}"
-    reason = FinishReason(kind="abort", message=text, status_code=status)
+    words = error.words if isinstance(error, RequestError) and len(error.words) > 1 else None
+    reason = FinishReason(kind="abort", message=text, status_code=status, words=words)
     return RequestOutput(id=number, token_ids=[], finish=reason)
