@@ -41,6 +41,7 @@ from lorikeet.core.messages import (
     Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from lorikeet.errors import RequestError, Words
 from lorikeet.signals import leave_stops_to_parent
 
 CONTEXT_LENGTH = 512
@@ -237,10 +238,10 @@ class FakeEngine:
                 f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}",
             )
         elif request.sampling.regex == "(":
-            self._refuse(number, "sampling_params.regex: '(' is no regular expression")
+            self._refuse(number, (("sampling_params", "regex"), ": '(' is no regular expression"))
         elif request.sampling.structural_tag and self.knobs.refuse_grammar:
             reason = self.knobs.refuse_grammar
-            self._refuse(number, f"sampling_params.structural_tag: {reason}")
+            self._refuse(number, (("sampling_params", "structural_tag"), f": {reason}"))
         elif not self.knobs.hold_accept:
             scripts = self.knobs.scripts
             script = scripts[number % len(scripts)] if scripts else None
@@ -250,8 +251,10 @@ class FakeEngine:
         else:
             self._running[number] = _Running(number, request)
 
-    def _refuse(self, number: int, message: str, status_code: int = 400) -> None:
-        finish = FinishReason(kind="abort", message=message, status_code=status_code)
+    def _refuse(self, number: int, message: str | Words, status_code: int = 400) -> None:
+        words = None if isinstance(message, str) else message
+        text = str(RequestError(message))
+        finish = FinishReason(kind="abort", message=text, status_code=status_code, words=words)
         self._endpoint.send(Outputs([RequestOutput(id=number, token_ids=[], finish=finish)]))
 
     def _end(self, number: int, finish: FinishReason) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lorikeet.core.request import Prompt, SamplingParams
+from lorikeet.core.request import Prompt
+from lorikeet.core.sampling import SamplingParams
 from lorikeet.errors import RequestError
 
 # Completions of one call: prompts x n. As many inputs as OpenAI's embeddings take, twice the largest n. Each costs the HTTP
@@ -88,9 +89,14 @@ def fit_logprobs(
             asked += each * min(params.max_new_tokens, room)
     if most is not None and asked + open_ended > most:
         raise RequestError(
-            f"top_logprobs_num: the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of "
-            f"max_new_tokens, each times 1 + top_logprobs_num, for each completion); allowed: at most {most}",
-            "top_logprobs_num",
+            (
+                ("top_logprobs_num",),
+                f": the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of ",
+                ("max_new_tokens",),
+                ", each times 1 + ",
+                ("top_logprobs_num",),
+                f", for each completion); allowed: at most {most}",
+            )
         )
     longest = context_length
     if most is not None and open_ended:

@@ -14,7 +14,7 @@ import torch
 
 import lorikeet
 from lorikeet.config import ServerConfig
-from lorikeet.core.request import MAX_SEED
+from lorikeet.core.sampling import MAX_SEED
 from lorikeet.engine.adapter_store import NoAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.engine.lora_setup import LoRAParts, build_lora, load_first, no_residency

@@ -2,7 +2,7 @@
 
 A body is checked strictly (``"true"`` is not a boolean) and what is wrong with it is a RequestError, which names the
 field, the value and what is allowed. The description of a field is the text of what is allowed. Keys that a model does
-not have are ignored: clients of the native API send many. (Those of ``openai_bodies.py`` are strict about that, too.)
+not have are ignored: clients of the native API send many. (Those of ``openai/bodies.py`` are strict about that, too.)
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
-import msgspec
 import orjson
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from lorikeet.core.request import RANGES, SamplingParams
+from lorikeet.core.sampling import PARAMS, Param
 from lorikeet.errors import RequestError
 from lorikeet.server.reading import check_values, run_sized
 
@@ -43,20 +42,43 @@ MAX_QUOTE = 60
 MAX_QUOTE_DEPTH = 8
 
 
-def _sampling_schema() -> dict[str, Any]:
-    """``sampling_params`` in the document: each field may be null, and a stop may be one string."""
-    fields: dict[str, dict[str, Any]] = {}
-    described = msgspec.json.schema_components([SamplingParams])[1]["SamplingParams"]["properties"]
-    for name, field in described.items():
-        low, high, _ = RANGES.get(name, (-math.inf, math.inf, ""))
-        bounds = {"minimum": low, "maximum": high}
-        field |= {word: value for word, value in bounds.items() if math.isfinite(value)}
-        kinds = ["string", "null"] if name.startswith("stop") else ["null"]
-        fields[name] = {"anyOf": [field, *({"type": kind} for kind in kinds)]}
-    return {"type": "object", "properties": fields, "additionalProperties": False}
+def param_schema(param: Param) -> dict[str, Any]:
+    """A sampling parameter in the document: it may be null, a list may be its one entry, and JSON may be text."""
+    form: dict[str, Any] = {"type": _TYPES[param.kind]}
+    others = [{"type": "null"}]
+    if param.is_number:
+        low = "exclusiveMinimum" if param.is_above else "minimum"
+        bounds = {low: param.least, "maximum": param.most}
+        form |= {word: value for word, value in bounds.items() if math.isfinite(value)}
+    elif param.kind == dict[int, float]:
+        form |= {"additionalProperties": {"type": "number"}, "maxProperties": param.most}
+    elif param.kind not in (bool, str):
+        item = {"type": _TYPES[get_args(param.kind)[0]]}
+        form |= {"items": item}
+        others.append(item)
+    if param.is_json:
+        others.append({"type": "object"})
+    if param.special is not None:
+        others.append({"const": param.special[0]})
+    return {"description": param.about, "anyOf": [form, *others]}
 
 
-_SAMPLING = _sampling_schema()
+_TYPES = {
+    bool: "boolean",
+    dict[int, float]: "object",
+    float: "number",
+    int: "integer",
+    str: "string",
+    tuple[int, ...]: "array",
+    tuple[str, ...]: "array",
+}
+_SAMPLING = {
+    "type": "object",
+    "properties": {
+        name: param_schema(param) | {"default": param.default} for name, param in PARAMS.items()
+    },
+    "additionalProperties": False,
+}
 
 
 class Body(BaseModel):

@@ -6,12 +6,14 @@ accepted), or the body is refused and the field named. Null counts as not given,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lorikeet.server.protocol import Body, Many
+from lorikeet.core.sampling import PARAMS
+from lorikeet.server.protocol import Body, Many, param_schema
 
 
 class StrictBody(Body):
@@ -57,6 +59,33 @@ class StreamOptions(StrictBody):
     )
 
 
+_TYPES: Mapping[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    dict[int, float]: (dict[str, Any], "an object from token ids to numbers"),
+    float: (float, "a number"),
+    int: (int, "an integer"),
+    str: (str, "a string"),
+    tuple[int, ...]: (int | Many[int], "a list of token ids"),
+    tuple[str, ...]: (str | Many[str], "a string or a list of strings"),
+}
+"""Kind of a sampling parameter -> type of its field in a body, and that in words."""
+
+
+def add_sampling_fields(body: dict[str, Any]) -> None:
+    """Declare a field for each sampling parameter that the OpenAI API takes, in the class whose names these are."""
+    for param in OPENAI_PARAMS:
+        kind, words = _TYPES[param.kind]
+        schema = param_schema(param)
+        if param.openai == "response_format":
+            kind, words = dict[str, Any], "an object whose type is text, json_object or json_schema"
+            schema = {"description": words}
+        body["__annotations__"][param.openai] = kind | None
+        body[str(param.openai)] = Field(None, description=words, json_schema_extra=schema)
+
+
+OPENAI_PARAMS = [param for param in PARAMS.values() if param.openai is not None]
+
+
 class OpenAIBody(NeutralFields):
     """What the two endpoints share. The values are checked by ``client/intake.py``."""
 
@@ -66,33 +95,7 @@ class OpenAIBody(NeutralFields):
     stream_options: StreamOptions | None = Field(
         None, description="an object with include_usage, true or false"
     )
-    n: int | None = Field(None, description="an integer")
-    max_tokens: int | None = Field(None, description="an integer")
-    temperature: float | None = Field(None, description="a number")
-    top_p: float | None = Field(None, description="a number")
-    stop: str | Many[str] | None = Field(None, description="a string or a list of strings")
-    seed: int | None = Field(None, description="an integer")
-    logit_bias: dict[str, Any] | None = Field(
-        None, description="an object from token ids to numbers"
-    )
-    presence_penalty: float | None = Field(None, description="a number")
-    frequency_penalty: float | None = Field(None, description="a number")
-    response_format: dict[str, Any] | None = Field(
-        None, description="an object whose type is text, json_object or json_schema"
-    )
-    # From here on: what the native API has and OpenAI's has not.
-    top_k: int | None = Field(None, description="an integer")
-    min_p: float | None = Field(None, description="a number")
-    repetition_penalty: float | None = Field(None, description="a number")
-    min_tokens: int | None = Field(None, description="an integer")
-    stop_token_ids: Many[int] | None = Field(None, description="a list of token ids")
-    stop_regex: str | Many[str] | None = Field(None, description="a string or a list of strings")
-    no_stop_trim: bool | None = Field(None, description="true or false")
-    ignore_eos: bool | None = Field(None, description="true or false")
-    skip_special_tokens: bool | None = Field(None, description="true or false")
-    spaces_between_special_tokens: bool | None = Field(None, description="true or false")
-    regex: str | None = Field(None, description="a string")
-    ebnf: str | None = Field(None, description="a string")
+    add_sampling_fields(locals())
 
 
 class EmbeddingBody(StrictBody):

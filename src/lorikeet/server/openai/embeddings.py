@@ -16,7 +16,7 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.request import Pooling
 from lorikeet.errors import RequestError
 from lorikeet.server.openai.bodies import EmbeddingBody
-from lorikeet.server.openai.calls import ModelCall, ModelNames, in_own_words, prompt_field
+from lorikeet.server.openai.calls import ModelCall, ModelNames, named, prompt_field
 from lorikeet.server.openai.submit import check_finish, submit
 from lorikeet.server.protocol import body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
@@ -65,10 +65,8 @@ class EmbeddingRoutes:
             "sampling_params": {"max_new_tokens": 0},
         }
         pooling = Pooling(kind=body.pooling or "last", normalize=body.normalize is not False)
-        try:
+        with named(_FIELD_NAMES):
             batch = self._client.intake.make_requests(fields, pooling)
-        except RequestError as error:
-            raise in_own_words(error, _FIELD_NAMES) from error
         return _EmbeddingCall(
             body=body,
             id=call_id,

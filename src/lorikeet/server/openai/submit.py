@@ -24,7 +24,8 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
     except RequestError as error:
         # The engine says why, not which field: it may be the adapter, or a grammar.
         if call.adapter is None or client.adapters.path(call.adapter) is not None:
-            raise call.in_own_words(error) from error
+            error.rename(call.names)
+            raise
         if not call.named_by_model:
             raise RequestError(f"lora_path: {error}", "lora_path") from error
         raise ModelNotFoundError(
