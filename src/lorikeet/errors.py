@@ -14,11 +14,12 @@
         ├── UnavailableError    no room in the queue, or the server is shutting down: try again later
         └── OutOfMemoryError    an allocation failed in a step
 
-A user error maps to HTTP 400 (or its own ``status_code``), a fault to 500 or 503. The one table that maps
-them is ``server/errors.py``.
+Each class has a ``kind``, and the one table that gives each kind its HTTP status is ``core/failure.py``.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 __all__ = [
     "AdapterError",
@@ -37,14 +38,29 @@ __all__ = [
 ]
 
 
+ErrorKind = Literal[
+    "refused", "not_found", "too_slow", "too_large", "failed", "dead", "unavailable"
+]
+
+
 class LorikeetError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        kind: what sort of error it is, by which its HTTP status is chosen.
+        param: the field that is to blame, as the client wrote it; None if no single one is.
+        code: what clients look for to tell this error from others of its kind (OpenAI's name for it, if there is one).
+    """
+
+    kind: ErrorKind = "failed"
+    param: str | None = None
+    code: str | None = None
 
 
 class UserError(LorikeetError):
     """What was asked for cannot be done; the message names what is wrong and what is allowed."""
 
-    status_code = 400
+    kind = "refused"
 
 
 class ConfigError(UserError):
@@ -55,8 +71,16 @@ class ModelError(UserError):
     """The base model cannot be served: a file is missing, an architecture or tensor is not supported."""
 
 
+# Code of the error that a name of an adapter is taken.
+ALREADY_LOADED = "already_loaded"
+
+
 class AdapterError(UserError):
     """The adapter cannot be served exactly, so it is not served at all."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RequestError(UserError):
@@ -67,9 +91,6 @@ class RequestError(UserError):
         param: the field's name as the client wrote it, if one field is to blame.
     """
 
-    code: str | None = None
-    """What OpenAI calls this kind of error, where its clients look for it."""
-
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
@@ -77,6 +98,8 @@ class RequestError(UserError):
 
 class AdapterNotFoundError(RequestError):
     """The request names an adapter that is not loaded."""
+
+    kind = "not_found"
 
 
 class ContextLengthError(RequestError):
@@ -92,19 +115,17 @@ class LoRADisabledError(RequestError):
 class EngineFault(LorikeetError):
     """Something on our side failed."""
 
-    status_code = 500
-
 
 class EngineDeadError(EngineFault):
     """The engine process has ended; nothing that needs it can succeed."""
 
-    status_code = 503
+    kind = "dead"
 
 
 class UnavailableError(EngineFault):
     """The request is not taken, or cut off, for a reason that passes: a full queue, a server that shuts down."""
 
-    status_code = 503
+    kind = "unavailable"
 
 
 def full_queue(num_waiting: int, num_new: int, limit: int) -> str:

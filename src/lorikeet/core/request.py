@@ -11,7 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from lorikeet.errors import RequestError
+from lorikeet.core.failure import Failure
+from lorikeet.errors import EngineFault, RequestError, UserError
 
 # A seed is a 63-bit integer so that it fits a signed 64-bit tensor element.
 MAX_SEED = 2**63 - 1
@@ -217,20 +218,35 @@ FinishKind = Literal["stop", "length", "abort"]
 
 
 class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a request ended.
+    """Why a completion ended.
 
     Attributes:
-        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``message`` and ``status_code`` say why;
-            an error is an abort with a status of 400 or above).
+        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``failure`` says why).
         matched: token id of the end-of-sequence or stop token, or the stop string or pattern.
         length: the number of tokens generated, for ``length``.
+        failure: an error, or an end that somebody asked for.
     """
 
     kind: FinishKind
     matched: int | str | None = None
     length: int | None = None
-    message: str | None = None
-    status_code: int | None = None
+    failure: Failure | None = None
+
+    @property
+    def message(self) -> str | None:
+        return None if self.failure is None else self.failure.message
+
+    @property
+    def status_code(self) -> int | None:
+        """HTTP status of the error; None if it is none."""
+        return None if self.failure is None else self.failure.status_code
+
+    @property
+    def error(self) -> UserError | EngineFault | None:
+        """The exception that it stands for; None if the completion ended as it should, or as somebody asked."""
+        if self.failure is None or self.failure.kind == "aborted":
+            return None
+        return self.failure.error()
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

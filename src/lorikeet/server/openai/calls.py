@@ -277,7 +277,7 @@ class CallReader:
     ) -> Call:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
-        sampling: dict[str, Any] = self._client.info["sampling_defaults"] | {
+        sampling: dict[str, Any] = self._client.info.sampling_defaults | {
             native_name: value
             for name, native_name in _SAMPLING.items()
             if (value := getattr(body, name)) is not None
@@ -329,7 +329,7 @@ def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
     message = _FOREIGN.sub(lambda match: names[match[0]], message)
     message = re.sub(r"sampling_params(\.|: )", "", message)
     renamed = RequestError(message, None if param is None else names.get(param, param))
-    renamed.status_code, renamed.code = error.status_code, error.code
+    renamed.kind, renamed.code = error.kind, error.code
     return renamed
 
 
