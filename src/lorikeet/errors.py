@@ -14,13 +14,13 @@
         ├── UnavailableError    no room in the queue, or the server is shutting down: try again later
         └── OutOfMemoryError    an allocation failed in a step
 
-A user error maps to HTTP 400 (or its own ``status_code``), a fault to 500 or 503. The one table that maps
-them is ``server/errors.py``.
+Each class has a ``kind``, and the one table that gives each kind its HTTP status is ``core/failure.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 __all__ = [
     "AdapterError",
@@ -39,16 +39,29 @@ __all__ = [
 ]
 
 
+ErrorKind = Literal[
+    "refused", "not_found", "too_slow", "too_large", "failed", "dead", "unavailable"
+]
+
+
 class LorikeetError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        kind: what sort of error it is, by which its HTTP status is chosen.
+        param: the field that is to blame, as the client wrote it; None if no single one is.
+        code: what clients look for to tell this error from others of its kind (OpenAI's name for it, if there is one).
+    """
+
+    kind: ErrorKind = "failed"
+    param: str | None = None
+    code: str | None = None
 
 
 class UserError(LorikeetError):
     """What was asked for cannot be done; the message names what is wrong and what is allowed."""
 
-    status_code = 400
-    code: str | None = None
-    """Which kind of refusal it is, for programs: they must not read the message."""
+    kind = "refused"
 
 
 class ConfigError(UserError):
@@ -57,6 +70,10 @@ class ConfigError(UserError):
 
 class ModelError(UserError):
     """The base model cannot be served: a file is missing, an architecture or tensor is not supported."""
+
+
+# Code of the error that a name of an adapter is taken.
+ALREADY_LOADED = "already_loaded"
 
 
 class AdapterError(UserError):
@@ -69,10 +86,6 @@ class AdapterError(UserError):
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
-
-
-ALREADY_LOADED = "already_loaded"
-"""Code of an :class:`AdapterError`: another adapter has the name, or is about to get it."""
 
 
 Field = tuple[str | int, ...]
@@ -103,7 +116,7 @@ class RequestError(UserError):
         self.words: Words = tuple(
             piece if isinstance(piece, str) else tuple(piece) for piece in pieces
         )
-        if param is None and self.words and not isinstance(self.words[0], str):
+        if param is None and not isinstance(self.words[0], str):
             param = _param(self.words[0])
         self.param = param
 
@@ -111,6 +124,11 @@ class RequestError(UserError):
         return "".join(
             piece if isinstance(piece, str) else field_name(piece) for piece in self.words
         )
+
+    @property
+    def fields(self) -> list[Field]:
+        """The fields that the message names."""
+        return [piece for piece in self.words if not isinstance(piece, str)]
 
     def prefix(self, text: str) -> None:
         """Say first what else it is about: "prompt 3: "."""
@@ -149,6 +167,8 @@ def _param(field: Field) -> str:
 class AdapterNotFoundError(RequestError):
     """The request names an adapter that is not loaded."""
 
+    kind = "not_found"
+
 
 class ContextLengthError(RequestError):
     """The prompt has more tokens than the context."""
@@ -163,19 +183,17 @@ class LoRADisabledError(RequestError):
 class EngineFault(LorikeetError):
     """Something on our side failed."""
 
-    status_code = 500
-
 
 class EngineDeadError(EngineFault):
     """The engine process has ended; nothing that needs it can succeed."""
 
-    status_code = 503
+    kind = "dead"
 
 
 class UnavailableError(EngineFault):
     """The request is not taken, or cut off, for a reason that passes: a full queue, a server that shuts down."""
 
-    status_code = 503
+    kind = "unavailable"
 
 
 def full_queue(num_waiting: int, num_new: int, limit: int) -> str:

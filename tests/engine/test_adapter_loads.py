@@ -13,9 +13,16 @@ from types import SimpleNamespace
 import pytest
 
 from lorikeet.client.uploads import Uploads
+from lorikeet.core.commands import (
+    FindAdapter,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    UnloadAdapter,
+)
 from lorikeet.engine import adapter_moves
 from lorikeet.engine.adapter_reader import NUM_LOADS, TENSORS_PATH
-from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from tests.engine.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
@@ -41,12 +48,12 @@ class Spools:
         self.made.append(weights.parent)
         assert self.gate.wait(20)
 
-    def start(self, name: str, content: bytes, **args: object) -> Future[LoadOutcome]:
+    def start(self, name: str, content: bytes, *, pinned: bool = False) -> Future[LoadOutcome]:
         weights = self.uploads.new()
         weights.write_bytes(content)
         self.sent.append(weights.parent)
         return self.rig.command(
-            "load_adapter_from_tensors", name=name, config={}, weights=str(weights), **args
+            LoadAdapterFromTensors(name=name, config={}, weights=str(weights), pinned=pinned)
         )
 
 
@@ -93,7 +100,7 @@ def test_tensors_that_nobody_needs_are_removed(
     rig.wait(spools.start("t", b"content"))
     running = rig.submit("t", count=150)
     rig.until(lambda: len(rig.outputs[running]) > 1)
-    rig.command("unload_adapter", name="t")
+    rig.command(UnloadAdapter(name="t"))
     rig.load("a", "content")
     rig.until(lambda: not spools.made[2].exists())
     with pytest.raises(AdapterError, match="already loaded"):
@@ -107,7 +114,7 @@ def test_tensors_whose_load_is_cancelled_before_its_turn_are_removed(
 ) -> None:
     spools = Spools(rig, monkeypatch)
     gate = rig.block("/slow")
-    others = [rig.command("load_adapter", name=f"s{i}", path="/slow") for i in range(NUM_LOADS)]
+    others = [rig.command(LoadAdapter(name=f"s{i}", path="/slow")) for i in range(NUM_LOADS)]
     waiting = spools.start("t", b"content")
     rig.step()
     assert waiting.cancel()
@@ -125,7 +132,7 @@ def test_tensors_that_are_refused_leave_no_files(rig: AdapterRig) -> None:
     uploads = Uploads()
     weights = uploads.new()
     weights.write_bytes(b"nonsense")
-    load = rig.command("load_adapter_from_tensors", name="t", config={}, weights=str(weights))
+    load = rig.command(LoadAdapterFromTensors(name="t", config={}, weights=str(weights)))
     rig.until(load.done)
     with pytest.raises(AdapterError):
         load.result()
@@ -218,7 +225,7 @@ class Churn:
     def unload(self, name: str) -> None:
         try:
             # Hidden when the command returns, whenever its answer comes.
-            self.futures.append(self.rig.command("unload_adapter", name=name))
+            self.futures.append(self.rig.command(UnloadAdapter(name=name)))
         except AdapterNotFoundError:
             assert self.meaning[name] is None
         else:
@@ -251,7 +258,7 @@ def test_a_thousand_loads_and_unloads_of_the_same_names(make_rig: MakeRig) -> No
     rig.until(lambda: all(future.done() for future in churn.futures))
     rig.finish()
     assert all(rig.is_over(rid) for rid in churn.requests)
-    versions = {view["name"]: view["version"] for view in rig.store.describe()}
+    versions = {view.name: view.version for view in rig.store.describe()}
     assert versions == {name: v for name, v in churn.meaning.items() if v is not None}
     for name in list(versions):
         rig.unload(str(name))
@@ -276,7 +283,7 @@ def test_numbers_and_labels(make_rig: MakeRig) -> None:
     tiers = {tier: stats[f"num_adapters_{tier}"] for tier in ("reading", "host", "device", "disk")}
     assert tiers == {"reading": 1, "host": 1, "device": 1, "disk": 1}
     assert (stats["num_adapters"], stats["total_adapter_loads"]) == (4, 4)
-    assert rig.core.info["adapters"] == {name: f"/{name}" for name in "abcd"}
+    assert rig.core.adapter_paths == {name: f"/{name}" for name in "abcd"}
     gate.set()
     rig.finish()
     samples = rig.core.take_samples()
@@ -372,15 +379,14 @@ def test_commands_without_lora() -> None:
     from tests.engine.test_core import make_core
 
     core = make_core()
-    commands: tuple[tuple[str, dict[str, object]], ...] = (
-        ("load_adapter", {"name": "a", "path": "/a"}),
-        ("unload_adapter", {"name": "a"}),
-        ("load_adapter_from_tensors", {"name": "a", "config": {}, "weights": "/a"}),
-    )
-    for name, args in commands:
+    for command in (
+        LoadAdapter("a", "/a"),
+        UnloadAdapter("a"),
+        LoadAdapterFromTensors("a", config={}, weights="/a"),
+    ):
         with pytest.raises(RequestError, match="--enable-lora"):
-            core.command(name, args)
-    assert core.command("adapters", {}) == []
+            core.command(command)
+    assert core.command(ListAdapters()) == []
 
 
 def test_closing_does_not_wait_for_a_download(make_rig: MakeRig) -> None:
@@ -402,7 +408,7 @@ def test_a_load_whose_client_leaves_goes_on_for_the_requests_that_wait(make_rig:
     gate = rig.block("/a")
     load = rig.start_load("a", "a")
     waiting = [rig.submit("a"), rig.submit("a")]
-    looked_up = rig.command("find_adapter", name="a")
+    looked_up = rig.command(FindAdapter(name="a"))
     rig.step()
     assert load.cancel()  # the client of the load has gone, as a command's cancel does it
     for _ in range(3):
@@ -421,7 +427,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_dropped(make_rig: MakeRig) -> 
     gate = rig.block("/a")
     load = rig.start_load("a", "a")
     waiting = rig.submit("a")
-    looked_up = rig.command("find_adapter", name="a")
+    looked_up = rig.command(FindAdapter(name="a"))
     assert load.cancel()
     assert looked_up.cancel()
     rig.core.abort(waiting, "the client left")
@@ -437,7 +443,7 @@ def test_requests_hear_why_a_load_failed_without_the_places_of_files(
 ) -> None:
     rig = make_rig(resolver=True)
     gate = rig.block("/secret/place")
-    load = rig.command("load_adapter", name="a", path="/secret/place")
+    load = rig.command(LoadAdapter(name="a", path="/secret/place"))
     waiting = rig.submit("a")
     rig.step()
     gate.set()

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from lorikeet.core.commands import FlushCache
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_store import NoAdapters
@@ -18,6 +19,7 @@ from lorikeet.engine.lora_setup import no_residency
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.engine_info import engine_info
 from tests.support.fake_worker import FakeWorker
 
 PAGES, PAGE_SIZE = 32, 4
@@ -50,7 +52,7 @@ def make_core(
         adapters=NoAdapters(),
         compile_grammar=lambda sampling: GRAMMAR_THREADS.submit(compile_grammar, sampling),
         seeds=lambda: next(seeds),
-        info={"version": "test"},
+        info=engine_info(),
     )
 
 
@@ -218,15 +220,10 @@ def test_abort_ends_one_or_all() -> None:
 
 def test_commands() -> None:
     core = make_core()
-    assert core.command("flush_cache", {}) == {"success": True}
+    assert core.command(FlushCache()) is True
     core.submit(request())
-    assert core.command("flush_cache", {}) == {"success": False}
-    info = core.command("info", {})
-    assert isinstance(info, dict)
-    assert info["version"] == "test"
-    assert info["num_waiting"] == 1
-    with pytest.raises(RequestError, match="flush_cache"):
-        core.command("nonsense", {})
+    assert core.command(FlushCache()) is False
+    assert core.stats()["num_waiting"] == 1
 
 
 def test_what_waits_for_its_grammar_is_in_the_queue() -> None:

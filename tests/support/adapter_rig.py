@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
@@ -15,11 +16,11 @@ from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import LoRASpec
-from lorikeet.adapters.views import AdapterViews, make_report
+from lorikeet.adapters.views import AdapterViews
+from lorikeet.core.commands import Command, LoadAdapter, LoadOutcome, R, UnloadAdapter
 from lorikeet.core.messages import AdaptersChanged, decode_to_client, encode
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.adapter_reader import AdapterReader
-from lorikeet.engine.adapter_records import LoadOutcome
 from lorikeet.engine.adapters import LoadedAdapters
 from lorikeet.engine.core import EngineCore
 from lorikeet.errors import AdapterError
@@ -27,6 +28,7 @@ from lorikeet.kv.manager import KVManager
 from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_cache import HostCache
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.engine_info import engine_info
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 
 PAGE_SIZE, NUM_PAGES, VOCAB = 4, 256, 1000
@@ -149,7 +151,7 @@ class AdapterRig:
             adapters=self.store,
             compile_grammar=lambda sampling: Future(),
             seeds=lambda: 0,
-            info={},
+            info=engine_info(),
         )
         self.outputs: dict[int, list[RequestOutput]] = {}
         self.copy = AdapterViews()
@@ -165,14 +167,15 @@ class AdapterRig:
         gate = self.disk.gates[path] = threading.Event()
         return gate
 
-    def command(self, command: str, /, **args: object) -> Future[LoadOutcome]:
-        return cast("Future[LoadOutcome]", self.core.command(command, args))
+    def command(self, command: Command[R]) -> Future[R]:
+        """Begin a command that takes time."""
+        return cast("Future[R]", self.core.command(command))
 
     def start_load(self, name: str, content: str | None = None, **args: Any) -> Future[LoadOutcome]:
         """Begin to load ``name`` from ``/name``, where ``content`` is put if it is given."""
         if content is not None:
             self.write(f"/{name}", content)
-        return self.command("load_adapter", name=name, path=f"/{name}", **args)
+        return self.command(LoadAdapter(name, f"/{name}", **args))
 
     def load(self, name: str, content: str | None = None, **args: Any) -> int:
         future = self.start_load(name, content, **args)
@@ -180,7 +183,7 @@ class AdapterRig:
         return self.wait(future).version
 
     def unload(self, name: str) -> None:
-        self.wait(self.command("unload_adapter", name=name))
+        self.wait(self.command(UnloadAdapter(name)))
 
     def wait(self, future: Future[LoadOutcome]) -> LoadOutcome:
         self.until(future.done)
@@ -259,7 +262,7 @@ class AdapterRig:
 
     def check_copy(self) -> None:
         """What has changed adds up to what is there."""
-        told = [self.copy.entry(view) | {"report": make_report(view)} for view in self.copy.views()]
+        told = [self.copy.detail(view) for view in self.copy.views()]
         assert sorted(told, key=str) == sorted(self.store.describe(), key=str)
 
     def close(self) -> None:
@@ -271,10 +274,9 @@ class AdapterRig:
 
     def view(self, name: str) -> dict[str, Any]:
         """The one entry that is called ``name``."""
-        (view,) = cast("list[dict[str, Any]]", self.core.command("adapters", {"name": name}))
-        return view
+        (view,) = self.store.describe(name)
+        return msgspec.to_builtins(view)
 
     def names(self) -> dict[str, str]:
         """Name -> state of everything that is listed, the newest entry of each name."""
-        views = cast("list[dict[str, Any]]", self.core.command("adapters", {}))
-        return {view["name"]: view["state"] for view in reversed(views)}
+        return {view.name: view.state for view in reversed(self.store.describe())}

@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.sampling import MAX_SEED, SamplingParams
-from lorikeet.errors import Words
+from lorikeet.errors import EngineFault, UserError
 
 MAX_TOP_LOGPROBS = 1024
 
@@ -75,22 +76,35 @@ FinishKind = Literal["stop", "length", "abort"]
 
 
 class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a request ended.
+    """Why a completion ended.
 
     Attributes:
-        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``message`` and ``status_code`` say why;
-            an error is an abort with a status of 400 or above).
+        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``failure`` says why).
         matched: token id of the end-of-sequence or stop token, or the stop string or pattern.
         length: the number of tokens generated, for ``length``.
-        words: the message in pieces, if it names fields of the request.
+        failure: an error, or an end that somebody asked for.
     """
 
     kind: FinishKind
     matched: int | str | None = None
     length: int | None = None
-    message: str | None = None
-    status_code: int | None = None
-    words: Words | None = None
+    failure: Failure | None = None
+
+    @property
+    def message(self) -> str | None:
+        return None if self.failure is None else self.failure.message
+
+    @property
+    def status_code(self) -> int | None:
+        """HTTP status of the error; None if it is none."""
+        return None if self.failure is None else self.failure.status_code
+
+    @property
+    def error(self) -> UserError | EngineFault | None:
+        """The exception that it stands for; None if the completion ended as it should, or as somebody asked."""
+        if self.failure is None or self.failure.kind == "aborted":
+            return None
+        return self.failure.error()
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -12,7 +12,8 @@ import msgspec
 
 from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
 from lorikeet.adapters.residency import Residency
-from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
+from lorikeet.core.messages import AdaptersChanged
+from lorikeet.core.views import AdapterDetail, AdapterState, AdapterUse, AdapterView
 from lorikeet.engine.adapter_records import Known, Load, Unload
 
 
@@ -56,20 +57,33 @@ class AdapterNews:
         names, self._names, self._versions = self._names, {}, set()
         if not names and not versions:
             return None
+        views = self._described(names)
+        reports = {
+            view.version: msgspec.json.encode(self._known[view.version].report)
+            for group in views.values()
+            for view in group
+            if view.version is not None
+        }
         return AdaptersChanged(
-            names=self._described(names), uses={version: self.use(version) for version in versions}
+            views, {version: self._use(version) for version in versions}, reports
         )
 
-    def views(self, name: str | None = None) -> list[AdapterView]:
+    def details(self, name: str | None = None) -> list[AdapterDetail]:
         """All adapters, or those called ``name``: what is loaded, unloading and loading, in this order."""
         if name is not None:
-            return self._described([name])[name]
-        views = [self._loaded(info) for info in self._registry.loaded().values()]
-        views.extend(self._unloading(unload) for unload in self._unloads)
-        views.extend(_loading(load) for load in self._loads.values())
-        return views
+            views = self._described([name])[name]
+        else:
+            views = [self._loaded(info) for info in self._registry.loaded().values()]
+            views.extend(self._unloading(unload) for unload in self._unloads)
+            views.extend(_loading(load) for load in self._loads.values())
+        return [self._detail(view) for view in views]
 
-    def use(self, version: int) -> AdapterUse | None:
+    def _detail(self, view: AdapterView) -> AdapterDetail:
+        version = view.version or 0
+        known = self._known.get(version)
+        return AdapterDetail.of(view.used(self._use(version)), known and known.report)
+
+    def _use(self, version: int) -> AdapterUse | None:
         """Where a version is, and who uses it; None if it is gone."""
         known = self._known.get(version)
         if known is None:
@@ -104,7 +118,7 @@ class AdapterNews:
         return self._of_version(unload.name, unload.path, info, state="unloading", pinned=False)
 
     def _of_version(
-        self, name: str, path: str, info: AdapterInfo, *, state: str, pinned: bool
+        self, name: str, path: str, info: AdapterInfo, *, state: AdapterState, pinned: bool
     ) -> AdapterView:
         return AdapterView(
             name=name,
@@ -115,7 +129,6 @@ class AdapterNews:
             rank=info.rank,
             targets=list(info.targets),
             nbytes=info.nbytes,
-            report=msgspec.json.encode(self._known[info.version].report),
         )
 
 

@@ -6,6 +6,7 @@ import logging
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.engine.adapter_reader import Origin, ReadAdapter
 from lorikeet.errors import AdapterError, EngineFault, LorikeetError
 from lorikeet.lora.report import format_report
@@ -15,21 +16,6 @@ logger = logging.getLogger(__name__)
 
 # Measurements kept until somebody collects them; nobody does in offline use.
 MAX_SAMPLES = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOutcome:
-    """Answer to a load or an unload.
-
-    Attributes:
-        version: that the name means from now on; of an unload, that it meant.
-        seconds: from the command to this answer.
-    """
-
-    name: str
-    path: str
-    version: int
-    seconds: float
 
 
 @dataclass(slots=True, eq=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorikeet.config import LoRAPath
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.core.messages import AdaptersChanged
-from lorikeet.engine.adapter_records import LoadOutcome
+from lorikeet.core.views import AdapterDetail
 from lorikeet.engine.adapter_templates import Templates
 from lorikeet.errors import LoRADisabledError
 
@@ -55,7 +56,7 @@ class AdapterStore(Protocol):
         """True if ``poll`` may find something without any step in between."""
         ...
 
-    def describe(self, name: str | None = None) -> list[dict[str, object]]: ...
+    def describe(self, name: str | None = None) -> list[AdapterDetail]: ...
 
     def paths(self) -> dict[str, str]:
         """Name -> path of what is loaded."""
@@ -121,7 +122,7 @@ class NoAdapters:
     def is_waiting(self) -> bool:
         return False
 
-    def describe(self, name: str | None = None) -> list[dict[str, object]]:
+    def describe(self, name: str | None = None) -> list[AdapterDetail]:
         return []
 
     def paths(self) -> dict[str, str]:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from lorikeet.adapters.registry import AdapterRegistry
-from lorikeet.engine.adapter_records import AdapterCounters, Known, LoadOutcome, Unload
+from lorikeet.core.commands import LoadOutcome
+from lorikeet.engine.adapter_records import AdapterCounters, Known, Unload
 from lorikeet.errors import AdapterError
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.resolver import is_name
 from lorikeet.adapters.sources.source import public_path
 from lorikeet.adapters.tiers import Tier
-from lorikeet.adapters.views import make_entry, make_report
 from lorikeet.config import LoRAPath
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.core.messages import AdaptersChanged
+from lorikeet.core.views import AdapterDetail
 from lorikeet.engine.adapter_moves import IN_MEMORY, HostMoves
 from lorikeet.engine.adapter_news import AdapterNews
 from lorikeet.engine.adapter_reader import TENSORS_PATH, AdapterReader, Origin, ReadAdapter
@@ -29,7 +30,6 @@ from lorikeet.engine.adapter_records import (
     AdapterCounters,
     Known,
     Load,
-    LoadOutcome,
     Unload,
     as_fault,
     log_load,
@@ -229,20 +229,16 @@ class LoadedAdapters:
     def is_waiting(self) -> bool:
         return bool(self._loads or self._moves.pending or len(self._unloads))
 
-    def describe(self, name: str | None = None) -> list[dict[str, object]]:
+    def describe(self, name: str | None = None) -> list[AdapterDetail]:
         """All adapters, or those called ``name``: one that is unloading and its successor may share it.
 
         Raises:
             AdapterNotFoundError: nothing is called ``name``.
         """
-        views = self._news.views(name)
-        if name is not None and not views:
+        details = self._news.details(name)
+        if name is not None and not details:
             self._registry.find(name)  # raises
-        return [
-            make_entry(view, self._news.use(view.version or BASE_VERSION))
-            | {"report": make_report(view)}
-            for view in views
-        ]
+        return details
 
     def names(self, versions: Iterable[int]) -> list[str]:
         found: set[str] = set()

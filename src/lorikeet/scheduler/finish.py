@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason
 from lorikeet.core.sequence import Sequence
 from lorikeet.errors import RequestError
@@ -79,7 +80,7 @@ def finish_reason(seq: Sequence, token: int) -> FinishReason | None:
 
 def failure(message: str) -> FinishReason:
     """The end of a sequence that our side could not serve."""
-    return FinishReason(kind="abort", message=message, status_code=500)
+    return FinishReason(kind="abort", failure=Failure("failed", message))
 
 
 def adapter_failure(reason: str) -> str:

@@ -243,7 +243,7 @@ class CallReader:
         num_samples = sampling.get("n", 1)
         if body.best_of is not None and body.best_of != num_samples:
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({num_samples})", "best_of")
-        sampling = self._client.info["sampling_defaults"] | sampling
+        sampling = {**self._client.info.sampling_defaults, **sampling}
         sampling |= read_response_format(sampling.pop("json_schema", None))
         by_model, adapter = self._names.named_by_model(body.model), self._names.adapter_of(body)
         call_id = f"{kind}-{uuid.uuid4().hex}"

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from lorikeet.client.client import EngineClient
 from lorikeet.client.stream import CompletionStream
 from lorikeet.config import ServerConfig
+from lorikeet.core.commands import FindAdapter
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.server.errors import describe
 from lorikeet.server.openai.bodies import ChatBody, CompletionBody
@@ -97,7 +98,7 @@ class CompletionRoutes:
         if adapter is not None and adapter not in self._client.adapter_templates:
             # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
             with suppress(UserError):
-                await self._client.command("find_adapter", name=adapter)
+                await self._client.command(FindAdapter(adapter))
         return await self._reader.chat(body, len(data))
 
     async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> JSONReply:

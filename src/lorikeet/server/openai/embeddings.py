@@ -78,7 +78,7 @@ class EmbeddingRoutes:
         )
 
     def _check_dimensions(self, dimensions: int | None) -> None:
-        size = self._client.info["hidden_size"]
+        size = self._client.info.hidden_size
         if dimensions is not None and dimensions != size:
             raise RequestError(
                 f"dimensions is {dimensions}; allowed: {size}, the size of the model's hidden states: a part of a vector "

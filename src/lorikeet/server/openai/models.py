@@ -78,5 +78,5 @@ class OpenAIRoutes:
             "owned_by": "lorikeet",
             "root": self._root if path is None else path,
             "parent": None if path is None else self._base,
-            "max_model_len": self._client.info["context_length"],
+            "max_model_len": self._client.info.context_length,
         }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lorikeet.client.client import EngineClient
-from lorikeet.client.stream import CompletionStream, finish_error
+from lorikeet.client.stream import CompletionStream
 from lorikeet.core.request import FinishReason
-from lorikeet.errors import RequestError
+from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.server.errors import ModelNotFoundError
 from lorikeet.server.openai.calls import ModelCall
 
@@ -35,7 +35,7 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
 
 def check_finish(finish: FinishReason) -> None:
     """Raise what a terminal output stands for; a completion that was cut off is none."""
-    error = finish_error(finish)
+    error: LorikeetError | None = finish.error
     if error is None and finish.kind == "abort":
         error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")
     if error is not None:
