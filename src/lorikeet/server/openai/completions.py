@@ -17,14 +17,13 @@ from lorikeet.core.commands import FindAdapter
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.server.errors import describe
 from lorikeet.server.openai.bodies import ChatBody, CompletionBody
-from lorikeet.server.openai.calls import Call, CallReader, ModelNames
+from lorikeet.server.openai.calls import Call, CallReader, ModelNames, check_finish, submit
 from lorikeet.server.openai.replies import (
     ChatChoice,
     CompletionChoice,
     Envelope,
     MakeChoice,
 )
-from lorikeet.server.openai.submit import check_finish, submit
 from lorikeet.server.protocol import body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, build_reply, until_disconnect
 from lorikeet.server.sse import DONE, EventStream, frame

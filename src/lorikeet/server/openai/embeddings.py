@@ -16,8 +16,14 @@ from lorikeet.config import ServerConfig
 from lorikeet.core.request import Pooling
 from lorikeet.errors import RequestError
 from lorikeet.server.openai.bodies import EmbeddingBody
-from lorikeet.server.openai.calls import ModelCall, ModelNames, named, prompt_field
-from lorikeet.server.openai.submit import check_finish, submit
+from lorikeet.server.openai.calls import (
+    ModelCall,
+    ModelNames,
+    check_finish,
+    named,
+    prompt_field,
+    submit,
+)
 from lorikeet.server.protocol import body_schema, parse_body, read_large
 from lorikeet.server.replies import JSONReply, until_disconnect
 from lorikeet.text.completion import Completion
