@@ -4,9 +4,14 @@ from pathlib import Path
 
 from lorikeet import envs
 from lorikeet.config import parsing as options
+from lorikeet.core import sampling
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"environment.md": envs.markdown, "options.md": options.markdown}
+PAGES = {
+    "environment.md": envs.markdown,
+    "options.md": options.markdown,
+    "sampling.md": sampling.markdown,
+}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

@@ -7,6 +7,7 @@ code that obeys it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,15 +70,34 @@ class Param:
         return math.isfinite(value) and is_inside
 
     @property
+    def words(self) -> str:
+        """Its type, in words."""
+        return "JSON" if self.is_json else _WORDS[self.kind]
+
+    @property
     def allowed(self) -> str:
-        """Which numbers are allowed, in words."""
+        """Which values are allowed, in words."""
+        if not self.is_number:
+            entries = f", at most {self.most}" if math.isfinite(self.most) else ""
+            return self.words + entries
         if math.isfinite(self.most):
-            words = "an integer" if self.kind is int else "a number"
+            words = self.words
             words += f" in {'(' if self.is_above else '['}{self.least}, {self.most}]"
         else:
             words = "an integer" if self.kind is int else "a finite number"
             words += f" >= {self.least}"
         return f"{self.special[0]} ({self.special[1]}) or {words}" if self.special else words
+
+
+_WORDS: Mapping[Any, str] = {
+    bool: "true or false",
+    dict[int, float]: "an object from token ids to numbers",
+    float: "a number",
+    int: "an integer",
+    str: "a string",
+    tuple[int, ...]: "a list of token ids",
+    tuple[str, ...]: "a string or a list of strings",
+}
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -303,3 +323,38 @@ def _read_table() -> dict[str, Param]:
 
 PARAMS: Mapping[str, Param] = _read_table()
 """Each sampling parameter by its name, in the order of the fields."""
+
+
+def markdown() -> str:
+    """The text of ``docs/sampling.md``."""
+    rows = [
+        f"| `{param.name}` | {_shown_name(param)} | {param.allowed} | {_shown_default(param)} | {param.about} |"
+        for param in PARAMS.values()
+    ]
+    return "\n".join(
+        [
+            "# Sampling parameters",
+            "",
+            "<!-- written by scripts/write_docs.py from src/lorikeet/core/sampling.py -->",
+            "",
+            "The fields of `sampling_params` in `/generate` and of `lorikeet.SamplingParams`. Bodies of the",
+            "[OpenAI API](openai.md) have them as fields of their own; the `openai` client sends those that it does not know by",
+            "`extra_body`. Null stands for the default, but `max_new_tokens: null` in `/generate` is as many tokens as the context",
+            "holds. At most one of `json_schema`, `regex`, `ebnf` and `structural_tag` may be given.",
+            "",
+            "| parameter | in the OpenAI API | values | default | what it does |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _shown_name(param: Param) -> str:
+    if param.openai is None:
+        return "no"
+    return "the same" if param.openai == param.name else f"`{param.openai}`"
+
+
+def _shown_default(param: Param) -> str:
+    return "none" if param.default in (None, (), {}) else f"`{json.dumps(param.default)}`"

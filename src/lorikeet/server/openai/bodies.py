@@ -59,22 +59,18 @@ class StreamOptions(StrictBody):
     )
 
 
-_TYPES: Mapping[Any, tuple[Any, str]] = {
-    bool: (bool, "true or false"),
-    dict[int, float]: (dict[str, Any], "an object from token ids to numbers"),
-    float: (float, "a number"),
-    int: (int, "an integer"),
-    str: (str, "a string"),
-    tuple[int, ...]: (int | Many[int], "a list of token ids"),
-    tuple[str, ...]: (str | Many[str], "a string or a list of strings"),
+_TYPES: Mapping[Any, Any] = {
+    dict[int, float]: dict[str, Any],
+    tuple[int, ...]: int | Many[int],
+    tuple[str, ...]: str | Many[str],
 }
-"""Kind of a sampling parameter -> type of its field in a body, and that in words."""
+"""Kind of a sampling parameter -> type of its field in a body, where they differ."""
 
 
 def add_sampling_fields(body: dict[str, Any]) -> None:
     """Declare a field for each sampling parameter that the OpenAI API takes, in the class whose names these are."""
     for param in OPENAI_PARAMS:
-        kind, words = _TYPES[param.kind]
+        kind, words = _TYPES.get(param.kind, param.kind), param.words
         schema = param_schema(param)
         if param.openai == "response_format":
             kind, words = dict[str, Any], "an object whose type is text, json_object or json_schema"
