@@ -67,7 +67,7 @@ class Param:
         if self.special is not None and value == self.special[0]:
             return True
         is_inside = self.least <= value <= self.most and not (self.is_above and value == self.least)
-        return math.isfinite(value) and is_inside
+        return is_inside and value != math.inf
 
     @property
     def words(self) -> str:

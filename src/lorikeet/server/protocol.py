@@ -236,10 +236,10 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     field = model.model_fields.get(name)
     allowed = field.description if field else None
     # Integers of the path are positions in lists; its strings after the first name members of unions.
-    where = name + "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+    where = (name, *(part for part in error["loc"][1:] if isinstance(part, int)))
     if error["type"] == "missing":
-        return RequestError(f"{where}: is required; it must be {allowed}", name)
-    return RequestError(f"{where}: must be {allowed}; got {quote(error['input'])}", name)
+        return RequestError((where, f": is required; it must be {allowed}"))
+    return RequestError((where, f": must be {allowed}; got {quote(error['input'])}"))
 
 
 def quote(value: object) -> str:
