@@ -12,31 +12,31 @@ TOO_MANY = (("sampling_params", 2, "max_new_tokens"), " is 'sampling_params.text
 
 
 def test_a_sentence_begins_with_the_path_of_its_field() -> None:
-    error = RequestError(TOO_MANY)
+    error = RequestError.about(*TOO_MANY)
     assert str(error) == "sampling_params[2].max_new_tokens is 'sampling_params.text'"
     assert error.param == "max_new_tokens"
-    assert RequestError((("text", 3), " is 3")).param == "text"
-    assert RequestError((("sampling_params", 1), " is 3")).param == "sampling_params"
+    assert RequestError.about(("text", 3), " is 3").param == "text"
+    assert RequestError.about(("sampling_params", 1), " is 3").param == "sampling_params"
     assert RequestError("the body is empty").param is None
 
 
 def test_only_fields_are_renamed() -> None:
-    error = RequestError((("sampling_params", "max_new_tokens"), " is 'sampling_params.text'"))
+    error = RequestError.about(("sampling_params", "max_new_tokens"), " is 'sampling_params.text'")
     error.rename(NAMES)
     assert str(error) == "max_tokens is 'sampling_params.text'"
     assert error.param == "max_tokens"
-    error = RequestError(("the prompt is larger than ", ("max_new_tokens",)), "text")
+    error = RequestError.about("the prompt is larger than ", ("max_new_tokens",), param="text")
     error.prefix("prompt 3: ")
     error.rename(NAMES)
     assert str(error) == "prompt 3: the prompt is larger than max_tokens"
     assert error.param == "prompt"
-    error = RequestError((("text", 1), " is empty"))
+    error = RequestError.about(("text", 1), " is empty")
     error.rename(NAMES)
     assert str(error) == "prompt[1] is empty"
 
 
 def test_fields_cross_the_process_boundary() -> None:
-    sent = Failure.of(RequestError((("sampling_params", "max_new_tokens"), ": too many")))
+    sent = Failure.of(RequestError.about(("sampling_params", "max_new_tokens"), ": too many"))
     assert sent.message == "sampling_params.max_new_tokens: too many"
     error = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=Failure).error()
     assert isinstance(error, RequestError)

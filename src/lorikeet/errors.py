@@ -20,7 +20,7 @@ Each class has a ``kind``, and the one table that gives each kind its HTTP statu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 __all__ = [
     "AdapterError",
@@ -100,68 +100,53 @@ SAMPLING = "sampling_params"
 class RequestError(UserError):
     """A field of one request is wrong.
 
-    Fields stand in the message as paths; the sentence is made of it when it is shown (``str``), so that :meth:`rename`
-    never has to look into a text.
-
     Args:
-        message: what is wrong and what is allowed.
-        param: the field's name as the client wrote it, if one field is to blame; unless given, that with which the
-            message begins, if it begins with one.
+        message: what is wrong and what is allowed. Fields stand in it as paths, so that it can be shown with the names of
+            whichever API the client uses, and nobody has to look for them in a text.
+        param: the field's name as the client wrote it, if one field is to blame.
     """
 
     def __init__(self, message: str | Words, param: str | None = None) -> None:
         super().__init__(message)
+        # What has crossed a process boundary may have lists in place of tuples.
         pieces = (message,) if isinstance(message, str) else message
-        # What has crossed a process boundary has lists in place of tuples.
-        self.words: Words = tuple(
-            piece if isinstance(piece, str) else tuple(piece) for piece in pieces
-        )
-        if param is None and not isinstance(self.words[0], str):
-            param = _param(self.words[0])
+        self.words: Words = tuple(item if isinstance(item, str) else tuple(item) for item in pieces)
         self.param = param
 
+    @classmethod
+    def about(cls, *words: str | Field, param: str | None = None) -> Self:
+        """An error whose message is in pieces; ``param`` is the field with which it begins, unless it is given."""
+        if param is None and not isinstance(words[0], str):
+            names = [part for part in words[0] if isinstance(part, str)]
+            param = names[1] if names[0] == SAMPLING and len(names) > 1 else names[0]
+        return cls(words, param)
+
     def __str__(self) -> str:
-        return "".join(
-            piece if isinstance(piece, str) else field_name(piece) for piece in self.words
-        )
+        return "".join(item if isinstance(item, str) else field_name(item) for item in self.words)
 
     @property
-    def fields(self) -> list[Field]:
-        """The fields that the message names."""
-        return [piece for piece in self.words if not isinstance(piece, str)]
+    def names_fields(self) -> bool:
+        return any(not isinstance(item, str) for item in self.words)
 
     def prefix(self, text: str) -> None:
         """Say first what else it is about: "prompt 3: "."""
         self.words = (text, *self.words)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call the fields as an API does in which sampling parameters are fields of the body.
-
-        Args:
-            names: a field's name in the native API -> in that one; a name that is not there is the same.
-        """
+        """Use the names of an API in which sampling parameters are fields of the body: native name -> its own."""
 
         def renamed(field: Field) -> Field:
             name, *rest = field[1:] if field[0] == SAMPLING and len(field) > 1 else field
             return names.get(str(name), name), *rest
 
-        self.words = tuple(
-            piece if isinstance(piece, str) else renamed(piece) for piece in self.words
-        )
-        if self.param is not None:
-            self.param = names.get(self.param, self.param)
+        self.words = tuple(item if isinstance(item, str) else renamed(item) for item in self.words)
+        self.param = None if self.param is None else names.get(self.param, self.param)
 
 
 def field_name(field: Field) -> str:
     """A path as text: ``sampling_params[2].stop``."""
     names = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in field)
     return "".join(names).removeprefix(".")
-
-
-def _param(field: Field) -> str:
-    """The name of a path that clients know a field by: without ``sampling_params``, and without places in lists."""
-    names = [part for part in field if isinstance(part, str)]
-    return names[1] if names[0] == SAMPLING and len(names) > 1 else names[0]
 
 
 class AdapterNotFoundError(RequestError):

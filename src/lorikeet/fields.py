@@ -29,7 +29,7 @@ def shown(value: object) -> str:
 
 def refused(field: Field, value: object, allowed: str) -> RequestError:
     """The error of a value that is not ``allowed``."""
-    return RequestError((field, f" is {shown(value)}; allowed: {allowed}"))
+    return RequestError.about(field, f" is {shown(value)}; allowed: {allowed}")
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -87,4 +87,4 @@ def read_mapping(value: object, field: Field, allowed: str) -> Mapping[Any, Any]
 def check_length(num: int, field: Field, most: float) -> None:
     """Refuse more than ``most`` entries of a list or an object."""
     if num > most:
-        raise RequestError((field, f" has {num} entries; allowed: at most {most}"))
+        raise RequestError.about(field, f" has {num} entries; allowed: at most {most}")

@@ -245,11 +245,13 @@ class FakeEngine:
             text = f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}"
             self._refuse(number, Failure("refused", text, "lora_path"))
         elif request.sampling.regex == "(":
-            error = RequestError((("sampling_params", "regex"), ": '(' is no regular expression"))
+            error = RequestError.about(
+                ("sampling_params", "regex"), ": '(' is no regular expression"
+            )
             self._refuse(number, Failure.of(error))
         elif request.sampling.structural_tag and self.knobs.refuse_grammar:
             field = ("sampling_params", "structural_tag")
-            error = RequestError((field, f": {self.knobs.refuse_grammar}"))
+            error = RequestError.about(field, f": {self.knobs.refuse_grammar}")
             self._refuse(number, Failure.of(error))
         elif not self.knobs.hold_accept:
             scripts = self.knobs.scripts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from lorikeet.errors import AdapterError
+from lorikeet.fields import is_integer
 from lorikeet.masking import printable, shortened
 
 # An adapter of a hundred layers has some thousand tensors, of about 150 bytes each in the header. It is read with the
@@ -182,10 +183,7 @@ def _are_sizes(value: object, lengths: range) -> bool:
     return (
         isinstance(value, list)
         and len(cast("list[object]", value)) in lengths
-        and all(
-            isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _MAX_SIZE
-            for item in cast("list[object]", value)
-        )
+        and all(is_integer(item) and 0 <= item <= _MAX_SIZE for item in cast("list[object]", value))
     )
 
 

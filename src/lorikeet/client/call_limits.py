@@ -88,15 +88,13 @@ def fit_logprobs(
             room = context_length - len(prompt.prompt_token_ids)
             asked += each * min(params.max_new_tokens, room)
     if most is not None and asked + open_ended > most:
-        raise RequestError(
-            (
-                ("top_logprobs_num",),
-                f": the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of ",
-                ("max_new_tokens",),
-                ", each times 1 + ",
-                ("top_logprobs_num",),
-                f", for each completion); allowed: at most {most}",
-            )
+        raise RequestError.about(
+            ("top_logprobs_num",),
+            f": the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of ",
+            ("max_new_tokens",),
+            ", each times 1 + ",
+            ("top_logprobs_num",),
+            f", for each completion); allowed: at most {most}",
         )
     longest = context_length
     if most is not None and open_ended:

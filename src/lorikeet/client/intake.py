@@ -184,11 +184,9 @@ class Intake:
             tokens.append(read(prompt, where))
             total += len(tokens[-1])
             if most is not None and total > most:
-                raise RequestError(
-                    (
-                        (name,),
-                        f": the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
-                    )
+                raise RequestError.about(
+                    (name,),
+                    f": the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
                 )
         return tokens
 
@@ -198,18 +196,16 @@ class Intake:
             self._check_text(text, ("text", index) if is_batch else ("text",))
         num, most = sum(map(len, texts)), self._limits.max_texts
         if most is not None and num > most:
-            raise RequestError(
-                (
-                    ("text",),
-                    f" has {num:,} characters in {len(texts):,} prompts; allowed: {most:,} in one call",
-                )
+            raise RequestError.about(
+                ("text",),
+                f" has {num:,} characters in {len(texts):,} prompts; allowed: {most:,} in one call",
             )
 
     def _encode(self, text: str, field: Field) -> list[int]:
         token_ids = self._tokenizer.encode(text)
         if not token_ids:
             problem = f" is {shown(text)}, which has no tokens; allowed: at least one character"
-            raise RequestError((field, problem))
+            raise RequestError.about(field, problem)
         self._check_ids(token_ids, field)
         return token_ids
 
@@ -226,17 +222,15 @@ class Intake:
         """Refuse a prompt that cannot fit into the context, for its length."""
         least = self._tokenizer.least_tokens(read_text(text, field))
         if least > self._context_length:
-            raise ContextLengthError(
-                (
-                    field,
-                    f" has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
-                    f"context length is {self._context_length}",
-                )
+            raise ContextLengthError.about(
+                field,
+                f" has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
+                f"context length is {self._context_length}",
             )
         most = self._limits.max_text
         if most is not None and len(text) > most:
             problem = f" has {len(text):,} characters; allowed: {most:,} in one prompt"
-            raise RequestError((field, problem))
+            raise RequestError.about(field, problem)
 
     def _read_ids(self, row: object, field: Field) -> list[int]:
         items = read_list(row, field, "a list of token ids")
@@ -254,12 +248,10 @@ class Intake:
         if min(token_ids) >= 0 and max(token_ids) < self._vocab_size:
             return
         index = next(i for i, item in enumerate(token_ids) if not 0 <= item < self._vocab_size)
-        raise RequestError(
-            (
-                field,
-                f" has the token id {shown(token_ids[index])} at position {index}; "
-                f"allowed: token ids in [0, {self._vocab_size - 1}]",
-            )
+        raise RequestError.about(
+            field,
+            f" has the token id {shown(token_ids[index])} at position {index}; "
+            f"allowed: token ids in [0, {self._vocab_size - 1}]",
         )
 
     def _read_sampling(
@@ -336,17 +328,15 @@ def _read_rows(value: object) -> tuple[str, Sequence[Any], bool]:
 
 
 def _empty(field: Field, what: str) -> RequestError:
-    return RequestError((field, f" is an empty list; allowed: at least one {what}"))
+    return RequestError.about(field, f" is an empty list; allowed: at least one {what}")
 
 
 def _check_length(value: Sequence[Any], name: str, num: int) -> None:
     if len(value) != num:
-        raise RequestError(
-            (
-                (name,),
-                f" has {len(value)} entries for {num} prompt{'' if num == 1 else 's'}; "
-                "allowed: one value for all, or a list with one entry per prompt",
-            )
+        raise RequestError.about(
+            (name,),
+            f" has {len(value)} entries for {num} prompt{'' if num == 1 else 's'}; "
+            "allowed: one value for all, or a list with one entry per prompt",
         )
 
 
@@ -379,11 +369,9 @@ def _read_adapter(value: object, field: Field) -> str | None:
 def _common_n(sampling: list[SamplingParams]) -> int:
     counts = {params.n for params in sampling}
     if len(counts) > 1:
-        raise RequestError(
-            (
-                (SAMPLING, "n"),
-                f" differs between prompts: {sorted(counts)}; allowed: the same n for all of them",
-            )
+        raise RequestError.about(
+            (SAMPLING, "n"),
+            f" differs between prompts: {sorted(counts)}; allowed: the same n for all of them",
         )
     return counts.pop()
 

@@ -51,13 +51,11 @@ def parse_sampling(
     given = read_mapping(value, where, "an object")
     unknown = sorted(islice((str(name)[:MAX_SHOWN] for name in given if name not in PARAMS), 4))
     if unknown:
-        raise RequestError(
-            (
-                where,
-                f" has unknown keys: {', '.join(map(repr, unknown))[:200]}; "
-                f"allowed: {', '.join(sorted(PARAMS))}",
-            ),
-            unknown[0] if unknown[0].isidentifier() else SAMPLING,
+        raise RequestError.about(
+            where,
+            f" has unknown keys: {', '.join(map(repr, unknown))[:200]}; "
+            f"allowed: {', '.join(sorted(PARAMS))}",
+            param=unknown[0] if unknown[0].isidentifier() else SAMPLING,
         )
     read = {
         name: _read(item, (*where, name), PARAMS[name])
@@ -83,11 +81,9 @@ def _read_texts(value: object, field: Field, most: int) -> tuple[str, ...]:
     check_length(len(entries), field, most)
     texts = tuple(read_text(item, field) for item in entries)
     if any(len(text) > MAX_STOP_LENGTH for text in texts):
-        raise RequestError(
-            (
-                field,
-                f" has an entry of {max(map(len, texts))} characters; allowed: at most {MAX_STOP_LENGTH}",
-            )
+        raise RequestError.about(
+            field,
+            f" has an entry of {max(map(len, texts))} characters; allowed: at most {MAX_STOP_LENGTH}",
         )
     return texts
 
@@ -101,8 +97,8 @@ def _read_ids(value: object, field: Field, most: int) -> tuple[int, ...]:
             raise refused(field, item, allowed)
         found[item] = None
         if len(found) > most:
-            raise RequestError(
-                (field, f" has more than {most} different ids; allowed: at most {most}")
+            raise RequestError.about(
+                field, f" has more than {most} different ids; allowed: at most {most}"
             )
     return tuple(found)
 
@@ -118,7 +114,7 @@ def _read_biases(value: object, field: Field, most: int) -> dict[int, float]:
         if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= 18:
             token_id = int(key)
         if not is_integer(token_id):
-            raise RequestError((field, f": key is {shown(key)}; allowed: {allowed}"))
+            raise RequestError.about(field, f": key is {shown(key)}; allowed: {allowed}")
         biases[token_id] = read_number(bias, (*field, token_id))
     return biases
 
@@ -132,12 +128,12 @@ def _read_json_text(value: object, field: Field) -> str:
         check_grammar_length(field, text)
         json.loads(text)
     except RecursionError:
-        raise RequestError(
-            (field, " is nested too deeply; allowed: a few hundred levels")
+        raise RequestError.about(
+            field, " is nested too deeply; allowed: a few hundred levels"
         ) from None
     except (TypeError, ValueError) as error:
         if isinstance(value, str):
-            raise RequestError((field, f" is not valid JSON: {error}")) from error
+            raise RequestError.about(field, f" is not valid JSON: {error}") from error
         raise refused(field, value, "an object of JSON values") from error
     return text
 

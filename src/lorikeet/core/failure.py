@@ -64,7 +64,7 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     def of(cls, error: BaseException) -> Failure:
         """An exception, which is a fault of ours unless it was raised on purpose."""
         if isinstance(error, LorikeetError):
-            words = error.words if isinstance(error, RequestError) and error.fields else None
+            words = error.words if isinstance(error, RequestError) and error.names_fields else None
             return cls(error.kind, str(error), error.param, error.code, words)
         return cls("failed", f"{type(error).__name__}: {error}")
 

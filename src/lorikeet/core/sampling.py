@@ -1,16 +1,18 @@
 """How tokens are chosen and when a completion ends: :class:`SamplingParams`, which is the table of sampling parameters.
 
 Whatever else knows the parameters follows from it: the reader of ``sampling_params`` (``client/params.py``), the fields of
-OpenAI's bodies (``server/openai/bodies.py``), ``/openapi.json`` and ``docs/sampling.md``. A new one is an entry here, and the
-code that obeys it.
+OpenAI's bodies (``server/openai/bodies.py``), ``/openapi.json`` and ``docs/sampling.md``. A new one is a field here with its
+line in the docstring, and the code that obeys it.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -33,30 +35,32 @@ MAX_STOP_TOKENS = 256
 MAX_BIASES = 300
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Param:
-    """What a sampling parameter is, beside its name, type and default.
+    """What there is to know of a sampling parameter.
 
     Attributes:
-        about: what it does, in a sentence.
         least, most: of a number; of a list or an object, ``most`` is how many entries it may have.
         is_above: ``least`` itself is not allowed.
         special: a number outside of the range, and what it means.
         is_json: the text is JSON, which may be given as an object.
         openai: its name in the bodies of the OpenAI API; None: there is no such field.
-        name, kind, default: those of the field; ``kind`` without None.
+        name, default: those of the field of :class:`SamplingParams`.
+        kind: its type, without None.
+        about: what it does: its entry in the docstring.
     """
 
-    about: str
     least: float = -math.inf
     most: float = math.inf
+    _: KW_ONLY
     is_above: bool = False
     special: tuple[int, str] | None = None
     is_json: bool = False
     openai: str | None = ""
     name: str = ""
-    kind: Any = None
     default: Any = None
+    kind: Any = None
+    about: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -78,14 +82,11 @@ class Param:
     def allowed(self) -> str:
         """Which values are allowed, in words."""
         if not self.is_number:
-            entries = f", at most {self.most}" if math.isfinite(self.most) else ""
-            return self.words + entries
+            return self.words + (f", at most {self.most}" if math.isfinite(self.most) else "")
         if math.isfinite(self.most):
-            words = self.words
-            words += f" in {'(' if self.is_above else '['}{self.least}, {self.most}]"
+            words = f"{self.words} in {'(' if self.is_above else '['}{self.least}, {self.most}]"
         else:
-            words = "an integer" if self.kind is int else "a finite number"
-            words += f" >= {self.least}"
+            words = f"{'an integer' if self.kind is int else 'a finite number'} >= {self.least}"
         return f"{self.special[0]} ({self.special[1]}) or {words}" if self.special else words
 
 
@@ -103,138 +104,59 @@ _WORDS: Mapping[Any, str] = {
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are chosen and when a completion ends. Defaults are those of the native HTTP API.
 
-    ``docs/sampling.md`` says what each one does. The fields are in the order of OpenAI's, with ours behind them.
+    The fields are in the order of OpenAI's, with ours behind them. ``max_new_tokens=None`` is as many as the context holds.
+
+    Attributes:
+        n: completions of each prompt.
+        max_new_tokens: most tokens to generate.
+        temperature: logits are divided by it; 0 is greedy.
+        top_p: only the likeliest tokens that together have this probability are drawn.
+        stop: strings that end the completion; the text ends before them, unless ``no_stop_trim`` is set.
+        sampling_seed: the same seed and prompt give the same tokens whatever shares the batch; the n completions take this
+            seed and the ones that follow it.
+        logit_bias: token id to a number in [-100, 100], added to its logit.
+        presence_penalty: taken from the logit of each token that the output has.
+        frequency_penalty: taken from a token's logit as often as the output has the token.
+        json_schema: the output is JSON that obeys this schema: an object, or its JSON as a string.
+        top_k: only so many of the likeliest tokens are drawn.
+        min_p: only tokens with this part of the likeliest one's probability are drawn.
+        repetition_penalty: logits above 0 of tokens that prompt or output have are divided by it, those below are
+            multiplied.
+        min_new_tokens: no end-of-sequence token, stop id or stop string counts before this many tokens.
+        stop_token_ids: token ids that end the completion.
+        stop_regex: regular expressions that end the completion as ``stop`` does.
+        no_stop_trim: the text ends behind the stop string or token, not before it.
+        ignore_eos: the model's end-of-sequence tokens do not end the completion.
+        skip_special_tokens: special tokens are left out of the text.
+        spaces_between_special_tokens: spaces stand around special tokens, where the tokenizer joins tokens by spaces.
+        regex: the output matches this regular expression.
+        ebnf: the output obeys this grammar, in EBNF.
+        structural_tag: the output obeys this structural tag of XGrammar: an object, or its JSON as a string.
     """
 
-    n: Annotated[int, Param(about="Completions of each prompt.", least=1, most=1024)] = 1
-    max_new_tokens: Annotated[
-        int | None,
-        Param(
-            about="Most tokens to generate.",
-            least=0,
-            openai="max_tokens",
-        ),
-    ] = 128
-    temperature: Annotated[
-        float, Param(about="Logits are divided by it; 0 is greedy.", least=0)
-    ] = 1.0
-    top_p: Annotated[
-        float,
-        Param(
-            about="Only the likeliest tokens that together have this probability are drawn.",
-            least=0,
-            most=1,
-            is_above=True,
-        ),
-    ] = 1.0
-    stop: Annotated[
-        tuple[str, ...],
-        Param(
-            about="Strings that end the completion; the text ends before them, unless `no_stop_trim` is set.",
-            most=MAX_STOPS,
-        ),
-    ] = ()
-    sampling_seed: Annotated[
-        int | None,
-        Param(
-            about="The same seed and prompt give the same tokens whatever shares the batch; the n completions take this seed "
-            "and the ones that follow it.",
-            least=0,
-            most=MAX_SEED,
-            openai="seed",
-        ),
-    ] = None
-    logit_bias: Annotated[
-        dict[int, float],
-        Param(about="Token id to a number in [-100, 100], added to its logit.", most=MAX_BIASES),
-    ] = {}
-    presence_penalty: Annotated[
-        float,
-        Param(about="Taken from the logit of each token that the output has.", least=-2, most=2),
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        Param(
-            about="Taken from a token's logit as often as the output has the token.",
-            least=-2,
-            most=2,
-        ),
-    ] = 0.0
-    json_schema: Annotated[
-        str | None,
-        Param(
-            about="The output is JSON that obeys this schema: an object, or its JSON as a string.",
-            is_json=True,
-            openai="response_format",
-        ),
-    ] = None
-    top_k: Annotated[
-        int,
-        Param(
-            about="Only so many of the likeliest tokens are drawn.",
-            least=1,
-            special=(-1, "all tokens"),
-        ),
-    ] = -1
-    min_p: Annotated[
-        float,
-        Param(
-            about="Only tokens with this part of the likeliest one's probability are drawn.",
-            least=0,
-            most=1,
-        ),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float,
-        Param(
-            about="Logits above 0 of tokens that prompt or output have are divided by it, those below are multiplied.",
-            least=0,
-            most=2,
-            is_above=True,
-        ),
-    ] = 1.0
-    min_new_tokens: Annotated[
-        int,
-        Param(
-            about="No end-of-sequence token, stop id or stop string counts before this many tokens.",
-            least=0,
-            openai="min_tokens",
-        ),
-    ] = 0
-    stop_token_ids: Annotated[
-        tuple[int, ...], Param(about="Token ids that end the completion.", most=MAX_STOP_TOKENS)
-    ] = ()
-    stop_regex: Annotated[
-        tuple[str, ...],
-        Param(
-            about="Regular expressions that end the completion as `stop` does.", most=MAX_PATTERNS
-        ),
-    ] = ()
-    no_stop_trim: Annotated[
-        bool, Param(about="The text ends behind the stop string or token, not before it.")
-    ] = False
-    ignore_eos: Annotated[
-        bool, Param(about="The model's end-of-sequence tokens do not end the completion.")
-    ] = False
-    skip_special_tokens: Annotated[
-        bool, Param(about="Special tokens are left out of the text.")
-    ] = True
-    spaces_between_special_tokens: Annotated[
-        bool,
-        Param(
-            about="Spaces stand around special tokens, where the tokenizer joins tokens by spaces."
-        ),
-    ] = True
-    regex: Annotated[str | None, Param(about="The output matches this regular expression.")] = None
-    ebnf: Annotated[str | None, Param(about="The output obeys this grammar, in EBNF.")] = None
-    structural_tag: Annotated[
-        str | None,
-        Param(
-            about="The output obeys this structural tag of XGrammar: an object, or its JSON as a string.",
-            is_json=True,
-            openai=None,
-        ),
-    ] = None
+    n: Annotated[int, Param(1, 1024)] = 1
+    max_new_tokens: Annotated[int | None, Param(0, openai="max_tokens")] = 128
+    temperature: Annotated[float, Param(0)] = 1.0
+    top_p: Annotated[float, Param(0, 1, is_above=True)] = 1.0
+    stop: Annotated[tuple[str, ...], Param(most=MAX_STOPS)] = ()
+    sampling_seed: Annotated[int | None, Param(0, MAX_SEED, openai="seed")] = None
+    logit_bias: Annotated[dict[int, float], Param(most=MAX_BIASES)] = {}
+    presence_penalty: Annotated[float, Param(-2, 2)] = 0.0
+    frequency_penalty: Annotated[float, Param(-2, 2)] = 0.0
+    json_schema: Annotated[str | None, Param(is_json=True, openai="response_format")] = None
+    top_k: Annotated[int, Param(1, special=(-1, "all tokens"))] = -1
+    min_p: Annotated[float, Param(0, 1)] = 0.0
+    repetition_penalty: Annotated[float, Param(0, 2, is_above=True)] = 1.0
+    min_new_tokens: Annotated[int, Param(0, openai="min_tokens")] = 0
+    stop_token_ids: Annotated[tuple[int, ...], Param(most=MAX_STOP_TOKENS)] = ()
+    stop_regex: Annotated[tuple[str, ...], Param(most=MAX_PATTERNS)] = ()
+    no_stop_trim: Annotated[bool, Param()] = False
+    ignore_eos: Annotated[bool, Param()] = False
+    skip_special_tokens: Annotated[bool, Param()] = True
+    spaces_between_special_tokens: Annotated[bool, Param()] = True
+    regex: Annotated[str | None, Param()] = None
+    ebnf: Annotated[str | None, Param()] = None
+    structural_tag: Annotated[str | None, Param(is_json=True, openai=None)] = None
 
     @property
     def is_greedy(self) -> bool:
@@ -263,19 +185,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if param.is_number and value is not None and not param.allows(value):
                 raise refused((*where, name), value, param.allowed)
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise RequestError(
-                (
-                    (*where, "min_new_tokens"),
-                    f" is {self.min_new_tokens}; allowed: at most ",
-                    ("max_new_tokens",),
-                    f" ({self.max_new_tokens})",
-                )
+            raise RequestError.about(
+                (*where, "min_new_tokens"),
+                f" is {self.min_new_tokens}; allowed: at most ",
+                ("max_new_tokens",),
+                f" ({self.max_new_tokens})",
             )
         self._validate_tokens(vocab_size, where)
         given = [kind for kind in GRAMMAR_FIELDS if getattr(self, kind) is not None]
         if len(given) > 1:
             fields = ((*where, given[0]), " and ", (given[1],))
-            raise RequestError((*fields, " exclude each other; give one"), given[1])
+            raise RequestError.about(*fields, " exclude each other; give one", param=given[1])
         for kind in given:
             check_grammar_length((*where, kind), getattr(self, kind))
 
@@ -303,21 +223,26 @@ def check_grammar_length(field: Field, source: str) -> None:
         RequestError: it is.
     """
     if len(source) > MAX_GRAMMAR:
-        raise RequestError(
-            (field, f": it has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}")
+        raise RequestError.about(
+            field, f": it has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}"
         )
 
 
 def _read_table() -> dict[str, Param]:
     table: dict[str, Param] = {}
     defaults = SamplingParams()
+    entries = (inspect.getdoc(SamplingParams) or "").partition("Attributes:")[2]
+    about = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", entries, re.MULTILINE))
     for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
         kind, param = get_args(hint)
-        if isinstance(kind, UnionType):
-            kind = get_args(kind)[0]
-        openai = name if param.openai == "" else param.openai
-        default = getattr(defaults, name)
-        table[name] = replace(param, name=name, kind=kind, default=default, openai=openai)
+        table[name] = replace(
+            param,
+            name=name,
+            default=getattr(defaults, name),
+            kind=get_args(kind)[0] if isinstance(kind, UnionType) else kind,
+            openai=name if param.openai == "" else param.openai,
+            about=" ".join(about.get(name, "").replace("``", "`").split()),
+        )
     return table
 
 
@@ -327,34 +252,22 @@ PARAMS: Mapping[str, Param] = _read_table()
 
 def markdown() -> str:
     """The text of ``docs/sampling.md``."""
-    rows = [
-        f"| `{param.name}` | {_shown_name(param)} | {param.allowed} | {_shown_default(param)} | {param.about} |"
-        for param in PARAMS.values()
+    lines = [
+        "# Sampling parameters",
+        "",
+        "<!-- written by scripts/write_docs.py from src/lorikeet/core/sampling.py -->",
+        "",
+        "The fields of `sampling_params` in `/generate` and of `lorikeet.SamplingParams`. Bodies of the",
+        "[OpenAI API](openai.md) have them as fields of their own; the `openai` client sends those that it does not know by",
+        "`extra_body`. Null stands for the default; only `max_new_tokens: null` in `/generate` is as many as the context holds.",
+        "At most one of `json_schema`, `regex`, `ebnf` and `structural_tag` may be given.",
+        "",
+        "| parameter | in the OpenAI API | values | default | what it does |",
+        "|---|---|---|---|---|",
     ]
-    return "\n".join(
-        [
-            "# Sampling parameters",
-            "",
-            "<!-- written by scripts/write_docs.py from src/lorikeet/core/sampling.py -->",
-            "",
-            "The fields of `sampling_params` in `/generate` and of `lorikeet.SamplingParams`. Bodies of the",
-            "[OpenAI API](openai.md) have them as fields of their own; the `openai` client sends those that it does not know by",
-            "`extra_body`. Null stands for the default, but `max_new_tokens: null` in `/generate` is as many tokens as the context",
-            "holds. At most one of `json_schema`, `regex`, `ebnf` and `structural_tag` may be given.",
-            "",
-            "| parameter | in the OpenAI API | values | default | what it does |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def _shown_name(param: Param) -> str:
-    if param.openai is None:
-        return "no"
-    return "the same" if param.openai == param.name else f"`{param.openai}`"
-
-
-def _shown_default(param: Param) -> str:
-    return "none" if param.default in (None, (), {}) else f"`{json.dumps(param.default)}`"
+    for param in PARAMS.values():
+        openai = "the same" if param.openai == param.name else f"`{param.openai}`"
+        default = "none" if param.default in (None, (), {}) else f"`{json.dumps(param.default)}`"
+        cells = (f"`{param.name}`", openai if param.openai else "no", param.allowed, default)
+        lines.append(f"| {' | '.join(cells)} | {param.about} |")
+    return "\n".join([*lines, ""])

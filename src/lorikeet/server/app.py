@@ -34,9 +34,7 @@ from lorikeet.server.lifecycle import (
 from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
 from lorikeet.server.native import NativeRoutes
-from lorikeet.server.openai.completions import CompletionRoutes
-from lorikeet.server.openai.embeddings import EmbeddingRoutes
-from lorikeet.server.openai.models import OpenAIRoutes
+from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
 from lorikeet.text.tokenizer import Tokenizer
 
 SpawnEngine = Callable[[ServerConfig, EngineAddress], BaseProcess]
@@ -73,7 +71,7 @@ def make_app(
     app.include_router(AdapterRoutes(config, client).router())
     app.include_router(CompletionRoutes(config, client).router())
     app.include_router(EmbeddingRoutes(config, client).router())
-    app.include_router(OpenAIRoutes(config, client).router())
+    app.include_router(ModelRoutes(config, client).router())
     app.include_router(HealthRoutes(config, client, generate_timeout=health_timeout).router())
     if config.enable_metrics:
         app.include_router(metrics_router(registry))

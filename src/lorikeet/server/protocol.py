@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast
 
+import msgspec
 import orjson
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -44,34 +45,21 @@ MAX_QUOTE_DEPTH = 8
 
 def param_schema(param: Param) -> dict[str, Any]:
     """A sampling parameter in the document: it may be null, a list may be its one entry, and JSON may be text."""
-    form: dict[str, Any] = {"type": _TYPES[param.kind]}
-    others = [{"type": "null"}]
+    form = msgspec.json.schema(param.kind)
     if param.is_number:
         low = "exclusiveMinimum" if param.is_above else "minimum"
         bounds = {low: param.least, "maximum": param.most}
         form |= {word: value for word, value in bounds.items() if math.isfinite(value)}
-    elif param.kind == dict[int, float]:
-        form |= {"additionalProperties": {"type": "number"}, "maxProperties": param.most}
-    elif param.kind not in (bool, str):
-        item = {"type": _TYPES[get_args(param.kind)[0]]}
-        form |= {"items": item}
-        others.append(item)
+    forms = [form, {"type": "null"}]
+    if "items" in form:
+        forms.append(form["items"])
     if param.is_json:
-        others.append({"type": "object"})
+        forms.append({"type": "object"})
     if param.special is not None:
-        others.append({"const": param.special[0]})
-    return {"description": param.about, "anyOf": [form, *others]}
+        forms.append({"const": param.special[0]})
+    return {"description": param.about, "anyOf": forms}
 
 
-_TYPES = {
-    bool: "boolean",
-    dict[int, float]: "object",
-    float: "number",
-    int: "integer",
-    str: "string",
-    tuple[int, ...]: "array",
-    tuple[str, ...]: "array",
-}
 _SAMPLING = {
     "type": "object",
     "properties": {
@@ -238,8 +226,8 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     # Integers of the path are positions in lists; its strings after the first name members of unions.
     where = (name, *(part for part in error["loc"][1:] if isinstance(part, int)))
     if error["type"] == "missing":
-        return RequestError((where, f": is required; it must be {allowed}"))
-    return RequestError((where, f": must be {allowed}; got {quote(error['input'])}"))
+        return RequestError.about(where, f": is required; it must be {allowed}")
+    return RequestError.about(where, f": must be {allowed}; got {quote(error['input'])}")
 
 
 def quote(value: object) -> str:

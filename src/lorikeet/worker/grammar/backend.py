@@ -151,7 +151,7 @@ _MAX_REASON = 400
 def refuse(kind: str, why: str) -> RequestError:
     """The error for a grammar; ``why`` may be as long as the client's text."""
     shown = why if len(why) <= _MAX_REASON else why[:_MAX_REASON] + " …"
-    return RequestError(((SAMPLING, kind), f": {shown}"))
+    return RequestError.about((SAMPLING, kind), f": {shown}")
 
 
 def reason(error: BaseException) -> str:

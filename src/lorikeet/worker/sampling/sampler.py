@@ -223,7 +223,7 @@ class Sampler:
             return None
         if self._grammars is None:
             kind = sampling.grammar[0]
-            raise RequestError(((SAMPLING, kind), ": grammars are not available here"))
+            raise RequestError.about((SAMPLING, kind), ": grammars are not available here")
         return self._grammars.matcher(sampling)
 
     def _real_columns(self, logits_NV: Tensor, num_rows: int | None) -> Tensor:
