@@ -42,6 +42,9 @@ __all__ = [
 ErrorKind = Literal[
     "refused", "not_found", "too_slow", "too_large", "failed", "dead", "unavailable"
 ]
+"""``refused`` cannot be done as it was asked, ``not_found`` names what is not there, and ``too_slow`` and ``too_large`` are
+bodies that are not read to their end. ``failed`` is a fault of ours, ``dead`` says that the engine is gone, and what is
+``unavailable`` may be tried again."""
 
 
 class LorikeetError(Exception):

@@ -318,6 +318,6 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def _raise_error(completion: Completion) -> None:
-    error = None if completion.finish is None else completion.finish.error
+    error = None if completion.finish is None else completion.finish.error()
     if error is not None:
         raise error

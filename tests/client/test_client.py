@@ -416,7 +416,7 @@ async def test_a_request_that_fails_later_says_so_in_its_end(tokenizer: Tokenize
         results = await finish(await made.client.submit(batch(bad=request("abx"), good=request())))
         ended = results[0].finish
         assert ended is not None
-        error = ended.error
+        error = ended.error()
         assert isinstance(error, EngineFault)
         assert ended.status_code == 500
         assert str(error) == "out of memory"
@@ -489,7 +489,7 @@ def test_which_ends_are_errors(
     kind: FailureKind, error_type: type[Exception] | None, status: int | None
 ) -> None:
     reason = FinishReason(kind="abort", failure=Failure(kind, "why"))
-    error = reason.error
+    error = reason.error()
     assert reason.status_code == status
     if error_type is None:
         assert error is None

@@ -70,8 +70,7 @@ TICK_S = 0.5
 # come back. A pulse may be late.
 SILENCE_S = 15.0
 LEAST_SILENCE_S = 3.0
-# Questions that the engine answers between two steps, and how long they wait.
-QUERIES = (FlushCache, ListAdapters)
+# How long a question waits that the engine answers between two steps.
 QUERY_TIMEOUT_S = 20.0
 # The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
 LAST_WORDS_S = 0.2
@@ -285,7 +284,7 @@ class EngineClient:
             UnavailableError: it does not answer a question that costs it nothing.
         """
         self.check_alive()
-        timeout = QUERY_TIMEOUT_S if isinstance(command, QUERIES) else None
+        timeout = QUERY_TIMEOUT_S if isinstance(command, FlushCache | ListAdapters) else None
         return await self._commands.run(command, timeout=timeout)
 
     def _claim(self, labels: Mapping[str, list[int]], num_completions: int) -> OpenCall:
@@ -482,7 +481,7 @@ class EngineClient:
         """Tell whoever follows that a completion has grown or finished."""
         call, finish = entry.call, entry.completion.finish
         # A terminal output without Accepted before it: refused, or aborted while it waited.
-        error = None if finish is None or entry.is_accepted else finish.error
+        error = None if finish is None or entry.is_accepted else finish.error()
         if error is None:
             call.accept(entry)
         else:
@@ -500,7 +499,7 @@ class EngineClient:
         finish, snapshot = entry.completion.finish, entry.completion.snapshot()
         if finish is None:
             raise AssertionError("a terminal output did not finish its completion")
-        outcome: Outcome = "error" if finish.error is not None else finish.kind
+        outcome: Outcome = "error" if finish.error() is not None else finish.kind
         entry.timer.end(
             outcome,
             num_prompt_tokens=snapshot.prompt_tokens,

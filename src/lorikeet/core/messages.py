@@ -2,7 +2,7 @@
 
 Every message is msgpack. Every message can be sent, whatever strangers have put into it, and what arrives and cannot be
 read is an :class:`Unreadable` that says for whom it was: one odd value never ends a process. Adding a message means
-adding a class here and a row to the table of handlers at the receiving end.
+adding a class here and a case to the ``match`` at the receiving end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorikeet.core.views import AdapterUse, AdapterView, EngineInfo
 
 
 class Entry(Prompt, kw_only=True):
-    """A request on its way; ``sampling`` is a place in the list of the message."""
+    """A request inside a :class:`Submit`; ``sampling`` is an index into the message's list of parameters."""
 
     sampling: int
 
@@ -42,7 +42,7 @@ class Submit(msgspec.Struct, tag=True):
 
     @classmethod
     def of(cls, first_id: int, requests: Sequence[Request]) -> Submit:
-        """The message for these requests; sets of parameters are told apart by identity."""
+        """Build the message for these requests. Parameters that are one object are sent once."""
         places: dict[int, int] = {}
         sampling: list[SamplingParams] = []
         entries: list[Entry] = []
@@ -112,7 +112,7 @@ class Reply(msgspec.Struct, tag=True):
 
 
 class AdapterTemplates(msgspec.Struct, tag=True):
-    """Names of adapters that came, with their chat templates, and those that went, with None.
+    """The chat templates of adapters that were loaded, and None for adapters that were unloaded.
 
     It is sent before whatever follows from it: the reply to a load, or Ready for the adapters of the start.
 
@@ -181,7 +181,7 @@ class Pulse(msgspec.Struct, tag=True):
 
 
 class Unreadable(msgspec.Struct):
-    """A message that has arrived and means nothing here; never sent.
+    """A message that has arrived and cannot be read; never sent.
 
     Attributes:
         reason: what is wrong with it.

@@ -99,7 +99,6 @@ class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         """HTTP status of the error; None if it is none."""
         return None if self.failure is None else self.failure.status_code
 
-    @property
     def error(self) -> UserError | EngineFault | None:
         """The exception that it stands for; None if the completion ended as it should, or as somebody asked."""
         if self.failure is None or self.failure.kind == "aborted":

@@ -1,7 +1,7 @@
-"""What has changed about the adapters since it was last told, in the form of ``adapters/views.py``.
+"""Collects what has changed about the adapters, for the copy that the HTTP process keeps (``adapters/views.py``).
 
-Every change costs what it changes: a name that came or went is described again, and a version whose tier or use has
-changed says so in a few numbers.
+A message is as large as the change: a name that came or went is described again, and of a version whose tier or use has
+changed only those few values are sent.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _serve(config: ServerConfig, endpoint: EngineEndpoint, parent: int) -> int:
     gc.collect()
     gc.freeze()
     loop = EngineLoop(core, endpoint, parent)
-    loop.send_templates()
+    loop.send_adapter_news()
     endpoint.start_pulse()
     endpoint.send(Ready(core.info))
     try:
@@ -136,7 +136,7 @@ class EngineLoop:
             outputs = self._core.step()
             if messages or outputs:
                 self._quiet_since = time.monotonic()
-            self.send_templates()
+            self.send_adapter_news()
             if accepted := self._core.take_accepted():
                 self._endpoint.send(Accepted(accepted))
             if outputs:
@@ -145,7 +145,7 @@ class EngineLoop:
             self._send_stats()
         return 0
 
-    def send_templates(self) -> None:
+    def send_adapter_news(self) -> None:
         """Tell which adapters came or went, and what else has changed about them."""
         if news := self._core.take_adapter_changes():
             self._endpoint.send(news)
@@ -198,7 +198,7 @@ class EngineLoop:
                 self._give_up(message, f"a message to the engine cannot be read: {reason}")
 
     def _give_up(self, message: ToEngine | Unreadable, reason: str) -> None:
-        """Answer, with a fault, everyone who waits for what this message asked for."""
+        """Tell everyone who waits for what this message asked for that it has failed."""
         match message:
             case Submit():
                 for item in message.ids:
@@ -227,7 +227,7 @@ class EngineLoop:
             self._refuse([number], Failure("failed", reason))
 
     def _refuse(self, ids: Iterable[int], failure: Failure) -> None:
-        """A terminal output for completions that the core does not have."""
+        """Send a terminal output for completions that the core does not have."""
         finish = FinishReason(kind="abort", failure=failure)
         outputs = [RequestOutput(id=number, token_ids=[], finish=finish) for number in ids]
         self._endpoint.send(Outputs(outputs))

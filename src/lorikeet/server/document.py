@@ -1,4 +1,4 @@
-"""``/openapi.json``: what the routes know of themselves, and what they answer.
+"""``/openapi.json``: the routes, the bodies that they take and the replies that they give.
 
 Routes read and write bodies by themselves, so FastAPI cannot know their replies; this module is the one place that says.
 The schema of a reply that is a Struct follows from the Struct. An endpoint that is not in :data:`REPLIES` promises
@@ -37,8 +37,9 @@ def _object(plain: str = "", **others: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _ref(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
+def _ref(name: str | type[msgspec.Struct]) -> Schema:
+    """The schema of a Struct, which stands among the document's components."""
+    return {"$ref": f"#/components/schemas/{name if isinstance(name, str) else name.__name__}"}
 
 
 def _components() -> dict[str, Schema]:
@@ -57,7 +58,7 @@ def _list(items: Schema) -> Schema:
 
 ERROR = _object(error=_object("message type param:string? code:string?"))
 _VLLM_ERROR = _object(error=_object("message type param:string? code:integer"))
-_LOADED = _ref("Loaded")
+_LOADED = _ref(Loaded)
 _META = _object(
     "id finish_reason:object? prompt_tokens:integer completion_tokens:integer cached_tokens:integer"
     " e2e_latency:number? lora_name:string?"
@@ -69,7 +70,7 @@ _MESSAGE = _object("role content:string?")
 _CARD = _object("id object created:integer owned_by root parent:string? max_model_len:integer")
 _SERVER = {
     "allOf": [
-        _ref("EngineInfo"),
+        _ref(EngineInfo),
         _object("adapters:object", internal_states=_list(_schema("object"))),
     ]
 }
@@ -93,20 +94,20 @@ REPLIES: dict[str, Schema] = {
     "/load_lora_adapter_from_tensors": _LOADED,
     "/v1/load_lora_adapter": _schema("string"),
     "/v1/unload_lora_adapter": _schema("string"),
-    "/v1/adapters": _object("object", data=_list(_ref("AdapterView"))),
-    "/v1/adapters/{name}": _ref("AdapterDetail"),
+    "/v1/adapters": _object("object", data=_list(_ref(AdapterView))),
+    "/v1/adapters/{name}": _ref(AdapterDetail),
     "/v1/completions": _openai(_object(f"text {_CHOICE}")),
     "/v1/chat/completions": _openai(_object(_CHOICE, message=_MESSAGE)),
     "/v1/embeddings": _object("id object model", data=_list(_VECTOR), usage=_schema("object")),
     "/v1/models": _object("object", data=_list(_CARD)),
     "/v1/models/{model_id}": _CARD,
-    "/health": _ref("Status"),
-    "/health_generate": _ref("Status"),
-    "/model_info": _ref("ModelInfo"),
-    "/get_model_info": _ref("ModelInfo"),
+    "/health": _ref(Status),
+    "/health_generate": _ref(Status),
+    "/model_info": _ref(ModelInfo),
+    "/get_model_info": _ref(ModelInfo),
     "/server_info": _SERVER,
     "/get_server_info": _SERVER,
-    "/flush_cache": _ref("Flushed"),
+    "/flush_cache": _ref(Flushed),
     "/metrics": _schema("string"),
 }
 """Path -> body of a 200."""

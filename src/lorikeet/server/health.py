@@ -1,4 +1,4 @@
-"""Is it up, what is it, and commands about the whole engine: health, model and server info, cache, metrics."""
+"""Routes about the server as a whole: health, model and server info, flushing the prefix cache, metrics."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class NativeRoutes:
         async for index, completion in stream:
             if completion.finish is None:
                 continue
-            error = completion.finish.error
+            error = completion.finish.error()
             if error is not None and (not batch.is_list or isinstance(error, UnavailableError)):
                 raise error
             finished[index] = completion.snapshot()
@@ -105,7 +105,7 @@ class NativeRoutes:
         try:
             async for index, completion in stream:
                 place = index if batch.is_list else None
-                error = completion.finish.error if completion.finish else None
+                error = completion.finish.error() if completion.finish else None
                 if error is None:
                     snapshot, last = completion.snapshot(), told.get(index, 0)
                     num = snapshot.num_logprobs

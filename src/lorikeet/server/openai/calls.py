@@ -348,7 +348,7 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
 
 def check_finish(finish: FinishReason) -> None:
     """Raise what a terminal output stands for; a completion that was cut off is none."""
-    error: LorikeetError | None = finish.error
+    error: LorikeetError | None = finish.error()
     if error is None and finish.kind == "abort":
         error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")
     if error is not None:
