@@ -139,8 +139,8 @@ class RequestError(UserError):
         """Use the names of an API in which sampling parameters are fields of the body: native name -> its own."""
 
         def renamed(field: Field) -> Field:
-            name, *rest = field[1:] if field[0] == SAMPLING and len(field) > 1 else field
-            return names.get(str(name), name), *rest
+            start = 1 if field[0] == SAMPLING and field[1:] else 0
+            return names.get(str(field[start]), field[start]), *field[start + 1 :]
 
         self.words = tuple(item if isinstance(item, str) else renamed(item) for item in self.words)
         self.param = None if self.param is None else names.get(self.param, self.param)

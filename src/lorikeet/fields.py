@@ -1,4 +1,4 @@
-"""Readers of values that somebody else wrote: a value is of its type, or refused with its field and what is allowed.
+"""Readers of values that somebody else wrote. They return a value of the right type or raise an error that names the field.
 
 Types are strict: a string is no number, a boolean is no integer. An integer does where a number is wanted.
 """

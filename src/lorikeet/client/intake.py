@@ -1,4 +1,4 @@
-"""The fields of ``/generate`` (and of ``LLM.generate``) -> requests for the engine, or one error that names the field.
+"""Turns the fields of ``/generate`` (and of ``LLM.generate``) into requests for the engine, or into an error that names the field.
 
 Everything about a request that can be known without the engine is checked here, before any work: only whether an
 adapter is loaded and whether a grammar compiles is left to the engine.
@@ -377,7 +377,7 @@ def _common_n(sampling: list[SamplingParams]) -> int:
 
 
 def _read_rids(value: object, num: int, num_samples: int) -> tuple[list[str], dict[str, list[int]]]:
-    """The name of each completion, given, made from a given one by a suffix, or random; and every name's completions."""
+    """The name of each completion (given, a given one with a suffix, or random), and each name with its completions."""
     if value is None:
         rids = [uuid.uuid4().hex for _ in range(num * num_samples)]
         return rids, {rid: [index] for index, rid in enumerate(rids)}

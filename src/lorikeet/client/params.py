@@ -1,4 +1,4 @@
-"""``sampling_params`` of a request -> :class:`SamplingParams`: types, accepted spellings, unknown keys.
+"""Reads ``sampling_params`` of a request into :class:`SamplingParams`, and refuses wrong types and unknown keys.
 
 ``null`` stands for the default, except that ``max_new_tokens: null`` means as many as the context holds. Ranges are
 checked by :meth:`SamplingParams.validate`.
@@ -104,7 +104,7 @@ def _read_ids(value: object, field: Field, most: int) -> tuple[int, ...]:
 
 
 def _read_biases(value: object, field: Field, most: int) -> dict[int, float]:
-    """JSON has only strings as keys, so token ids come as ``"15"``."""
+    """An object from token ids to numbers. JSON has only strings as keys, so token ids come as ``"15"``."""
     allowed = "an object from token ids to numbers"
     given = read_mapping(value, field, allowed)
     check_length(len(given), field, most)

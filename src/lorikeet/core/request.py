@@ -1,4 +1,4 @@
-"""What callers see: a request and the outputs it is answered with.
+"""What callers see of the engine: a request, and the outputs that answer it.
 
 A request enters the engine as a :class:`Request`, and each of its completions leaves it as a series of
 :class:`RequestOutput`, of which exactly one, the last, carries a :class:`FinishReason`.

@@ -96,7 +96,7 @@ class NativeRoutes:
     async def _events(
         self, stream: CompletionStream, batch: RequestBatch
     ) -> AsyncGenerator[bytes, None]:
-        """A frame for each growth of a completion. One that fails is an error frame, and the others go on.
+        """Frames of a stream, one each time a completion has grown. One that fails is an error frame, and the others go on.
 
         A frame repeats the log-probabilities of all output tokens. Once they are many, the next frame comes when they have
         grown by an eighth, so that all frames together take a time that is linear in the last one's.

@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 
 
 class _FirstError(FailFast):
-    """FailFast that can be hashed, as a part of a union has to be."""
+    """Pydantic's FailFast with a hash, which a part of a union needs."""
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -44,7 +44,7 @@ MAX_QUOTE_DEPTH = 8
 
 
 def param_schema(param: Param) -> dict[str, Any]:
-    """A sampling parameter in the document: it may be null, a list may be its one entry, and JSON may be text."""
+    """The JSON schema of a sampling parameter: null is allowed, and so is one entry in place of a list."""
     form = msgspec.json.schema(param.kind)
     if param.is_number:
         low = "exclusiveMinimum" if param.is_above else "minimum"
@@ -60,7 +60,7 @@ def param_schema(param: Param) -> dict[str, Any]:
     return {"description": param.about, "anyOf": forms}
 
 
-_SAMPLING = {
+_SAMPLING: dict[str, Any] = {
     "type": "object",
     "properties": {
         name: param_schema(param) | {"default": param.default} for name, param in PARAMS.items()
@@ -189,7 +189,7 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
 
 
 async def read_large(data: bytes, read: Callable[[bytes], _Read]) -> _Read:
-    """``read(data)``; of a large body on a thread, so that other requests need not wait for it."""
+    """Call ``read(data)``, for a large body on a thread, so that other requests need not wait for it."""
     return await run_sized(len(data), partial(read, data))
 
 
@@ -201,7 +201,7 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references: inside an OpenAPI document they would point to nowhere."""
+    """Replace references by what they point to: inside an OpenAPI document they would point to nowhere."""
     if isinstance(schema, list):
         return [_inline(item, definitions) for item in cast(list[Any], schema)]
     if not isinstance(schema, dict):
@@ -237,7 +237,7 @@ def quote(value: object) -> str:
 
 
 def _beginning(value: object, depth: int) -> object:
-    """A value that is no larger than a message can show."""
+    """As much of a value as a message can show."""
     if isinstance(value, str):
         return value[: MAX_QUOTE + 1]
     if not isinstance(value, list | dict):

@@ -36,7 +36,7 @@ class StrictBody(Body):
 
 
 class NeutralFields(StrictBody):
-    """Fields that change nothing, with the values for which that is true."""
+    """Fields that are accepted because they change nothing, with the values for which that is true."""
 
     user: str | None = Field(None, description="a string")
     safety_identifier: str | None = Field(None, description="a string")
@@ -59,6 +59,8 @@ class StreamOptions(StrictBody):
     )
 
 
+OPENAI_PARAMS = [param for param in PARAMS.values() if param.openai is not None]
+
 _TYPES: Mapping[Any, Any] = {
     dict[int, float]: dict[str, Any],
     tuple[int, ...]: int | Many[int],
@@ -68,22 +70,23 @@ _TYPES: Mapping[Any, Any] = {
 
 
 def add_sampling_fields(body: dict[str, Any]) -> None:
-    """Declare a field for each sampling parameter that the OpenAI API takes, in the class whose names these are."""
+    """Declare a field for each sampling parameter that the OpenAI API has.
+
+    Args:
+        body: the names of the class that is being defined.
+    """
     for param in OPENAI_PARAMS:
         kind, words = _TYPES.get(param.kind, param.kind), param.words
-        schema = param_schema(param)
+        schema: dict[str, Any] = param_schema(param)
         if param.openai == "response_format":
-            kind, words = dict[str, Any], "an object whose type is text, json_object or json_schema"
-            schema = {"description": words}
+            kind, schema = dict[str, Any], {}
+            words = "an object whose type is text, json_object or json_schema"
         body["__annotations__"][param.openai] = kind | None
         body[str(param.openai)] = Field(None, description=words, json_schema_extra=schema)
 
 
-OPENAI_PARAMS = [param for param in PARAMS.values() if param.openai is not None]
-
-
 class OpenAIBody(NeutralFields):
-    """What the two endpoints share. The values are checked by ``client/intake.py``."""
+    """The fields that completions and chats share. Their values are checked by ``client/intake.py``."""
 
     model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
     lora_path: str | None = Field(None, description="an adapter's name or null")

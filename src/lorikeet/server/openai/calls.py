@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI API -> requests, by way of the native API's fields, and refusals in the client's own words."""
+"""Turns bodies of the OpenAI API into requests, by way of the native API's fields, and names fields in errors as the client did."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def prompt_field(value: str | list[Any]) -> str:
 
 
 class ModelNames:
-    """Which adapter a body means.
+    """Finds out which adapter a body means.
 
     Args:
         base: the base's name.
@@ -197,7 +197,7 @@ class CallReader:
         return replace(call, tools=tools)
 
     async def _render(self, body: ChatBody, size: int) -> tuple[str, ToolUse | None]:
-        """The messages and the tools as text."""
+        """Render the messages and the tools as text."""
         adapter = self._names.adapter_of(body)
         own = None if adapter is None else self._client.adapter_templates.get(adapter)
         templates = self._client.tokenizer.chat_templates(own)
@@ -287,7 +287,7 @@ def given_sampling(body: OpenAIBody) -> dict[str, Any]:
 
 @contextmanager
 def named(names: Mapping[str, str]) -> Generator[None]:
-    """What is refused inside is refused under the names that the client knows: native name of a field -> the client's."""
+    """Name fields as the client does in errors that are raised inside: native name -> the client's."""
     try:
         yield
     except RequestError as error:
@@ -347,7 +347,7 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
 
 
 def check_finish(finish: FinishReason) -> None:
-    """Raise what a terminal output stands for; a completion that was cut off is none."""
+    """Raise an error if a completion failed or was aborted: no choice of a reply can say so."""
     error: LorikeetError | None = finish.error()
     if error is None and finish.kind == "abort":
         error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")

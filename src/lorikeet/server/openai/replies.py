@@ -1,4 +1,4 @@
-"""Objects of the OpenAI API's replies, whole and streamed.
+"""Makes the replies of the OpenAI API, whole and in chunks.
 
 A choice is told piece by piece: each call of ``advance`` returns what is new since the last one. A whole reply is a
 choice told in one piece, so the pieces of a stream always add up to it.
@@ -40,7 +40,7 @@ MakeChoice = Callable[[int, Call, Tokenizer], Choice]
 
 
 class Envelope:
-    """What surrounds the choices of one call's reply.
+    """The fields around the choices of a reply.
 
     Args:
         kind: ``object`` of a whole reply; ``chunk_kind`` that of a chunk.
@@ -103,11 +103,11 @@ class Speech:
         return self._num_complete > 0
 
     def deltas(self, snapshot: Snapshot) -> list[Reply]:
-        """What is new, as the deltas of a stream."""
+        """What is new since the last call, as deltas of a stream."""
         return [delta for event in self._read(snapshot) if (delta := self._delta(event))]
 
     def message(self, snapshot: Snapshot) -> Reply:
-        """The fields of the whole message beside its role, of a completion that has finished."""
+        """The content and the tool calls of a completion that has finished."""
         content: list[str] = []
         calls: list[Reply] = []
         for event in self._read(snapshot):
@@ -175,7 +175,7 @@ class ChatChoice:
         }
 
     def chunks(self, snapshot: Snapshot) -> list[Reply]:
-        """The first one tells the role, the last one, without content, the reason of the end."""
+        """The choices of the next chunks. The first of all has the role, the last one the finish reason and no content."""
         chunks: list[Reply] = []
         if not self._has_begun:
             self._has_begun = True
@@ -205,7 +205,7 @@ class ChatChoice:
         }
 
     def _logprobs(self, snapshot: Snapshot) -> Reply | None:
-        """Those of the tokens that are new, also where their text is no content."""
+        """Log-probabilities of the tokens that are new, also of those whose text is no content."""
         if not self._wants_logprobs:
             return None
         new = snapshot.output_logprobs[self._num_tokens :]

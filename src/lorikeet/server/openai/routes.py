@@ -51,7 +51,7 @@ Card = dict[str, Any]
 
 
 class ModelRoutes:
-    """The list of models, which are the base and its adapters."""
+    """Lists models: the base and its adapters."""
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
@@ -69,7 +69,7 @@ class ModelRoutes:
         return router
 
     async def models(self) -> Response:
-        """The base first, then every adapter."""
+        """List the base, and then every adapter."""
         self._client.check_alive()
         adapters = self._client.adapters
         if self._list is None or self._list[0] != adapters.num_changes:
@@ -78,7 +78,7 @@ class ModelRoutes:
         return Response(self._list[1], media_type=JSONReply.media_type)
 
     async def model(self, model_id: str) -> Response:
-        """One card, under each name that a request may give: an adapter's may follow the base's."""
+        """Describe one model, under each name that a request may use: ``ADAPTER`` and ``BASE:ADAPTER``."""
         self._client.check_alive()
         adapters = self._client.adapters
         if model_id == self._base:
@@ -93,14 +93,14 @@ class ModelRoutes:
         return JSONReply(self._card((model_id, path)))
 
     def _known(self) -> str:
-        """The base and the first adapters."""
+        """The names of the base and of the first adapters, for a message."""
         paths = self._client.adapters.paths()
         more = len(paths) - MAX_LISTED
         listed = ", ".join([self._base, *islice(paths, MAX_LISTED)])
         return f"{listed} and {more} more" if more > 0 else listed
 
     def _card(self, model: tuple[str, str | None]) -> Card:
-        """Of an adapter and its path, or of the base and None."""
+        """Describe an adapter, given with its path, or the base, given with None."""
         name, path = model
         return {
             "id": name,
@@ -115,7 +115,7 @@ class ModelRoutes:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What tells one endpoint from the other."""
+    """In what completions and chats differ."""
 
     read: Callable[[bytes], Awaitable[Call]]
     make_choice: MakeChoice
@@ -124,7 +124,7 @@ class _Form:
 
 
 class CompletionRoutes:
-    """Completions and chats, whole and streamed."""
+    """Answers completions and chats, whole or streamed."""
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client
@@ -241,7 +241,7 @@ class _EmbeddingCall(ModelCall):
 
 
 class EmbeddingRoutes:
-    """Embeddings, by the base or an adapter."""
+    """Makes embeddings, by the base or an adapter."""
 
     def __init__(self, config: ServerConfig, client: EngineClient) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""Calls of tools in what a model writes, found while it is written.
+"""Finds calls of tools in the text that a model writes, while it is being written.
 
 A parser reads the text as far as it is there and says what is certain. What it says does not depend on how the text was
 cut into pieces. Three rules:
@@ -174,7 +174,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The call that has begun does not go on as a call; what follows its arguments is text."""
+    """The call that has begun is malformed from here on; what follows its arguments is text."""
 
 
 Event = Text | Begin | Arguments | End | Broken
@@ -207,7 +207,7 @@ class ToolCallParser(TextReader, ABC):
         self._machine = self._parse()
 
     def advance(self, text: str, *, is_over: bool) -> list[Event]:
-        """What has become certain.
+        """Read on, and return what is certain now.
 
         Args:
             text: the whole output so far.
@@ -254,7 +254,7 @@ class ToolCallParser(TextReader, ABC):
             yield
 
     def _first_that_may_be_a_marker(self) -> int:
-        """Where the tail of the text begins that more text may turn into a marker."""
+        """Where the end of the text begins that may be the first half of a marker."""
         longest = max(map(len, self.markers)) - 1
         for at in range(max(self.pos, len(self.text) - longest), len(self.text)):
             if any(mark.startswith(self.text[at:]) for mark in self.markers):
@@ -319,7 +319,7 @@ class ToolCallParser(TextReader, ABC):
                 return False
 
     def _listed_call(self) -> Step[bool]:
-        """Read a whole call that nothing but its object marks, and white space around it."""
+        """Read a call that is an object without a marker of its own, and white space around it."""
         yield from self.space()
         if not (yield from self._object()):
             return False

@@ -1,4 +1,4 @@
-"""``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a chat: checked, and what follows from them.
+"""Checks ``tools``, ``tool_choice`` and ``parallel_tool_calls`` of a chat, and says what the model may write.
 
 Models write calls in different forms: the second half says which parser reads a form, and which grammar admits nothing else.
 """
@@ -41,7 +41,7 @@ _EXCLUDED = ("response_format", "regex", "ebnf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """One function.
+    """One function that the model may call.
 
     Attributes:
         prompt: as chat templates show it to the model.
@@ -57,7 +57,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """What a call may do with tools.
+    """The tools of a chat, and how its model may call them.
 
     Attributes:
         prompt: the tools as chat templates show them.
@@ -72,7 +72,7 @@ class ToolUse:
 
 
 def read_tools(body: ChatBody, parser: str | None, template: str) -> ToolUse | None:
-    """What a body says of tools; None if it has none, or they may not be called.
+    """Read the tools of a body; None if it has none, or they may not be called.
 
     Args:
         parser: the value of ``--tool-call-parser``.
@@ -108,7 +108,7 @@ def read_tools(body: ChatBody, parser: str | None, template: str) -> ToolUse | N
 def _grammar(
     tools: Mapping[str, Tool], choice: str | Tool, form: ToolForm, *, parallel: bool
 ) -> str | None:
-    """Calls that must come obey their schemas; those that may come do so for strict tools."""
+    """The grammar of the output. Calls that must come obey their schemas; others do so if their tool is strict."""
     if isinstance(choice, Tool):
         return form.grammar({choice.name: choice.schema}, must_call=True, parallel=False)
     if choice == "required":
@@ -195,7 +195,7 @@ _ID_CHARACTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolForm:
-    """One form.
+    """A form in which models write calls.
 
     Attributes:
         begin, end: what surrounds the arguments; ``%s`` stands for the tool's name.
@@ -216,7 +216,7 @@ class ToolForm:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """What may be special tokens and must be seen."""
+        """Texts that may be special tokens, and have to be seen all the same."""
         return (*self.parser.markers, *self.parser.other_markers)
 
     def make_id(self) -> str:
