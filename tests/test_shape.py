@@ -22,12 +22,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 1_850,
+    ".": 1_950,
     "adapters": 2_950,
     "attention": 680,
-    "client": 1_350,
+    "client": 1_300,
     "config": 900,
-    "core": 650,
+    "core": 750,
     "demo": 150,
     "engine": 2_500,
     "kv": 470,
@@ -37,7 +37,7 @@ MAX_CODE_LINES = {
     "ops": 2_100,
     "parallel": 50,
     "scheduler": 1_000,
-    "server": 3_400,
+    "server": 3_350,
     "text": 1_500,
     "worker": 3_050,
 }
