@@ -94,7 +94,7 @@ def check_start(head: bytes, size: int, where: str) -> int:
     if has_header(head, size):
         return length
     _refuse_others(head, where)
-    if 0 < length <= possible:
+    if length <= possible:
         raise _broken(where, "its header is not a JSON object")
     raise _broken(where, f"its header claims {length} bytes; possible: at most {possible}")
 
