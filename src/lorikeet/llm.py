@@ -85,7 +85,7 @@ class LLM:
     @property
     def info(self) -> dict[str, object]:
         """What ``/get_server_info`` tells of the engine: context length, memory split, adapters, ..."""
-        return msgspec.structs.asdict(self._core.info) | {"adapters": self._core.adapter_paths}
+        return {**msgspec.structs.asdict(self._core.info), "adapters": self._core.adapter_paths}
 
     def generate(
         self,

@@ -310,8 +310,8 @@ def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
     rig.load("a", "first")
     running = rig.submit("a", count=180)
     rig.until(lambda: len(rig.outputs[running]) > 1)
-    view, entry = rig.copy.find("a")
-    assert (entry["tier"], entry["in_flight"], view.version) == ("device", 1, 1)
+    view = rig.copy.find("a")
+    assert (view.tier, view.in_flight, view.version) == ("device", 1, 1)
     gate = rig.block("/a")
     load = rig.start_load("a", "second", replace=True)
     rig.step()
@@ -321,24 +321,25 @@ def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
     wait([rig.store._loads["a"].read], 20)  # without a step of the request
     rig.wait(load)
     assert [view.state for view in rig.copy.views()] == ["loaded", "unloading"]
-    assert rig.copy.find("a")[0].version == 2
+    assert rig.copy.find("a").version == 2
     rig.check_copy()
     rig.until(lambda: rig.is_over(running))
     for name in "bc":
         rig.load(name, name)
     rig.finish()
-    assert rig.copy.find("a")[1]["tier"] == "disk"
+    assert rig.copy.find("a").tier == "disk"
     rig.disk.contents["/a"] = "changed"
     rig.refusal(rig.submit("a"))
     rig.step()
-    entry = rig.copy.find("a")[1]
-    assert entry["state"] == "failed"
-    assert "have changed" in str(entry["reason"])
+    view = rig.copy.find("a")
+    assert view.state == "failed"
+    assert "have changed" in str(view.reason)
     assert rig.copy.path("a") == "/a", "it keeps its name"
     rig.finish()
     rig.unload("a")
     with pytest.raises(AdapterNotFoundError, match=r"'a' has never been loaded.*: b, c$"):
         rig.copy.find("a")
+    assert set(rig.copy._reports) == {3, 4}, "reports go with their versions"
 
 
 def test_news_cost_what_changes(make_rig: MakeRig) -> None:

@@ -74,7 +74,8 @@ class AdapterViews:
     def detail(self, view: AdapterView) -> AdapterDetail:
         """A view as it is shown alone, with the report."""
         report = self._reports.get(view.version or 0)
-        return AdapterDetail.of(self.shown(view), report and msgspec.json.decode(report))
+        shown = self.shown(view)
+        return AdapterDetail.of(shown, None if report is None else msgspec.json.decode(report))
 
     def find(self, name: str) -> AdapterDetail:
         """One adapter. While a name has several versions, the one that a request would get.

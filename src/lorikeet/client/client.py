@@ -28,7 +28,7 @@ from lorikeet.client.silence import Silence
 from lorikeet.client.stream import CompletionStream
 from lorikeet.client.transport import ClientTransport, ProcessHandle
 from lorikeet.client.turns import TURN_S
-from lorikeet.core.commands import Command, FlushCache, ListAdapters, R
+from lorikeet.core.commands import Command, R
 from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     Abort,
@@ -284,7 +284,7 @@ class EngineClient:
             UnavailableError: it does not answer a question that costs it nothing.
         """
         self.check_alive()
-        timeout = QUERY_TIMEOUT_S if isinstance(command, FlushCache | ListAdapters) else None
+        timeout = QUERY_TIMEOUT_S if command.is_question else None
         return await self._commands.run(command, timeout=timeout)
 
     def _claim(self, labels: Mapping[str, list[int]], num_completions: int) -> OpenCall:

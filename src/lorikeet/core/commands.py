@@ -5,13 +5,14 @@ Adding a command means adding a class here, its name to :data:`AnyCommand` and a
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
 from lorikeet.core.views import AdapterDetail
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
 class LoadOutcome(msgspec.Struct, frozen=True):
@@ -28,16 +29,26 @@ class LoadOutcome(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Command(msgspec.Struct, Generic[R], frozen=True):
-    """Base of the commands; ``R`` is the type of the answer."""
+class Command(msgspec.Struct, Generic[R_co], frozen=True):
+    """Base of the commands; ``R_co`` is the type of the answer.
+
+    Attributes:
+        is_question: the engine answers it between two steps, so that nobody has to wait long.
+    """
+
+    is_question: ClassVar[bool] = False
 
 
 class FlushCache(Command[bool], frozen=True, tag=True):
     """Forget every cached prefix. The answer is False if requests run, which need what is cached."""
 
+    is_question = True
+
 
 class ListAdapters(Command[list[AdapterDetail]], frozen=True, tag=True):
     """Describe all adapters, or those called ``name``: while one of that name unloads, its successor may be loaded."""
+
+    is_question = True
 
     name: str | None = None
 

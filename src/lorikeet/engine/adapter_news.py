@@ -48,7 +48,7 @@ class AdapterNews:
         self._names[name] = None
 
     def version(self, version: int) -> None:
-        """A request has begun or ended to use a version."""
+        """A request has begun or ended to use a version, or it is gone."""
         self._versions.add(version)
 
     def take(self) -> AdaptersChanged | None:

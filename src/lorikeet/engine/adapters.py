@@ -418,6 +418,7 @@ class LoadedAdapters:
         gone = self._registry.pop_unleased()
         for version in gone:
             known = self._known.pop(version)
+            self._news.version(version)
             self._cold.pop(version, None)
             self._residency.remove(version)
             self._moves.drop(version)
