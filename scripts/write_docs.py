@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lorikeet import envs
 from lorikeet.config import OPTIONS, Option
+from lorikeet.core import sampling
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -53,7 +54,11 @@ def _row(option: Option) -> str:
     return f"| {flags} | {values} | {option.default_text} | {option.meaning} |"
 
 
-PAGES = {"environment.md": environment_page, "options.md": options_page}
+PAGES = {
+    "environment.md": environment_page,
+    "options.md": options_page,
+    "sampling.md": sampling.markdown,
+}
 
 if __name__ == "__main__":
     for name, text in PAGES.items():

@@ -28,6 +28,7 @@ from benchmarks.engine.profiling import gaps, kind_of, read_trace, union
 from benchmarks.engine.tables import tables
 from benchmarks.engine.traffic import Traffic, choose_adapters
 from lorikeet.adapters.layout import PoolLayout
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.lora.loader import load_adapter
@@ -150,7 +151,9 @@ def test_timeline_shares_a_step_among_its_tokens(clock):
 
 
 def test_timeline_refuses_a_failed_request():
-    failed = RequestOutput(id=7, token_ids=[], finish=FinishReason(kind="abort", message="full"))
+    failed = RequestOutput(
+        id=7, token_ids=[], finish=FinishReason(kind="abort", failure=Failure("aborted", "full"))
+    )
     with pytest.raises(RuntimeError, match="7: full"):
         Timeline(1, 0.0).note([failed])
 

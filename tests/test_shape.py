@@ -22,12 +22,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 1_800,
+    ".": 1_950,
     "adapters": 3_800,
     "attention": 680,
-    "client": 1_400,
+    "client": 1_300,
     "config": 950,
-    "core": 600,
+    "core": 850,
     "demo": 150,
     "engine": 950,
     "kv": 450,
@@ -37,7 +37,7 @@ MAX_CODE_LINES = {
     "ops": 2_050,
     "parallel": 50,
     "scheduler": 1_100,
-    "server": 3_450,
+    "server": 3_350,
     "text": 1_450,
     "worker": 3_400,
 }

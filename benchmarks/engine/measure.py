@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from benchmarks.common import Row
 from benchmarks.engine.floor import linear_shapes
 from benchmarks.engine.traffic import Traffic
+from lorikeet.core.commands import FlushCache
 from lorikeet.core.request import Request, RequestOutput
 from lorikeet.engine.core import EngineCore
 from lorikeet.models.spec import ModelSpec
@@ -109,7 +110,7 @@ def forget_prefixes(core: EngineCore) -> None:
         RuntimeError: the engine stays busy without an open request.
     """
     for _ in range(_FLUSH_TRIES):
-        if core.command("flush_cache", {}) == {"success": True}:
+        if core.command(FlushCache()) is True:
             return
         core.step()
     raise RuntimeError("the engine does not become idle, so its prefix cache cannot be emptied")

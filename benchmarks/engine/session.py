@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import torch
 
 from benchmarks.common import Row
@@ -94,5 +95,5 @@ def _with_engine(values: dict[str, object], work: Callable[[EngineCore, float], 
 
 
 def describe_engine(core: EngineCore) -> Row:
-    """What the engine decided at its start; without the adapters' temporary paths."""
-    return {name: value for name, value in core.info.items() if name != "adapters"}
+    """What the engine decided at its start."""
+    return msgspec.structs.asdict(core.info)

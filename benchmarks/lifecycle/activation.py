@@ -26,6 +26,7 @@ import torch
 from benchmarks import common
 from benchmarks.engine.fixtures import LLAMA_8B, model_directory, write_adapters
 from benchmarks.engine.session import Adapters, engine_values, with_engine
+from lorikeet.core.commands import LoadAdapter
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.engine.core import EngineCore
 from lorikeet.models.spec import read_model_spec
@@ -81,8 +82,7 @@ class Session:
                 pending = None
             if pending is None and waiting and count > 20:
                 path = waiting.pop()
-                args: dict[str, object] = {"name": f"new-{path.name}", "path": str(path)}
-                started = self.core.command("load_adapter", args)
+                started = self.core.command(LoadAdapter(f"new-{path.name}", str(path)))
                 pending = (cast("Future[Any]", started), time.perf_counter())
         return gaps, loads
 

@@ -13,16 +13,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+import msgspec
+
 from lorikeet.adapters.files import write_atomically
-from lorikeet.adapters.records import LoadOutcome
 from lorikeet.client.call_limits import OWN
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.reply import native_reply, vector_floats
 from lorikeet.client.uploads import Uploads
 from lorikeet.config import LoRAPath, ServerConfig, Settings, resolve
+from lorikeet.core.commands import (
+    Command,
+    FlushCache,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    R,
+    UnloadAdapter,
+)
 from lorikeet.core.request import Pooling, RequestOutput, SamplingParams
 from lorikeet.engine.build import build_engine
-from lorikeet.errors import AdapterError, EngineFault, RequestError
+from lorikeet.errors import AdapterError, RequestError
 from lorikeet.models.source import locate_tokenizer
 from lorikeet.signals import interrupt_later
 from lorikeet.text.completion import Completion
@@ -76,8 +86,8 @@ class LLM:
         self.tokenizer = Tokenizer.load(locate_tokenizer(settings.tokenizer_path))
         self._intake = Intake(
             self.tokenizer,
-            vocab_size=cast(int, self.info["vocab_size"]),
-            context_length=cast(int, self.info["context_length"]),
+            vocab_size=self._core.info.vocab_size,
+            context_length=self._core.info.context_length,
             # Nobody else waits for this engine: a call may be as large as its caller has memory for.
             limits=OWN,
         )
@@ -85,7 +95,7 @@ class LLM:
     @property
     def info(self) -> dict[str, object]:
         """What ``/get_server_info`` tells of the engine: context length, memory split, adapters, ..."""
-        return self._core.info
+        return {**msgspec.structs.asdict(self._core.info), "adapters": self._core.adapter_paths}
 
     def generate(
         self,
@@ -182,8 +192,7 @@ class LLM:
         Raises:
             AdapterError: it cannot be served exactly, the name is taken, or there is no room; nothing has changed.
         """
-        args = {"name": name, "path": str(path), "pinned": pinned, "replace": replace}
-        return self._command("load_adapter", args).version
+        return self._run_command(LoadAdapter(name, str(path), pinned, replace)).version
 
     def load_lora_adapter_from_tensors(
         self,
@@ -207,15 +216,10 @@ class LLM:
         """
         data = tensors if isinstance(tensors, bytes) else _safetensors(tensors)
         weights = self._uploads.new()
-        args = {
-            "name": name,
-            "config": dict(config_dict),
-            "weights": str(weights),
-            "pinned": pinned,
-        }
+        command = LoadAdapterFromTensors(name, dict(config_dict), str(weights), pinned)
         try:
             write_atomically(weights, [data])
-            return self._command("load_adapter_from_tensors", args).version
+            return self._run_command(command).version
         except BaseException:
             self._uploads.discard(weights)
             raise
@@ -226,15 +230,15 @@ class LLM:
         Raises:
             AdapterNotFoundError: it is not loaded.
         """
-        self._command("unload_adapter", {"name": name})
+        self._run_command(UnloadAdapter(name))
 
     def adapters(self) -> list[dict[str, object]]:
         """What ``GET /v1/adapters`` tells: name, path, version, state, tier, pinned, rank, targets, bytes, ..."""
-        return cast("list[dict[str, object]]", self._core.command("adapters", {}))
+        return msgspec.to_builtins(self._run_command(ListAdapters()))
 
     def flush_cache(self) -> bool:
         """Forget every cached prefix; False if requests are running."""
-        return cast("dict[str, bool]", self._core.command("flush_cache", {}))["success"]
+        return self._run_command(FlushCache())
 
     def shutdown(self) -> None:
         """End the engine's threads and remove its temporary files."""
@@ -283,9 +287,11 @@ class LLM:
         with interrupt_later():
             return self._core.step()
 
-    def _command(self, name: str, args: dict[str, object]) -> LoadOutcome:
-        """Run a command that takes time, and the loop until it is done."""
-        reply = cast("Future[LoadOutcome]", self._core.command(name, args))
+    def _run_command(self, command: Command[R]) -> R:
+        """Run a command, and the loop until it is done if it takes time."""
+        reply = self._core.command(command)
+        if not isinstance(reply, Future):
+            return reply
         try:
             while not reply.done():
                 self._step()
@@ -323,8 +329,6 @@ def _safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 def _raise_error(completion: Completion) -> None:
     """Raise the error of a completion that failed: the caller's if its status is below 500, else the engine's."""
-    finish = completion.finish
-    if finish is None or finish.status_code is None:
-        return
-    message = finish.message or "the request failed"
-    raise EngineFault(message) if finish.status_code >= 500 else RequestError(message)
+    error = None if completion.finish is None else completion.finish.error()
+    if error is not None:
+        raise error

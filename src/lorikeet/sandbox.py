@@ -386,9 +386,9 @@ def _exception(kind: str, value: Any, limits: JobLimits) -> LorikeetError:
         case "answer too large":
             return LimitError("answer", f"its result is larger than {limits.answer_bytes:,} bytes")
         case "user error":
-            name, message, param = value
+            name, words, param = value
             made = getattr(errors, name)
-            return made(message, param) if issubclass(made, errors.RequestError) else made(message)
+            return made(words, param) if issubclass(made, errors.RequestError) else made(*words)
         case _:
             return EngineFault(str(value))
 
@@ -513,15 +513,18 @@ def _answer(handler: Handler, job: Any, most_bytes: int) -> bytes:
     except UserError as error:
         known = next(kind for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
         param = getattr(error, "param", None)
-        value = ("user error", [known.__name__, _plain(str(error)), param and _plain(param)])
+        words = error.words if isinstance(error, errors.RequestError) else (str(error),)
+        value = ("user error", [known.__name__, _plain(words), _plain(param)])
     except Exception as error:  # noqa: BLE001  # whatever it is, the answer is that job's
-        value = ("fault", _plain(f"{type(error).__name__}: {error}")[:1000])
+        value = ("fault", _plain(f"{type(error).__name__}: {error}"[:1000]))
     return msgspec.msgpack.encode(value)
 
 
-def _plain(text: str) -> str:
-    """``text`` without lone surrogates, which no encoding has."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _plain(value: Any) -> Any:
+    """A text, or the texts in a tuple, without lone surrogates, which no encoding has."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, cast("tuple[Any, ...]", value)))
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
 def _frame(data: bytes) -> bytes:

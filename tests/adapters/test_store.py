@@ -7,9 +7,11 @@ from concurrent.futures import wait
 import pytest
 
 from lorikeet.adapters.tiers import Tier
+from lorikeet.core.commands import ListAdapters, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
 from lorikeet.errors import AdapterError, AdapterNotFoundError, EngineFault, RequestError
 from tests.adapters.conftest import MakeRig
 from tests.support.adapter_rig import AdapterRig, expected_tokens
+from tests.support.engine_info import engine_info
 
 PROMPT = list(range(10))
 
@@ -21,7 +23,7 @@ def test_load_ask_unload(rig: AdapterRig) -> None:
     view = rig.view("a")
     assert (view["state"], view["tier"], view["in_flight"]) == ("loaded", "device", 0)
     assert view["last_use"] is not None
-    assert rig.wait(rig.command("unload_adapter", name="a")).name == "a"
+    assert rig.wait(rig.command(UnloadAdapter(name="a"))).name == "a"
     assert rig.store.paths() == rig.copy.paths() == {}
     assert "never been loaded" in rig.refusal(rig.submit("a"))
     rig.finish()
@@ -79,7 +81,7 @@ def test_unloading_has_two_phases(rig: AdapterRig) -> None:
     version = rig.load("a", "first")
     running = rig.submit("a", count=20)
     rig.until(lambda: len(rig.outputs[running]) > 2)
-    unload = rig.command("unload_adapter", name="a")
+    unload = rig.command(UnloadAdapter(name="a"))
     rig.step()
     assert not unload.done()
     assert rig.view("a")["state"] == "unloading"
@@ -98,7 +100,7 @@ def test_an_unload_that_takes_too_long_says_how_many_run_and_is_completed_later(
     rig.load("a", "first")
     running = rig.submit("a", count=50)
     rig.until(lambda: len(rig.outputs[running]) > 0)
-    unload = rig.command("unload_adapter", name="a", timeout=0.0)
+    unload = rig.command(UnloadAdapter(name="a", timeout=0.0))
     rig.step()
     with pytest.raises(AdapterError, match="1 still run with it"):
         unload.result(0)
@@ -109,24 +111,22 @@ def test_an_unload_that_takes_too_long_says_how_many_run_and_is_completed_later(
 
 @pytest.mark.parametrize("name", ["base", "base:x", "a\nb", "n" * 257, ""])
 def test_names_that_mean_something_else_are_refused(rig: AdapterRig, name: str) -> None:
-    rig.core._info = {"served_model_name": "base"}
+    rig.core.info = engine_info(served_model_name="base")
     rig.write("/a", "first")
     with pytest.raises(RequestError, match="lora_name"):
-        rig.command("load_adapter", name=name, path="/a")
+        rig.command(LoadAdapter(name=name, path="/a"))
     with pytest.raises(RequestError, match="lora_name"):
-        rig.command("load_adapter_from_tensors", name=name, config={}, weights="/a")
+        rig.command(LoadAdapterFromTensors(name=name, config={}, weights="/a"))
     with pytest.raises(RequestError, match=r"U\+001B"):
-        rig.command("load_adapter", name="fine", path="/a\x1b")
+        rig.command(LoadAdapter(name="fine", path="/a\x1b"))
     assert rig.store.describe() == []
 
 
 def test_unloading_what_is_not_there(rig: AdapterRig) -> None:
     with pytest.raises(AdapterNotFoundError, match="never been loaded"):
-        rig.command("unload_adapter", name="a")
+        rig.command(UnloadAdapter(name="a"))
     with pytest.raises(AdapterNotFoundError, match="never been loaded"):
-        rig.core.command("adapters", {"name": "a"})
-    with pytest.raises(RequestError, match="name"):
-        rig.core.command("unload_adapter", {"nme": "a"})
+        rig.core.command(ListAdapters("a"))
 
 
 def test_equal_bytes_keep_their_version_and_their_prefix_cache(rig: AdapterRig) -> None:
@@ -232,7 +232,7 @@ def test_a_pin_ends_with_its_name_even_if_requests_run(rig: AdapterRig) -> None:
     rig.load("same as a", "same")
     running = rig.submit("a", count=150)
     rig.until(lambda: len(rig.outputs[running]) > 1)
-    rig.command("unload_adapter", name="a")
+    rig.command(UnloadAdapter(name="a"))
     rig.load("b", "b", pinned=True)
     assert not rig.is_over(running)
     rig.finish()
@@ -421,7 +421,7 @@ def test_an_abort_while_its_adapter_is_read(make_rig: MakeRig) -> None:
     waiting = rig.submit("a")
     rig.until(lambda: rig.view("a")["tier"] == "reading")
     rig.core.abort(waiting, "enough")
-    unload = rig.command("unload_adapter", name="a")
+    unload = rig.command(UnloadAdapter(name="a"))
     rig.wait(unload)
     gate.set()
     rig.finish()

@@ -13,9 +13,17 @@ from types import SimpleNamespace
 import pytest
 
 from lorikeet.adapters import moves
-from lorikeet.adapters.records import FIRST_RETRY_S, LAST_RETRY_S, LoadOutcome
+from lorikeet.adapters.records import FIRST_RETRY_S, LAST_RETRY_S
 from lorikeet.client.uploads import Uploads
 from lorikeet.core.adapters import TENSORS_PATH
+from lorikeet.core.commands import (
+    FindAdapter,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    UnloadAdapter,
+)
 from lorikeet.errors import AdapterError, AdapterNotFoundError, RequestError
 from lorikeet.lora.reader import NUM_LOADS
 from tests.adapters.conftest import MakeRig
@@ -42,12 +50,12 @@ class Spools:
         self.made.append(weights.parent)
         assert self.gate.wait(20)
 
-    def start(self, name: str, content: bytes, **args: object) -> Future[LoadOutcome]:
+    def start(self, name: str, content: bytes, *, pinned: bool = False) -> Future[LoadOutcome]:
         weights = self.uploads.new()
         weights.write_bytes(content)
         self.sent.append(weights.parent)
         return self.rig.command(
-            "load_adapter_from_tensors", name=name, config={}, weights=str(weights), **args
+            LoadAdapterFromTensors(name=name, config={}, weights=str(weights), pinned=pinned)
         )
 
 
@@ -94,7 +102,7 @@ def test_tensors_that_nobody_needs_are_removed(
     rig.wait(spools.start("t", b"content"))
     running = rig.submit("t", count=150)
     rig.until(lambda: len(rig.outputs[running]) > 1)
-    rig.command("unload_adapter", name="t")
+    rig.command(UnloadAdapter(name="t"))
     rig.load("a", "content")
     rig.until(lambda: not spools.made[2].exists())
     with pytest.raises(AdapterError, match="already loaded"):
@@ -108,7 +116,7 @@ def test_tensors_whose_load_is_cancelled_before_its_turn_are_removed(
 ) -> None:
     spools = Spools(rig, monkeypatch)
     gate = rig.block("/slow")
-    others = [rig.command("load_adapter", name=f"s{i}", path="/slow") for i in range(NUM_LOADS)]
+    others = [rig.command(LoadAdapter(name=f"s{i}", path="/slow")) for i in range(NUM_LOADS)]
     waiting = spools.start("t", b"content")
     rig.step()
     assert waiting.cancel()
@@ -126,7 +134,7 @@ def test_tensors_that_are_refused_leave_no_files(rig: AdapterRig) -> None:
     uploads = Uploads()
     weights = uploads.new()
     weights.write_bytes(b"nonsense")
-    load = rig.command("load_adapter_from_tensors", name="t", config={}, weights=str(weights))
+    load = rig.command(LoadAdapterFromTensors(name="t", config={}, weights=str(weights)))
     rig.until(load.done)
     with pytest.raises(AdapterError):
         load.result()
@@ -219,7 +227,7 @@ class Churn:
     def unload(self, name: str) -> None:
         try:
             # Hidden when the command returns, whenever its answer comes.
-            self.futures.append(self.rig.command("unload_adapter", name=name))
+            self.futures.append(self.rig.command(UnloadAdapter(name=name)))
         except AdapterNotFoundError:
             assert self.meaning[name] is None
         else:
@@ -252,7 +260,7 @@ def test_a_thousand_loads_and_unloads_of_the_same_names(make_rig: MakeRig) -> No
     rig.until(lambda: all(future.done() for future in churn.futures))
     rig.finish()
     assert all(rig.is_over(rid) for rid in churn.requests)
-    versions = {view["name"]: view["version"] for view in rig.store.describe()}
+    versions = {view.name: view.version for view in rig.store.describe()}
     assert versions == {name: v for name, v in churn.meaning.items() if v is not None}
     for name in list(versions):
         rig.unload(str(name))
@@ -277,7 +285,7 @@ def test_numbers_and_labels(make_rig: MakeRig) -> None:
     tiers = {tier: stats[f"num_adapters_{tier}"] for tier in ("reading", "host", "device", "disk")}
     assert tiers == {"reading": 1, "host": 1, "device": 1, "disk": 1}
     assert (stats["num_adapters"], stats["total_adapter_loads"]) == (4, 4)
-    assert rig.core.info["adapters"] == {name: f"/{name}" for name in "abcd"}
+    assert rig.core.adapter_paths == {name: f"/{name}" for name in "abcd"}
     gate.set()
     rig.finish()
     samples = rig.core.take_samples()
@@ -304,8 +312,8 @@ def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
     rig.load("a", "first")
     running = rig.submit("a", count=180)
     rig.until(lambda: len(rig.outputs[running]) > 1)
-    view, entry = rig.copy.find("a")
-    assert (entry["tier"], entry["in_flight"], view.version) == ("device", 1, 1)
+    view = rig.copy.find("a")
+    assert (view.tier, view.in_flight, view.version) == ("device", 1, 1)
     gate = rig.block("/a")
     load = rig.start_load("a", "second", replace=True)
     rig.step()
@@ -315,24 +323,25 @@ def test_the_copy_follows_what_happens(make_rig: MakeRig) -> None:
     wait([rig.read_of("a")], 20)  # without a step of the request
     rig.wait(load)
     assert [view.state for view in rig.copy.views()] == ["loaded", "unloading"]
-    assert rig.copy.find("a")[0].version == 2
+    assert rig.copy.find("a").version == 2
     rig.check_copy()
     rig.until(lambda: rig.is_over(running))
     for name in "bc":
         rig.load(name, name)
     rig.finish()
-    assert rig.copy.find("a")[1]["tier"] == "disk"
+    assert rig.copy.find("a").tier == "disk"
     rig.disk.contents["/a"] = "changed"
     rig.refusal(rig.submit("a"))
     rig.step()
-    entry = rig.copy.find("a")[1]
-    assert entry["state"] == "failed"
-    assert "have changed" in str(entry["reason"])
+    view = rig.copy.find("a")
+    assert view.state == "failed"
+    assert "have changed" in str(view.reason)
     assert rig.copy.path("a") == "/a", "it keeps its name"
     rig.finish()
     rig.unload("a")
     with pytest.raises(AdapterNotFoundError, match=r"'a' has never been loaded.*: b, c$"):
         rig.copy.find("a")
+    assert set(rig.copy._reports) == {3, 4}, "reports go with their versions"
 
 
 def test_news_cost_what_changes(make_rig: MakeRig) -> None:
@@ -373,15 +382,14 @@ def test_commands_without_lora() -> None:
     from tests.engine.test_core import make_core
 
     core = make_core()
-    commands: tuple[tuple[str, dict[str, object]], ...] = (
-        ("load_adapter", {"name": "a", "path": "/a"}),
-        ("unload_adapter", {"name": "a"}),
-        ("load_adapter_from_tensors", {"name": "a", "config": {}, "weights": "/a"}),
-    )
-    for name, args in commands:
+    for command in (
+        LoadAdapter("a", "/a"),
+        UnloadAdapter("a"),
+        LoadAdapterFromTensors("a", config={}, weights="/a"),
+    ):
         with pytest.raises(RequestError, match="--enable-lora"):
-            core.command(name, args)
-    assert core.command("adapters", {}) == []
+            core.command(command)
+    assert core.command(ListAdapters()) == []
 
 
 def test_closing_does_not_wait_for_a_download(make_rig: MakeRig) -> None:
@@ -403,7 +411,7 @@ def test_a_load_whose_client_leaves_goes_on_for_the_requests_that_wait(make_rig:
     gate = rig.block("/a")
     load = rig.start_load("a", "a")
     waiting = [rig.submit("a"), rig.submit("a")]
-    looked_up = rig.command("find_adapter", name="a")
+    looked_up = rig.command(FindAdapter(name="a"))
     rig.step()
     assert load.cancel()  # the client of the load has gone, as a command's cancel does it
     for _ in range(3):
@@ -422,7 +430,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_dropped(make_rig: MakeRig) -> 
     gate = rig.block("/a")
     load = rig.start_load("a", "a")
     waiting = rig.submit("a")
-    looked_up = rig.command("find_adapter", name="a")
+    looked_up = rig.command(FindAdapter(name="a"))
     assert load.cancel()
     assert looked_up.cancel()
     rig.core.abort(waiting, "the client left")
@@ -438,7 +446,7 @@ def test_requests_hear_why_a_load_failed_without_the_places_of_files(
 ) -> None:
     rig = make_rig(resolver=True)
     gate = rig.block("/secret/place")
-    load = rig.command("load_adapter", name="a", path="/secret/place")
+    load = rig.command(LoadAdapter(name="a", path="/secret/place"))
     waiting = rig.submit("a")
     rig.step()
     gate.set()

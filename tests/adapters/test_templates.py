@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorikeet.adapters.templates import TemplateNews, read_templates
+from lorikeet.core.commands import FindAdapter
 from lorikeet.core.messages import AdapterTemplates
 from lorikeet.errors import AdapterError
 from tests.support.adapter_rig import AdapterRig
@@ -122,15 +123,15 @@ def test_a_load_that_fails_is_no_news() -> None:
 
 def test_finding_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
     with closing(AdapterRig(resolver=True)) as rig:
-        assert rig.core.command("find_adapter", {"name": "nobody"}) is not None
+        assert rig.core.command(FindAdapter("nobody")) is not None
         rig.write("/found/late", "late")
         gate = rig.block("/found/late")
-        first = rig.command("find_adapter", name="late")
-        second = rig.command("find_adapter", name="late")
+        first = rig.command(FindAdapter(name="late"))
+        second = rig.command(FindAdapter(name="late"))
         # Whoever does not wait any more takes nothing from the others.
         assert first.cancel()
         gate.set()
         rig.until(second.done)
         assert "late" in rig.core.take_templates()
-        assert rig.core.command("find_adapter", {"name": "late"}) is None
+        assert rig.core.command(FindAdapter("late")) is None
     assert "callback" not in caplog.text

@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import zmq
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
-from lorikeet.client.stream import CompletionStream, finish_error
+from lorikeet.client.stream import CompletionStream
 from lorikeet.client.transport import ClientTransport
+from lorikeet.core.commands import FlushCache, UnloadAdapter
+from lorikeet.core.failure import Failure, FailureKind
 from lorikeet.core.messages import Ready, Stats, Submit, ToClient, ToEngine, encode
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.errors import (
+    AdapterNotFoundError,
     EngineDeadError,
     EngineFault,
     RequestError,
@@ -30,6 +34,7 @@ from lorikeet.errors import (
 from lorikeet.text.completion import Completion
 from lorikeet.text.stop import StopRules
 from lorikeet.text.tokenizer import Tokenizer
+from tests.support.engine_info import engine_info
 from tests.support.fake_engine import FakeProcess, Knobs, ThreadEngine
 
 pytestmark = pytest.mark.anyio
@@ -124,7 +129,7 @@ async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 async def test_a_request_from_submission_to_its_end(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, step_s=0.01) as made:
-        assert made.client.info["context_length"] == 512
+        assert made.client.info.context_length == 512
         stream = await made.client.submit(one("r"))
         assert made.client.num_open == 1
         results = await finish(stream)
@@ -297,7 +302,7 @@ async def test_the_end_of_a_call_looks_at_nobody_elses(tokenizer: Tokenizer) -> 
 
 async def test_a_full_queue_is_known_before_anything_is_made(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, hold_accept=True) as made:
-        made.client.info.update(max_running_requests=2, max_queued_requests=5)
+        made.client._info = replace(made.client.info, max_running_requests=2, max_queued_requests=5)
         many = {"text": "a", "sampling_params": {"n": 30}}
         made.client.intake.make_requests(many)  # nobody waits: a call of any size
         waiting = asyncio.create_task(made.client.submit(group("a", 4)))
@@ -400,19 +405,20 @@ async def test_a_request_that_fails_later_says_so_in_its_end(tokenizer: Tokenize
         results = await finish(await made.client.submit(batch(bad=request("abx"), good=request())))
         ended = results[0].finish
         assert ended is not None
-        error = finish_error(ended)
+        error = ended.error()
         assert isinstance(error, EngineFault)
-        assert error.status_code == 500
+        assert ended.status_code == 500
         assert str(error) == "out of memory"
         assert results[1].text == "abab", "the other one is not affected"
 
 
 async def test_commands_are_answered_or_refused(tokenizer: Tokenizer) -> None:
     async with session(tokenizer) as made:
-        answers = await asyncio.gather(*(made.client.command("info") for _ in range(5)))
-        assert list(answers[4]["adapters"]) == list(made.client.adapters.paths()) == ["json", "sql"]
-        with pytest.raises(RequestError, match="unknown command 'dance'"):
-            await made.client.command("dance")
+        answers = await asyncio.gather(*(made.client.command(FlushCache()) for _ in range(5)))
+        assert answers == [True] * 5
+        assert list(made.client.adapters.paths()) == ["json", "sql"]
+        with pytest.raises(AdapterNotFoundError, match="'dance' has never been loaded"):
+            await made.client.command(UnloadAdapter("dance"))
 
 
 @pytest.mark.parametrize("last_words", [None, "it burns"])
@@ -425,7 +431,7 @@ async def test_death_is_an_error_for_everyone_once(
         )
         made.knobs.is_stuck = True
         waiting = asyncio.create_task(made.client.submit(one("c")))
-        asking = asyncio.create_task(made.client.command("info"))
+        asking = asyncio.create_task(made.client.command(FlushCache()))
         await asyncio.sleep(0.05)
         made.engine.die()
         wanted = last_words or r"the engine process has ended \(exit code 3\)"
@@ -437,7 +443,7 @@ async def test_death_is_an_error_for_everyone_once(
         with pytest.raises(EngineDeadError, match=wanted):
             await made.client.submit(one("d"))
         with pytest.raises(EngineDeadError, match=wanted):
-            await made.client.command("info")
+            await made.client.command(FlushCache())
         with pytest.raises(EngineDeadError):
             made.client.check_alive()
         assert isinstance(await made.client.died(), EngineDeadError)
@@ -460,18 +466,26 @@ async def test_a_message_that_cannot_be_read_is_the_end(tokenizer: Tokenizer) ->
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
-    [(None, None), (200, None), (400, RequestError), (500, EngineFault), (503, UnavailableError)],
+    ("kind", "error_type", "status"),
+    [
+        ("aborted", None, None),
+        ("refused", RequestError, 400),
+        ("failed", EngineFault, 500),
+        ("unavailable", UnavailableError, 503),
+    ],
 )
-def test_which_ends_are_errors(status: int | None, kind: type[Exception] | None) -> None:
-    error = finish_error(FinishReason(kind="abort", message="why", status_code=status))
-    if kind is None:
+def test_which_ends_are_errors(
+    kind: FailureKind, error_type: type[Exception] | None, status: int | None
+) -> None:
+    reason = FinishReason(kind="abort", failure=Failure(kind, "why"))
+    error = reason.error()
+    assert reason.status_code == status
+    if error_type is None:
         assert error is None
     else:
         assert error is not None
-        assert type(error) is kind
+        assert type(error) is error_type
         assert str(error) == "why"
-        assert error.status_code == status
 
 
 async def test_what_came_before_the_death_is_delivered(tokenizer: Tokenizer) -> None:
@@ -530,8 +544,7 @@ class BusyTransport:
         self.num_received += 1
         if self.num_received == 1000:
             await asyncio.Event().wait()
-        info: dict[str, object] = {"vocab_size": 257, "context_length": 64}
-        return [Ready(info) if self.num_received == 1 else Stats({})]
+        return [Ready(engine_info()) if self.num_received == 1 else Stats({})]
 
     def send(self, message: ToEngine) -> None:
         pass

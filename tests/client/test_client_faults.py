@@ -13,13 +13,15 @@ from prometheus_client import CollectorRegistry
 
 from lorikeet.client import client as client_module
 from lorikeet.client.client import EngineClient
-from lorikeet.client.stream import finish_error
+from lorikeet.core.commands import FlushCache, ListAdapters, LoadAdapter
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import Abort, Outputs, Ready, ToClient, ToEngine, Unreadable
 from lorikeet.core.request import FinishReason, RequestOutput
 from lorikeet.errors import EngineDeadError, EngineFault, UnavailableError
 from lorikeet.text.completion import Completion
 from lorikeet.text.tokenizer import Tokenizer
 from tests.client.test_client import batch, finish, group, one, request, session, until
+from tests.support.engine_info import engine_info
 from tests.support.fake_engine import FakeProcess
 
 pytestmark = pytest.mark.anyio
@@ -29,13 +31,13 @@ async def test_a_silent_engine_is_given_up_when_somebody_waits(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "TICK_S", 0.01)
-    async with session(tokenizer, watchdog_timeout=0.2, hold_accept=True) as made:
+    async with session(tokenizer, watchdog_timeout=0.2, hold_accept=True, load_s=300) as made:
         process = made.thread.process
         await asyncio.sleep(0.5)
         made.client.check_alive()  # nobody waits
         assert not process.was_killed
         call = asyncio.create_task(made.client.submit(one("r")))
-        load = asyncio.create_task(made.client.command("nothing answers this"))
+        load = asyncio.create_task(made.client.command(LoadAdapter("slow", "/slow")))
         made.knobs.is_stuck = True
         await until(lambda: process.was_killed)
         for task in (call, load):
@@ -65,7 +67,7 @@ async def test_a_process_without_a_pulse_is_not_awake(
         await asyncio.sleep(1)
         with pytest.raises(UnavailableError, match=r"no sign of life for 0\.2 s"):
             made.client.check_awake()
-        await made.client.command("info")
+        await made.client.command(FlushCache())
         made.client.check_awake()  # it was heard again
 
 
@@ -86,7 +88,7 @@ async def test_an_output_that_cannot_be_taken_in_ends_its_request(
         good = await made.client.submit(one("good", max_new_tokens=10))
         failed = (await finish(bad))[0].finish
         assert failed is not None
-        assert isinstance(finish_error(failed), EngineFault)
+        assert isinstance(failed.error(), EngineFault)
         assert type(error).__name__ in (failed.message or "")
         assert (await finish(good))[0].text == "ab" * 5
         await until(lambda: 0 in made.engine.aborted)
@@ -157,7 +159,7 @@ async def odd_client(tokenizer: Tokenizer) -> AsyncIterator[tuple[EngineClient, 
         registry=CollectorRegistry(),
         model_name="m",
     )
-    transport.queue.put_nowait(Ready({"vocab_size": 257, "context_length": 64}))
+    transport.queue.put_nowait(Ready(engine_info()))
     await client.start()
     yield client, transport
     process.end(0)
@@ -170,7 +172,7 @@ async def test_an_answer_that_cannot_be_read_is_a_fault_for_whom_it_was(
 ) -> None:
     async with odd_client(tokenizer) as (client, transport):
         submits = [asyncio.create_task(client.submit(one(rid))) for rid in "ab"]
-        command = asyncio.create_task(client.command("load_adapter"))
+        command = asyncio.create_task(client.command(LoadAdapter("x", "/x")))
         await asyncio.sleep(0)
         transport.queue.put_nowait(Unreadable("odd", ids=[0], command=None))
         transport.queue.put_nowait(Unreadable("odd", ids=[], command=1))
@@ -192,7 +194,7 @@ async def test_thousands_of_ends_leave_others_their_turn(
     async with odd_client(tokenizer) as (client, transport):
         call = asyncio.create_task(client.submit(group("r", 100)))
         await asyncio.sleep(0)
-        reason = FinishReason(kind="abort", message="all of them")
+        reason = FinishReason(kind="abort", failure=Failure("aborted", "all of them"))
         ends = [RequestOutput(id=number, token_ids=[], finish=reason) for number in range(100)]
         transport.queue.put_nowait(Outputs(ends))
         seen = []
@@ -218,6 +220,6 @@ async def test_a_question_has_a_deadline(
 ) -> None:
     monkeypatch.setattr(client_module, "QUERY_TIMEOUT_S", 0.05)
     async with session(tokenizer, is_stuck=True) as made:
-        for name in client_module.QUERIES:
+        for command in (FlushCache(), ListAdapters()):
             with pytest.raises(UnavailableError, match=r"not answered within 0\.05 seconds"):
-                await made.client.command(name)
+                await made.client.command(command)

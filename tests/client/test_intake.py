@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lorikeet.client.intake import Intake
 from lorikeet.core.messages import Submit, decode_to_engine, encode
-from lorikeet.core.request import MAX_SEED, Request
+from lorikeet.core.request import Request
+from lorikeet.core.sampling import MAX_SEED
 from lorikeet.errors import RequestError
 from lorikeet.text.tokenizer import Tokenizer
 from tests.support.tokenizers import make_tokenizer

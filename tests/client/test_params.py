@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from lorikeet.client.params import MAX_STOPS, parse_sampling
-from lorikeet.core.request import SamplingParams
+from lorikeet.client.params import parse_sampling
+from lorikeet.core.sampling import MAX_STOPS, SamplingParams
 from lorikeet.errors import RequestError
 
 
@@ -113,7 +113,7 @@ def test_refused(given: Any, words: str) -> None:
 
 def test_the_error_names_the_field_and_its_place() -> None:
     with pytest.raises(RequestError, match=r"sampling_params\[2\].n is 'x'") as caught:
-        parse_sampling({"n": "x"}, "sampling_params[2]")
+        parse_sampling({"n": "x"}, ("sampling_params", 2))
     assert caught.value.param == "n"
     with pytest.raises(RequestError) as caught:
         parse_sampling({"beam": 1})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lorikeet.client.reply import finish_object, native_reply
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from lorikeet.text.completion import Snapshot
 
@@ -64,7 +65,7 @@ def test_a_running_completion_has_no_reason_and_may_have_an_index() -> None:
         (FinishReason(kind="stop"), {"type": "stop", "matched": None}),
         (FinishReason(kind="length", length=4), {"type": "length", "length": 4}),
         (
-            FinishReason(kind="abort", message="no", status_code=503),
+            FinishReason(kind="abort", failure=Failure("unavailable", "no")),
             {"type": "abort", "message": "no", "status_code": 503},
         ),
     ],

@@ -15,10 +15,11 @@ import zmq
 
 from lorikeet.client import transport
 from lorikeet.client.transport import ClientTransport, EngineAddress, EngineEndpoint
+from lorikeet.core.commands import FlushCache, UnloadAdapter
 from lorikeet.core.messages import (
     Abort,
     Accepted,
-    Command,
+    Ask,
     Outputs,
     Pulse,
     Shutdown,
@@ -37,7 +38,12 @@ def address() -> Iterator[EngineAddress]:
 
 def test_messages_arrive_whole_and_in_order_in_both_directions(address: EngineAddress) -> None:
     request = Request(prompt_token_ids=[1, 2], sampling=SamplingParams(stop=("a",)))
-    to_engine = [Submit.of(3, [request]), Abort([3]), Command(7, "info", {"x": [1]}), Shutdown(1.5)]
+    to_engine = [
+        Submit.of(3, [request]),
+        Abort([3]),
+        Ask(7, UnloadAdapter("x", 1.5)),
+        Shutdown(1.5),
+    ]
     finish = FinishReason(kind="stop", matched="a")
     to_client = [Accepted([3]), Outputs([RequestOutput(id=3, token_ids=[3], finish=finish)])]
 
@@ -67,14 +73,14 @@ def test_messages_wait_for_a_side_that_comes_up_later(address: EngineAddress) ->
     async def main() -> None:
         client = ClientTransport(address)
         for number in range(3000):  # more than the default limit of a zmq queue
-            client.send(Command(number, "info"))
+            client.send(Ask(number, FlushCache()))
         engine = EngineEndpoint(address)
         received = []
         while len(received) < 3000:
             batch = engine.recv(5000)
             assert batch, "messages were lost"
             received += batch
-        assert received == [Command(number, "info") for number in range(3000)]
+        assert received == [Ask(number, FlushCache()) for number in range(3000)]
         engine.close()
         client.close()
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorikeet.core.commands import LoadAdapterFromTensors, UnloadAdapter
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     AdapterTemplates,
-    Command,
+    Ask,
     Outputs,
     Reply,
     Submit,
@@ -20,13 +23,19 @@ from lorikeet.core.messages import (
     encode,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
+from lorikeet.core.views import AdapterDetail
 
 
-def reply(result: object) -> Any:
-    """What arrives of a result."""
-    message = decode_to_client(encode(Reply(1, result)))
-    assert isinstance(message, Reply)
-    return message.result
+def load(value: object) -> Ask:
+    return Ask(1, LoadAdapterFromTensors("x", config={"value": value}, weights="/x"))
+
+
+def arrived(value: object) -> Any:
+    """What arrives of a value in an adapter's configuration."""
+    message = decode_to_engine(encode(load(value)))
+    assert isinstance(message, Ask)
+    assert isinstance(message.command, LoadAdapterFromTensors)
+    return message.command.config["value"]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +56,14 @@ def reply(result: object) -> Any:
     ],
 )
 def test_every_value_has_a_form(value: object, arrives: object) -> None:
-    assert reply(value) == arrives
+    assert arrived(value) == arrives
 
 
 def test_nesting_is_cut_off_where_it_cannot_be_followed() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    found = reply(deep)
+    found = arrived(deep)
     depth = 0
     while isinstance(found, list):
         found, depth = found[0], depth + 1
@@ -64,14 +73,14 @@ def test_nesting_is_cut_off_where_it_cannot_be_followed() -> None:
 def test_the_other_parts_of_a_message_stay_what_they_are() -> None:
     sampling = SamplingParams(json_schema='{"\ud800": 1}', stop=("a",), logit_bias={3: 1.0})
     request = Request(prompt_token_ids=[1, 2], sampling=sampling)
-    arrived = decode_to_engine(encode(Submit.of(5, [request])))
-    assert isinstance(arrived, Submit)
-    assert arrived.ids == range(5, 6)
-    (found,) = arrived.requests()
+    submit = decode_to_engine(encode(Submit.of(5, [request])))
+    assert isinstance(submit, Submit)
+    assert submit.ids == range(5, 6)
+    (found,) = submit.requests()
     assert found.sampling.json_schema == '{"\ufffd": 1}'
     assert found.sampling.logit_bias == {3: 1.0}
     assert found.prompt_token_ids == [1, 2]
-    finish = FinishReason(kind="abort", message="\ud800", status_code=400)
+    finish = FinishReason(kind="abort", failure=Failure("refused", "\ud800"))
     ends = Outputs([RequestOutput(id=number, token_ids=[7], finish=finish) for number in (3, 4)])
     back = decode_to_client(encode(ends))
     assert isinstance(back, Outputs)
@@ -94,20 +103,27 @@ values = st.recursive(
 
 @given(values)
 def test_any_value_can_be_sent_in_both_directions(value: object) -> None:
-    assert isinstance(decode_to_client(encode(Reply(1, value))), Reply)
-    assert isinstance(decode_to_engine(encode(Command(1, "x", {"value": value}))), Command)
+    view = AdapterDetail(name="x", path="/x", state="loaded", pinned=False, report={"value": value})
+    assert isinstance(decode_to_client(encode(Reply(1, [view]))), Reply)
+    assert isinstance(decode_to_engine(encode(load(value))), Ask)
 
 
 def test_what_cannot_be_read_says_for_whom_it_was() -> None:
     wrong: Any = "no tokens"
+    wrong_name: Any = 5
     request = Request(prompt_token_ids=wrong, sampling=SamplingParams(n=2))
     found = decode_to_engine(encode(Submit.of(5, [request])))
     assert isinstance(found, Unreadable)
     assert (found.ids, found.command) == ([5, 6], None)
     assert "prompt_token_ids" in found.reason
-    found = decode_to_engine(encode(Command(7, "info", wrong)))
+    found = decode_to_engine(encode(Ask(7, UnloadAdapter(name=wrong_name))))
     assert isinstance(found, Unreadable)
     assert (found.ids, found.command) == ([], 7)
+    dance = msgspec.msgpack.encode({"type": "Ask", "id": 7, "command": {"type": "Dance"}})
+    found = decode_to_engine(dance)
+    assert isinstance(found, Unreadable)
+    assert (found.ids, found.command) == ([], 7)
+    assert "Dance" in found.reason
     found = decode_to_client(encode(Outputs([RequestOutput(id=8, token_ids=wrong)])))
     assert isinstance(found, Unreadable)
     assert found.ids == [8]

@@ -15,13 +15,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from lorikeet import LLM
 from lorikeet.client.uploads import Uploads
+from lorikeet.core.commands import (
+    Command,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    UnloadAdapter,
+)
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
+from lorikeet.core.views import AdapterDetail
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from tests.e2e.conftest import World
 from tests.support.live_server import wait_until
@@ -97,30 +106,28 @@ class Soak:
         self.open[request_id], self.tokens[request_id] = (content, number), []
 
     def load(self) -> None:
-        args = {
-            "name": self.chance.choice(NAMES),
-            "path": str(self.world.adapters[self.chance.choice(CONTENTS)]),
-            "pinned": self.chance.random() < 0.1,
-            "replace": self.chance.random() < 0.6,
-        }
-        self.command("load_adapter", args, "loads")
+        command = LoadAdapter(
+            self.chance.choice(NAMES),
+            str(self.world.adapters[self.chance.choice(CONTENTS)]),
+            pinned=self.chance.random() < 0.1,
+            replace=self.chance.random() < 0.6,
+        )
+        self.command(command, "loads")
 
     def load_tensors(self) -> None:
         path = self.world.adapters[self.chance.choice(CONTENTS)]
         weights = self.uploads.new()
         shutil.copyfile(path / WEIGHTS, weights)
-        args = {
-            "name": self.chance.choice(NAMES),
-            "config": json.loads((path / CONFIG).read_text()),
-            "weights": str(weights),
-        }
+        command = LoadAdapterFromTensors(
+            self.chance.choice(NAMES), json.loads((path / CONFIG).read_text()), str(weights)
+        )
         self.upload_root = weights.parent.parent
-        self.command("load_adapter_from_tensors", args, "loads")
+        self.command(command, "loads")
 
     def unload(self) -> None:
         timeout = self.chance.choice((None, None, 0.0))
         name = self.chance.choice(NAMES)
-        self.command("unload_adapter", {"name": name, "timeout": timeout}, "unloads")
+        self.command(UnloadAdapter(name, timeout), "unloads")
 
     def abort(self) -> None:
         if self.open:
@@ -132,9 +139,9 @@ class Soak:
         if self.futures and self.chance.choice(self.futures).cancel():
             self.counts["cancels"] += 1
 
-    def command(self, name: str, args: dict[str, Any], kind: str) -> None:
+    def command(self, command: Command[LoadOutcome], kind: str) -> None:
         try:
-            future = cast("Future[object]", self.core.command(name, args))
+            future = cast("Future[LoadOutcome]", self.core.command(command))
         except (AdapterError, AdapterNotFoundError):
             self.counts["failed"] += 1
         else:
@@ -182,10 +189,10 @@ class Soak:
 
     def unload_all(self) -> None:
         self.rest()  # a load under way has no name to unload yet
-        for view in cast("list[dict[str, object]]", self.core.command("adapters", {})):
-            self.command("unload_adapter", {"name": view["name"]}, "unloads")
+        for view in cast("list[AdapterDetail]", self.core.command(ListAdapters())):
+            self.command(UnloadAdapter(view.name), "unloads")
         self.rest()
-        assert self.core.command("adapters", {}) == []
+        assert self.core.command(ListAdapters()) == []
         root = self.upload_root
         wait_until(lambda: root is None or not any(item.is_dir() for item in root.iterdir()))
 

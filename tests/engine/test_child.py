@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 
+from lorikeet.core.commands import (
+    FindAdapter,
+    FlushCache,
+    ListAdapters,
+    LoadAdapter,
+    LoadOutcome,
+    UnloadAdapter,
+)
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     Abort,
     Accepted,
-    Command,
+    Ask,
+    Cancel,
     Failed,
     Outputs,
     Reply,
@@ -26,6 +36,7 @@ from lorikeet.core.messages import (
     encode,
 )
 from lorikeet.core.plan import StepResult
+from lorikeet.core.views import AdapterDetail
 from lorikeet.engine import child
 from lorikeet.engine.child import EngineLoop
 from lorikeet.engine.core import EngineCore
@@ -166,15 +177,15 @@ def test_abort_and_commands() -> None:
     script = serve(
         Submit.of(0, [request(max_new_tokens=50)]),
         Abort([0]),
-        Command(7, "info"),
-        Command(8, "nonsense"),
+        Ask(7, FlushCache()),
+        Ask(8, UnloadAdapter("nobody")),
         Shutdown(),
     )
     assert script.finishes() == {0: "aborted by the client"}
     replies = {m.id: m for m in script.sent if isinstance(m, Reply)}
-    assert isinstance(replies[7].result, dict)
-    assert replies[8].error is not None
-    assert replies[8].status_code == 400
+    assert isinstance(replies[7].result, bool)
+    assert replies[8].failure is not None
+    assert replies[8].failure.status_code == 400
     assert any(isinstance(m, Stats) for m in script.sent)
 
 
@@ -208,24 +219,25 @@ def test_a_load_is_answered_when_it_is_done() -> None:
     gate = rig.block("/a")  # the read takes longer than the turn that asks for something else
     replies = serve_adapters(
         rig,
-        Command(1, "load_adapter", {"name": "a", "path": "/a"}),
-        Command(2, "info"),
+        Ask(1, LoadAdapter("a", "/a")),
+        Ask(2, FlushCache()),
         gate.set,
         wait_for(rig),
-        Command(3, "unload_adapter", {"name": "a", "timeout": None}),
-        Command(4, "unload_adapter", {"name": "a"}),
-        Command(5, "load_adapter", {"name": "b", "path": "/b"}),
+        Ask(3, UnloadAdapter("a")),
+        Ask(4, UnloadAdapter("a")),
+        Ask(5, LoadAdapter("b", "/b")),
         wait_for(rig),
         None,
     )
     assert list(replies) == [2, 1, 3, 4, 5]
     loaded = decode_to_client(encode(replies[1]))
     assert isinstance(loaded, Reply)
-    assert isinstance(loaded.result, dict)
-    assert loaded.result["path"] == "/a"
-    assert replies[3].error is None
-    assert replies[4].status_code == 404
-    assert (replies[5].status_code, replies[5].error) == (400, "adapter path /b does not exist")
+    assert isinstance(loaded.result, LoadOutcome)
+    assert loaded.result.path == "/a"
+    assert replies[3].failure is None
+    assert replies[4].failure is not None
+    assert replies[4].failure.status_code == 404
+    assert replies[5].failure == Failure("refused", "adapter path /b does not exist")
 
 
 def test_a_command_can_be_cancelled() -> None:
@@ -234,15 +246,13 @@ def test_a_command_can_be_cancelled() -> None:
     gate = rig.block("/a")
     replies = serve_adapters(
         rig,
-        Command(1, "load_adapter", {"name": "a", "path": "/a"}),
-        Command(2, "cancel", {"id": 1}),
-        Command(3, "cancel", {"id": 1}),
+        Ask(1, LoadAdapter("a", "/a")),
+        Cancel(1),
+        Cancel(1),
         gate.set,
         None,
     )
-    assert replies[1].error == "cancelled by the client"
-    assert replies[2].result == {"cancelled": True}
-    assert replies[3].result == {"cancelled": False}
+    assert replies == {1: Reply(1, failure=Failure("aborted", "cancelled by the client"))}
     assert rig.store.describe() == []
 
 
@@ -311,17 +321,21 @@ def test_an_abort_that_fails_ends_nobody_else(error: Exception) -> None:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_command_that_fails_is_answered(error: Exception) -> None:
     core = make_core()
-    future: Future[object] = Future()
+    future: Future[None] = Future()
     future.set_exception(error)
-    core._commands["later"] = lambda: future
+    core._find_adapter = lambda name: future
     failing(core, "command", error)
-    script = Script(Command(1, "info"), Command(2, "later"), Command(3, "info"), Shutdown())
+    script = Script(
+        Ask(1, FlushCache()), Ask(2, FindAdapter("later")), Ask(3, FlushCache()), Shutdown()
+    )
     assert EngineLoop(core, script, os.getppid()).run() == 0
     replies = {m.id: m for m in script.sent if isinstance(m, Reply)}
     for number in (1, 2):
-        assert replies[number].status_code == 500
-        assert type(error).__name__ in (replies[number].error or "")
-    assert replies[3].error is None
+        failure = replies[number].failure
+        assert failure is not None
+        assert failure.status_code == 500
+        assert type(error).__name__ in failure.message
+    assert replies[3].failure is None
 
 
 def test_what_cannot_be_read_is_answered_too() -> None:
@@ -339,9 +353,15 @@ def test_what_cannot_be_read_is_answered_too() -> None:
 
 def test_results_of_strangers_values_can_be_sent() -> None:
     core = make_core()
-    odd = {"\ud800": [2**80, {1, 2}, object()]}
-    core._commands["odd"] = lambda: odd
-    script = Script(Command(1, "odd"), Shutdown())  # its send() encodes
+    odd = AdapterDetail(
+        name="\ud800",
+        path="",
+        state="loaded",
+        pinned=False,
+        report={"\ud800": [2**80, {1, 2}, object()]},
+    )
+    core._adapters.describe = lambda name: [odd]
+    script = Script(Ask(1, ListAdapters()), Shutdown())  # its send() encodes
     assert EngineLoop(core, script, os.getppid()).run() == 0
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.store import AdapterStore
+from lorikeet.core.commands import FlushCache
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.core import EngineCore
@@ -18,6 +19,7 @@ from lorikeet.engine.executor import Executor
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.engine_info import engine_info
 from tests.support.fake_worker import FakeWorker
 
 PAGES, PAGE_SIZE = 32, 4
@@ -51,7 +53,7 @@ def make_core(
         adapters=store,
         compile_grammar=lambda sampling: GRAMMAR_THREADS.submit(compile_grammar, sampling),
         seeds=lambda: next(seeds),
-        info={"version": "test"},
+        info=engine_info(),
     )
 
 
@@ -219,15 +221,10 @@ def test_abort_ends_one_or_all() -> None:
 
 def test_commands() -> None:
     core = make_core()
-    assert core.command("flush_cache", {}) == {"success": True}
+    assert core.command(FlushCache()) is True
     core.submit(request())
-    assert core.command("flush_cache", {}) == {"success": False}
-    info = core.command("info", {})
-    assert isinstance(info, dict)
-    assert info["version"] == "test"
-    assert info["num_waiting"] == 1
-    with pytest.raises(RequestError, match="flush_cache"):
-        core.command("nonsense", {})
+    assert core.command(FlushCache()) is False
+    assert core.stats()["num_waiting"] == 1
 
 
 def test_what_waits_for_its_grammar_is_in_the_queue() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.errors import RequestError
@@ -107,4 +108,4 @@ def test_context_ends_it() -> None:
 
 
 def test_failure_is_ours() -> None:
-    assert failure("x") == FinishReason(kind="abort", message="x", status_code=500)
+    assert failure("x") == FinishReason(kind="abort", failure=Failure("failed", "x"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorikeet.adapters.tiers import Tier
+from lorikeet.core.failure import Failure
 from lorikeet.core.plan import SampledToken, StepPlan, StepResult
 from lorikeet.core.request import (
     FinishReason,
@@ -262,8 +263,9 @@ def test_a_failed_read_ends_its_sequences_only() -> None:
     for seq in lost:
         assert rig.end_of(seq) == FinishReason(
             kind="abort",
-            message="the adapter could not be read again: w.safetensors has vanished",
-            status_code=400,
+            failure=Failure(
+                "refused", "the adapter could not be read again: w.safetensors has vanished"
+            ),
         )
     assert rig.end_of(other).kind == "length"
     with pytest.raises(RequestError, match="has vanished"):
@@ -279,10 +281,10 @@ def test_failing_a_version_ends_what_waits_and_what_runs() -> None:
     running, waiting, other = rig.add(6, version=1), rig.add(6, version=1), rig.add(6)
     rig.step()
     rig.step()
-    rig.scheduler.fail_version(1, "gone", status_code=500)
+    rig.scheduler.fail_version(1, Failure("failed", "gone"))
     rig.collect()
     for seq in (running, waiting):
-        assert rig.end_of(seq) == FinishReason(kind="abort", message="gone", status_code=500)
+        assert rig.end_of(seq) == FinishReason(kind="abort", failure=Failure("failed", "gone"))
     rig.run()
     assert rig.end_of(other).kind == "length"
     assert rig.residency.num_uses(1) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import (
     FinishReason,
     SamplingParams,
@@ -110,7 +111,7 @@ def test_one_failed_token_ends_one_sequence() -> None:
     rig.failing_tokens = {bad.id}
     rig.run()
     assert rig.end_of(bad) == FinishReason(
-        kind="abort", message="the test says so", status_code=500
+        kind="abort", failure=Failure("failed", "the test says so")
     )
     assert rig.end_of(good).kind == "length"
 
@@ -193,7 +194,7 @@ def test_a_step_that_was_not_executed() -> None:
     rig.scheduler.fail(plan, "out of memory")
     rig.collect()
     assert rig.end_of(largest) == FinishReason(
-        kind="abort", message="out of memory", status_code=500
+        kind="abort", failure=Failure("failed", "out of memory")
     )
     assert rig.kv.match(1, waiting.tokens, 9) == 0, "nothing was computed"
     rig.worker.ignored = {largest.id, other.id}

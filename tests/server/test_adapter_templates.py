@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorikeet.core.commands import FindAdapter
 from lorikeet.server.reading import LARGE
 from tests.server.conftest import Api, MakeApi
 from tests.server.test_native import message
@@ -72,7 +73,7 @@ async def test_an_adapter_that_the_resolver_finds(make_api: MakeApi) -> None:
     """Its template is needed before the request that makes it load."""
     api = await make_api(findable={"late": "/late"}, templates={"/late": {"default": LOUD}})
     assert await content(api, "late") == "HI"
-    assert [command.name for command in api.engine.commands] == ["find_adapter"]
+    assert [ask.command for ask in api.engine.commands] == [FindAdapter("late")]
     assert await content(api, "late") == "HI"
     assert len(api.engine.commands) == 1
 

@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -20,7 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 
 from lorikeet.config import ServerConfig
-from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView, Stats
+from lorikeet.core.commands import AnyCommand, LoadAdapter, LoadAdapterFromTensors, UnloadAdapter
+from lorikeet.core.failure import Failure
+from lorikeet.core.messages import AdaptersChanged, Stats
+from lorikeet.core.views import AdapterUse, AdapterView
 from lorikeet.server.app import ADMIN_PATHS
 from lorikeet.server.tensors_body import PIECE
 from tests.server.conftest import Api, MakeApi
@@ -61,8 +64,11 @@ def refused(response: httpx.Response, loaded: dict[str, str] | None = None) -> s
     return body["error_message"]
 
 
-def sent(api: Api, name: str) -> list[dict[str, object]]:
-    return [command.args for command in api.engine.commands if command.name == name]
+AnyOne = TypeVar("AnyOne", LoadAdapter, LoadAdapterFromTensors, UnloadAdapter)
+
+
+def sent(api: Api, kind: type[AnyOne]) -> list[AnyOne]:
+    return [ask.command for ask in api.engine.commands if isinstance(ask.command, kind)]
 
 
 async def test_load_and_unload(api: Api) -> None:
@@ -70,17 +76,14 @@ async def test_load_and_unload(api: Api) -> None:
     assert done(reply) == LOADED | {"new": "/a/new"}
     reply = await post(api, "/load_lora_adapter", lora_name="p", lora_path="/a/p", pinned=True)
     assert done(reply) == LOADED | {"new": "/a/new", "p": "/a/p"}
-    assert sent(api, "load_adapter") == [
-        {"name": "new", "path": "/a/new", "pinned": False},
-        {"name": "p", "path": "/a/p", "pinned": True},
+    assert sent(api, LoadAdapter) == [
+        LoadAdapter("new", "/a/new", pinned=False),
+        LoadAdapter("p", "/a/p", pinned=True),
     ]
     assert done(await post(api, "/unload_lora_adapter", lora_name="new")) == LOADED | {"p": "/a/p"}
     reply = await post(api, "/unload_lora_adapter", lora_name="p", timeout=2)
     assert done(reply) == LOADED
-    assert sent(api, "unload_adapter") == [
-        {"name": "new", "timeout": None},
-        {"name": "p", "timeout": 2.0},
-    ]
+    assert sent(api, UnloadAdapter) == [UnloadAdapter("new"), UnloadAdapter("p", timeout=2.0)]
 
 
 async def test_a_name_that_is_taken(api: Api) -> None:
@@ -108,7 +111,7 @@ async def test_an_unknown_name_is_a_400_for_sglang_and_a_404_for_vllm(api: Api) 
 
 async def test_the_engines_reason_is_the_message(make_api: MakeApi) -> None:
     reason = "rank 64 is incompatible with --max-lora-rank 16"
-    api: Api = await make_api(load_error=(reason, 400))
+    api: Api = await make_api(load_error=Failure("refused", reason))
     reply = await post(api, "/load_lora_adapter", lora_name="x", lora_path="/x")
     assert refused(reply) == reason
     reply = await post(api, "/v1/load_lora_adapter", lora_name="x", lora_path="/x")
@@ -116,11 +119,11 @@ async def test_the_engines_reason_is_the_message(make_api: MakeApi) -> None:
     assert reply.json() == {
         "error": {"message": reason, "type": "BadRequestError", "param": None, "code": 400}
     }
-    api.knobs.load_error = ("/x does not exist", 404)
+    api.knobs.load_error = Failure("not_found", "/x does not exist")
     assert refused(await post(api, "/load_lora_adapter", lora_name="x", lora_path="/x"))
     reply = await post(api, "/v1/load_lora_adapter", lora_name="x", lora_path="/x")
     assert (reply.status_code, reply.json()["error"]["type"]) == (404, "NotFoundError")
-    api.knobs.load_error = ("a thread failed", 500)
+    api.knobs.load_error = Failure("failed", "a thread failed")
     reply = await post(api, "/load_lora_adapter", lora_name="x", lora_path="/x")
     assert (reply.status_code, message(reply)) == (500, "a thread failed")
 
@@ -142,7 +145,7 @@ async def test_vllms_names(api: Api) -> None:
     )
     assert reply.status_code == 200
     assert api.knobs.adapters["new"] == "/b"
-    assert [args["replace"] for args in sent(api, "load_adapter")] == [False, False, True]
+    assert [command.replace for command in sent(api, LoadAdapter)] == [False, False, True]
     reply = await post(api, "/v1/unload_lora_adapter", lora_name="new", lora_int_id=7)
     assert (reply.status_code, reply.text) == (
         200,
@@ -153,7 +156,7 @@ async def test_vllms_names(api: Api) -> None:
 
 def uploaded(api: Api) -> bytes:
     """The weights that the engine was told of first."""
-    return Path(str(sent(api, "load_adapter_from_tensors")[0]["weights"])).read_bytes()
+    return Path(sent(api, LoadAdapterFromTensors)[0].weights).read_bytes()
 
 
 def uploads(api: Api) -> list[Path]:
@@ -171,10 +174,10 @@ async def test_weights_in_the_body(api: Api) -> None:
         pinned=True,
     )
     assert done(reply) == LOADED | {"t": "__tensor__"}
-    [command] = sent(api, "load_adapter_from_tensors")
+    [command] = sent(api, LoadAdapterFromTensors)
     assert uploaded(api) == WEIGHTS
-    assert str(command.pop("weights")).startswith(api.thread.address.directory)
-    assert command == {"name": "t", "config": CONFIG, "pinned": True}
+    assert command.weights.startswith(api.thread.address.directory)
+    assert command == LoadAdapterFromTensors("t", CONFIG, command.weights, pinned=True)
     assert len(uploads(api)) == 1, "it is the engine's from now on"
     for path in (api.client.uploads, uploads(api)[0]):
         assert path.stat().st_mode & 0o077 == 0
@@ -250,7 +253,7 @@ async def test_what_is_not_safetensors(api: Api, value: object, reason: str) -> 
         tensors=value,
     )
     assert reason in refused(reply)
-    assert not sent(api, "load_adapter_from_tensors")
+    assert not sent(api, LoadAdapterFromTensors)
     assert uploads(api) == []
 
 
@@ -379,11 +382,13 @@ async def test_the_adapters_and_one_of_them(make_api: MakeApi) -> None:
 async def test_of_a_name_in_several_versions_the_one_in_use_is_shown(
     api: Api,
 ) -> None:
-    old = AdapterView("x", "/old", "unloading", pinned=False, version=1)
-    now = AdapterView("x", "/new", "loaded", pinned=True, version=2, report=b'{"rank":4}')
-    next_one = AdapterView("x", "/next", "loading", pinned=False)
+    old = AdapterView(name="x", path="/old", state="unloading", pinned=False, version=1)
+    now = AdapterView(name="x", path="/new", state="loaded", pinned=True, version=2)
+    next_one = AdapterView(name="x", path="/next", state="loading", pinned=False)
     use = AdapterUse(tier="device", in_flight=2, last_use=5.0)
-    api.client.adapters.apply(AdaptersChanged({"x": [now, old, next_one]}, {2: use}))
+    api.client.adapters.apply(
+        AdaptersChanged({"x": [now, old, next_one]}, {2: use}, {2: b'{"rank":4}'})
+    )
     shown = (await api.http.get("/v1/adapters/x")).json()
     assert shown == {
         "name": "x",
@@ -452,7 +457,7 @@ async def test_models_follow_loads_and_unloads(api: Api) -> None:
 async def test_a_slow_load_holds_nobody_up(make_api: MakeApi) -> None:
     api: Api = await make_api(load_s=2)
     load = asyncio.create_task(post(api, "/load_lora_adapter", lora_name="x", lora_path="/x"))
-    while not sent(api, "load_adapter"):
+    while not sent(api, LoadAdapter):
         await asyncio.sleep(0.001)
     for _ in range(3):
         assert (await api.generate(text="a")).status_code == 200
@@ -528,19 +533,19 @@ async def test_metrics_of_adapters(make_api: MakeApi) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "extra", "command"),
+    ("path", "extra", "kind"),
     [
-        ("/load_lora_adapter", {"lora_path": "/x"}, "load_adapter"),
-        ("/v1/load_lora_adapter", {"lora_path": "/x"}, "load_adapter"),
+        ("/load_lora_adapter", {"lora_path": "/x"}, LoadAdapter),
+        ("/v1/load_lora_adapter", {"lora_path": "/x"}, LoadAdapter),
         (
             "/load_lora_adapter_from_tensors",
             {"config_dict": CONFIG, "tensors": tensors()},
-            "load_adapter_from_tensors",
+            LoadAdapterFromTensors,
         ),
     ],
 )
 def test_a_client_that_leaves_cancels_its_load(
-    make_live: MakeLive, path: str, extra: dict[str, object], command: str
+    make_live: MakeLive, path: str, extra: dict[str, object], kind: type[AnyCommand]
 ) -> None:
     server = make_live(load_s=300)
     data = json.dumps({"lora_name": "x"} | extra).encode()
@@ -548,9 +553,9 @@ def test_a_client_that_leaves_cancels_its_load(
         fields = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
         head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
         connection.sendall(head.encode() + data)
-        wait_until(lambda: any(item.name == command for item in server.engine.commands))
+        wait_until(lambda: any(isinstance(ask.command, kind) for ask in server.engine.commands))
     wait_until(lambda: bool(server.engine.cancelled))
-    [load] = [item for item in server.engine.commands if item.name == command]
+    [load] = [ask for ask in server.engine.commands if isinstance(ask.command, kind)]
     assert server.engine.cancelled == [load.id]
     server.knobs.load_s = 0
     # The name is free again.

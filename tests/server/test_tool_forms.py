@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lorikeet.core.request import SamplingParams
-from lorikeet.server.openai.tool_forms import ToolForm, find_form
 from lorikeet.server.openai.tool_parsers import Arguments, Begin, End, Event, Text
+from lorikeet.server.openai.tools import ToolForm, find_form
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from tests.support.grammar_tokenizer import EOS_ID, save_byte_level_tokenizer
 from tests.support.sampling import accepts

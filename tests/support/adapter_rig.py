@@ -8,15 +8,16 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.records import LoadOutcome
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.spec import LoRASpec
 from lorikeet.adapters.store import AdapterStore
-from lorikeet.adapters.views import AdapterViews, make_report
+from lorikeet.adapters.views import AdapterViews
+from lorikeet.core.commands import Command, LoadAdapter, LoadOutcome, R, UnloadAdapter
 from lorikeet.core.messages import AdaptersChanged, decode_to_client, encode
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
 from lorikeet.engine.core import EngineCore
@@ -26,6 +27,7 @@ from lorikeet.lora.adapter import HostAdapter
 from lorikeet.lora.host_memory import HostMemory
 from lorikeet.lora.reader import AdapterReader
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
+from tests.support.engine_info import engine_info
 from tests.support.fake_worker import FakeWorker, first_hash, next_token, prefix_hash
 
 PAGE_SIZE, NUM_PAGES, VOCAB = 4, 256, 1000
@@ -146,7 +148,7 @@ class AdapterRig:
             adapters=self.store,
             compile_grammar=lambda sampling: Future(),
             seeds=lambda: 0,
-            info={},
+            info=engine_info(),
             on_close=self.host.close,
         )
         self.outputs: dict[int, list[RequestOutput]] = {}
@@ -163,14 +165,15 @@ class AdapterRig:
         gate = self.disk.gates[path] = threading.Event()
         return gate
 
-    def command(self, command: str, /, **args: object) -> Future[LoadOutcome]:
-        return cast("Future[LoadOutcome]", self.core.command(command, args))
+    def command(self, command: Command[R]) -> Future[R]:
+        """Begin a command that takes time."""
+        return cast("Future[R]", self.core.command(command))
 
     def start_load(self, name: str, content: str | None = None, **args: Any) -> Future[LoadOutcome]:
         """Begin to load ``name`` from ``/name``, where ``content`` is put if it is given."""
         if content is not None:
             self.write(f"/{name}", content)
-        return self.command("load_adapter", name=name, path=f"/{name}", **args)
+        return self.command(LoadAdapter(name, f"/{name}", **args))
 
     def load(self, name: str, content: str | None = None, **args: Any) -> int:
         future = self.start_load(name, content, **args)
@@ -184,7 +187,7 @@ class AdapterRig:
         return self.host._reads[ticket].future
 
     def unload(self, name: str) -> None:
-        self.wait(self.command("unload_adapter", name=name))
+        self.wait(self.command(UnloadAdapter(name)))
 
     def wait(self, future: Future[LoadOutcome]) -> LoadOutcome:
         self.until(future.done)
@@ -263,7 +266,7 @@ class AdapterRig:
 
     def check_copy(self) -> None:
         """What has changed adds up to what is there."""
-        told = [self.copy.entry(view) | {"report": make_report(view)} for view in self.copy.views()]
+        told = [self.copy.detail(view) for view in self.copy.views()]
         assert sorted(told, key=str) == sorted(self.store.describe(), key=str)
 
     def close(self) -> None:
@@ -275,10 +278,9 @@ class AdapterRig:
 
     def view(self, name: str) -> dict[str, Any]:
         """The one entry that is called ``name``."""
-        (view,) = cast("list[dict[str, Any]]", self.core.command("adapters", {"name": name}))
-        return view
+        (view,) = self.store.describe(name)
+        return msgspec.to_builtins(view)
 
     def names(self) -> dict[str, str]:
         """Name -> state of everything that is listed, the newest entry of each name."""
-        views = cast("list[dict[str, Any]]", self.core.command("adapters", {}))
-        return {view["name"]: view["state"] for view in reversed(views)}
+        return {view.name: view.state for view in reversed(self.store.describe())}

@@ -21,14 +21,24 @@ from typing import Self
 
 from lorikeet.client.transport import EngineAddress, EngineEndpoint
 from lorikeet.config import Settings
+from lorikeet.core.commands import (
+    AnyCommand,
+    FindAdapter,
+    FlushCache,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    UnloadAdapter,
+)
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     Abort,
     Accepted,
     AdaptersChanged,
     AdapterTemplates,
-    AdapterUse,
-    AdapterView,
-    Command,
+    Ask,
+    Cancel,
     Failed,
     Outputs,
     Progress,
@@ -41,7 +51,10 @@ from lorikeet.core.messages import (
     Unreadable,
 )
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
+from lorikeet.core.views import AdapterState, AdapterUse, AdapterView, EngineInfo
+from lorikeet.errors import ALREADY_LOADED, RequestError
 from lorikeet.signals import leave_stops_to_parent
+from tests.support.engine_info import engine_info
 
 CONTEXT_LENGTH = 512
 VOCAB_SIZE = 257
@@ -66,7 +79,7 @@ class Knobs:
         lora_enabled: False is an engine without LoRA.
         states: state of an adapter, where it is not "loaded".
         load_s: seconds that a load takes.
-        load_error: why every load fails; the second is its status.
+        load_error: why every load fails.
         queue_is_full: refuses every request with 503.
         stats: sent with every step instead of the engine's own.
         scripts: tokens that are answered in place of the prompt, then the end; request after request takes the next one.
@@ -88,9 +101,9 @@ class Knobs:
     start_s: float = 0.0
     fail_token: int | None = None
     lora_enabled: bool = True
-    states: dict[str, str] = field(default_factory=dict)
+    states: dict[str, AdapterState] = field(default_factory=dict)
     load_s: float = 0.0
-    load_error: tuple[str, int] | None = None
+    load_error: Failure | None = None
     stats: Stats | None = None
     queue_is_full: bool = False
     scripts: list[list[int]] = field(default_factory=list)
@@ -99,7 +112,7 @@ class Knobs:
     context_length: int = CONTEXT_LENGTH
     vocab_size: int = VOCAB_SIZE
     findable: dict[str, str] = field(default_factory=dict)
-    sampling_defaults: dict[str, float] = field(default_factory=dict)
+    sampling_defaults: dict[str, int | float] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,10 +137,10 @@ class FakeEngine:
         self._deadline: float | None = None
         self._must_die = threading.Event()
         self.max_running = 0
-        self.commands: list[Command] = []
+        self.commands: list[Ask] = []
         self.cancelled: list[int] = []
-        self._loading: dict[int, tuple[float, Command]] = {}
-        self._told: dict[str, tuple[str, str | None]] = {}
+        self._loading: dict[int, tuple[float, LoadAdapter | LoadAdapterFromTensors]] = {}
+        self._told: dict[str, tuple[str, AdapterState | None]] = {}
 
     @property
     def num_running(self) -> int:
@@ -152,7 +165,8 @@ class FakeEngine:
         if self._must_die.wait(knobs.start_s):
             return 3
         if knobs.start_error is not None:
-            endpoint.send(Failed(knobs.start_error, knobs.start_user_error))
+            kind = "refused" if knobs.start_user_error else "failed"
+            endpoint.send(Failed(Failure(kind, knobs.start_error)))
             return 2 if knobs.start_user_error else 1
         self._tell_changes()
         if knobs.has_pulse:
@@ -162,7 +176,7 @@ class FakeEngine:
             orphan = os.getppid() != self._parent
             if orphan or self._must_die.is_set() or self.num_steps == knobs.die_after:
                 if knobs.last_words is not None:
-                    endpoint.send(Failed(knobs.last_words))
+                    endpoint.send(Failed(Failure("failed", knobs.last_words)))
                 return 3
             for message in endpoint.recv(0 if self._running else 5):
                 self._handle(message)
@@ -171,21 +185,14 @@ class FakeEngine:
             self._step()
         return 0
 
-    def _info(self) -> dict[str, object]:
-        return {
-            "version": "fake",
-            "model_path": "fake",
-            "context_length": self.knobs.context_length,
-            "vocab_size": self.knobs.vocab_size,
-            "hidden_size": HIDDEN_SIZE,
-            "dtype": "float32",
-            "max_total_num_tokens": 4096,
-            "max_lora_rank": 16,
-            "lora_target_modules": ["q_proj"],
-            "lora_enabled": self.knobs.lora_enabled,
-            "adapters": self.knobs.adapters,
-            "sampling_defaults": self.knobs.sampling_defaults,
-        }
+    def _info(self) -> EngineInfo:
+        return engine_info(
+            context_length=self.knobs.context_length,
+            vocab_size=self.knobs.vocab_size,
+            hidden_size=HIDDEN_SIZE,
+            lora_enabled=self.knobs.lora_enabled,
+            sampling_defaults=self.knobs.sampling_defaults,
+        )
 
     def _is_over(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -193,7 +200,7 @@ class FakeEngine:
                 self._end(
                     number,
                     FinishReason(
-                        kind="abort", message="the server is shutting down", status_code=503
+                        kind="abort", failure=Failure("unavailable", "the server is shutting down")
                     ),
                 )
         return self._deadline is not None and not self._running
@@ -208,12 +215,15 @@ class FakeEngine:
                 for key in list(self._running) if ids is None else ids:
                     if key in self._running:
                         self.aborted.append(key)
-                        self._end(key, FinishReason(kind="abort", message=text))
-            case Command():
+                        self._end(key, FinishReason(kind="abort", failure=Failure("aborted", text)))
+            case Ask(number, command):
                 self.commands.append(message)
-                reply = self._command(message)
+                reply = self._command(number, command)
                 if reply is not None:
                     self._endpoint.send(reply)
+            case Cancel(number):
+                self.cancelled.append(number)
+                self._loading.pop(number, None)
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
 
@@ -229,18 +239,20 @@ class FakeEngine:
 
     def _submit(self, number: int, request: Request) -> None:
         if self.knobs.queue_is_full:
-            self._refuse(number, "the queue is full", 503)
+            self._refuse(number, Failure("unavailable", "the queue is full"))
         elif request.adapter is not None and request.adapter not in self.knobs.adapters:
             known = ", ".join(self.knobs.adapters)
-            self._refuse(
-                number,
-                f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}",
-            )
+            text = f"lora_path: {request.adapter!r} has never been loaded; loaded: {known}"
+            self._refuse(number, Failure("refused", text, "lora_path"))
         elif request.sampling.regex == "(":
-            self._refuse(number, "sampling_params.regex: '(' is no regular expression")
+            error = RequestError.about(
+                ("sampling_params", "regex"), ": '(' is no regular expression"
+            )
+            self._refuse(number, Failure.of(error))
         elif request.sampling.structural_tag and self.knobs.refuse_grammar:
-            reason = self.knobs.refuse_grammar
-            self._refuse(number, f"sampling_params.structural_tag: {reason}")
+            field = ("sampling_params", "structural_tag")
+            error = RequestError.about(field, f": {self.knobs.refuse_grammar}")
+            self._refuse(number, Failure.of(error))
         elif not self.knobs.hold_accept:
             scripts = self.knobs.scripts
             script = scripts[number % len(scripts)] if scripts else None
@@ -250,41 +262,36 @@ class FakeEngine:
         else:
             self._running[number] = _Running(number, request)
 
-    def _refuse(self, number: int, message: str, status_code: int = 400) -> None:
-        finish = FinishReason(kind="abort", message=message, status_code=status_code)
+    def _refuse(self, number: int, failure: Failure) -> None:
+        finish = FinishReason(kind="abort", failure=failure)
         self._endpoint.send(Outputs([RequestOutput(id=number, token_ids=[], finish=finish)]))
 
     def _end(self, number: int, finish: FinishReason) -> None:
         del self._running[number]
         self._endpoint.send(Outputs([RequestOutput(id=number, token_ids=[], finish=finish)]))
 
-    def _command(self, command: Command) -> Reply | None:
+    def _command(self, number: int, command: AnyCommand) -> Reply | None:
         """The reply, or None if it comes later."""
-        match command.name:
-            case "flush_cache":
-                return Reply(command.id, {"success": not self._running})
-            case "info":
-                return Reply(command.id, self._info())
-            case "load_adapter" | "load_adapter_from_tensors":
-                self._loading[command.id] = (time.monotonic() + self.knobs.load_s, command)
+        match command:
+            case FlushCache():
+                return Reply(number, not self._running)
+            case LoadAdapter() | LoadAdapterFromTensors():
+                self._loading[number] = (time.monotonic() + self.knobs.load_s, command)
                 return None
-            case "find_adapter":
-                return self._find(str(command.args["name"]), command.id)
-            case "unload_adapter":
-                return self._unload(command)
-            case "cancel":
-                number = command.args["id"]
-                assert isinstance(number, int)
-                self.cancelled.append(number)
-                return Reply(command.id, {"cancelled": self._loading.pop(number, None) is not None})
-            case name:
-                return Reply(command.id, error=f"unknown command {name!r}", status_code=400)
+            case FindAdapter(name):
+                return self._find(name, number)
+            case UnloadAdapter(name):
+                return self._unload(name, number)
+            case ListAdapters():
+                raise NotImplementedError  # nobody asks: the client knows
 
-    def _unload(self, command: Command) -> Reply:
-        if self.knobs.adapters.pop(str(command.args["name"]), None) is None:
-            return _unknown_adapter(command.id, command.args["name"])
-        self._tell(str(command.args["name"]))
-        return Reply(command.id)
+    def _unload(self, name: str, number: int) -> Reply:
+        path = self.knobs.adapters.pop(name, None)
+        if path is None:
+            text = f"adapter {name!r} has never been loaded"
+            return Reply(number, failure=Failure("not_found", text, "lora_path"))
+        self._tell(name)
+        return Reply(number, LoadOutcome(name, path, 1, 0.0))
 
     def _find(self, name: str, number: int) -> Reply:
         if name in self.knobs.findable:
@@ -329,27 +336,26 @@ class FakeEngine:
                 state="loaded" if state == "failed" else state,
                 pinned=False,
                 version=None if state == "loading" else version,
-                report=b'{"rank":8}',
             )
             names[name] = [] if path is None else [view]
             uses[version] = None if path is None else AdapterUse(tier="host", reason=reason)
-        return AdaptersChanged(names=names, uses=uses)
+        return AdaptersChanged(names, uses, dict.fromkeys(uses, b'{"rank":8}'))
 
     def _finish_loads(self) -> None:
         now = time.monotonic()
         for number in [number for number, (due, _) in self._loading.items() if due <= now]:
-            self._endpoint.send(self._load(self._loading.pop(number)[1]))
+            self._endpoint.send(self._load(number, self._loading.pop(number)[1]))
 
-    def _load(self, command: Command) -> Reply:
-        name = str(command.args["name"])
+    def _load(self, number: int, command: LoadAdapter | LoadAdapterFromTensors) -> Reply:
+        name, is_path = command.name, isinstance(command, LoadAdapter)
         if self.knobs.load_error is not None:
-            message, status = self.knobs.load_error
-            return Reply(command.id, error=message, status_code=status)
-        if name in self.knobs.adapters and not command.args.get("replace"):
-            return Reply(command.id, error=f"adapter {name!r} is already loaded", status_code=400)
-        self.knobs.adapters[name] = str(command.args.get("path", "__tensor__"))
+            return Reply(number, failure=self.knobs.load_error)
+        if name in self.knobs.adapters and not (is_path and command.replace):
+            text = f"adapter {name!r} is already loaded"
+            return Reply(number, failure=Failure("refused", text, code=ALREADY_LOADED))
+        path = self.knobs.adapters[name] = command.path if is_path else "__tensor__"
         self._tell(name)
-        return Reply(command.id)
+        return Reply(number, LoadOutcome(name, path, 1, 0.0))
 
     def _step(self) -> None:
         if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:
@@ -387,7 +393,7 @@ class FakeEngine:
         if finish is not None:
             pass
         elif token == self.knobs.fail_token:
-            finish = FinishReason(kind="abort", message="out of memory", status_code=500)
+            finish = FinishReason(kind="abort", failure=Failure("failed", "out of memory"))
         elif token in sampling.stop_token_ids:
             finish = FinishReason(kind="stop", matched=token)
         elif entry.num_out in (sampling.max_new_tokens, self._room(request)):
@@ -414,10 +420,6 @@ def vector(request: Request) -> list[float]:
     name = request.adapter or ""
     kind = ("last", "mean").index(request.pooling.kind)
     return [len(name), sum(request.prompt_token_ids), kind, request.pooling.normalize]
-
-
-def _unknown_adapter(number: int, name: object) -> Reply:
-    return Reply(number, error=f"adapter {name!r} has never been loaded", status_code=404)
 
 
 def _logprobs(tokens: list[int], request: Request) -> list[TokenLogprobs]:

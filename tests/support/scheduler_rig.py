@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.residency import Residency
+from lorikeet.core.failure import Failure
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
@@ -17,7 +18,7 @@ from lorikeet.scheduler.budget import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker
 
-ABORT = FinishReason(kind="abort", message="enough", status_code=499)
+ABORT = FinishReason(kind="abort", failure=Failure("aborted", "enough"))
 
 
 class Rig:

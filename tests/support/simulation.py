@@ -9,6 +9,7 @@ from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.tiers import FIRST, Tier
+from lorikeet.core.failure import Failure
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
     FinishReason,
@@ -323,7 +324,7 @@ class Simulation:
         try:
             self.scheduler.add(seq)
         except RequestError as error:
-            answer.finish = FinishReason(kind="abort", message=str(error), status_code=400)
+            answer.finish = FinishReason(kind="abort", failure=Failure("refused", str(error)))
             assert self._has_failed(answer.finish)
             del self._unfinished[seq.id]
             self.registry.release(seq.version)
@@ -373,7 +374,7 @@ class Simulation:
         if self._unfinished:
             answer = self.random.choice(list(self._unfinished.values()))
             answer.was_aborted = True
-            reason = FinishReason(kind="abort", message="the test says so", status_code=499)
+            reason = FinishReason(kind="abort", failure=Failure("aborted", "the test says so"))
             self.scheduler.abort(answer.seq.id, reason)
 
     def _maybe_unload(self) -> None:

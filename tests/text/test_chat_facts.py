@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.server.openai.tool_forms import ToolForm, find_form
 from lorikeet.server.openai.tool_parsers import HermesParser, Llama3Parser, MistralParser
+from lorikeet.server.openai.tools import ToolForm, find_form
 from lorikeet.text.chat_facts import read_facts
 from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, PLAIN, XML
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import (
     FinishReason,
     Request,
@@ -169,7 +170,7 @@ def test_tokens_after_the_stop_are_dropped_with_their_logprobs(tokenizer: Tokeni
     completion = start(tokenizer, stop=("X",))
     assert completion.add(out(ids, logprobs=logprobs))
     assert not completion.add(out(letters(tokenizer, "d")))
-    assert not completion.add(out([], FinishReason(kind="abort", message="x", status_code=499)))
+    assert not completion.add(out([], FinishReason(kind="abort", failure=Failure("aborted", "x"))))
     snapshot = completion.snapshot()
     assert snapshot.output_ids == ids[:2]
     assert list(snapshot.output_logprobs) == logprobs[:2]
@@ -229,7 +230,7 @@ def test_a_request_without_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_an_abort_keeps_what_there_is(tokenizer: Tokenizer) -> None:
-    abort = FinishReason(kind="abort", message="gone", status_code=503)
+    abort = FinishReason(kind="abort", failure=Failure("unavailable", "gone"))
     completion = start(tokenizer, stop=("bc",))
     completion.add(out(letters(tokenizer, "ab")))
     assert not completion.add(out([], abort))

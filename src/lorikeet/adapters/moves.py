@@ -12,8 +12,8 @@ from lorikeet.adapters.records import (
     FIRST_RETRY_S,
     LAST_RETRY_S,
     AdapterRecord,
-    AdapterState,
     Load,
+    StoreState,
 )
 from lorikeet.adapters.tiers import Tier
 from lorikeet.core.adapters import AdapterFacts, HostBytes, Origin, ReadOrder
@@ -41,7 +41,7 @@ class HostMoves:
         nbytes: of the versions that count as in host memory.
     """
 
-    def __init__(self, state: AdapterState, host: HostBytes | None) -> None:
+    def __init__(self, state: StoreState, host: HostBytes | None) -> None:
         self._state = state
         self._registry = state.registry
         self._residency = state.residency

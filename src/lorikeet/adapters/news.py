@@ -1,7 +1,7 @@
-"""What has changed about the adapters since it was last told, in the form of ``adapters/views.py``.
+"""Collects what has changed about the adapters, for the copy that the HTTP process keeps (``adapters/views.py``).
 
-Every change costs what it changes: a name that came or went is described again, and a version whose tier or use has
-changed says so in a few numbers.
+A message is as large as the change: a name that came or went is described again, and of a version whose tier or use has
+changed only those few values are sent.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from collections.abc import Iterable
 
 import msgspec
 
-from lorikeet.adapters.records import AdapterState, Load, Unload
+from lorikeet.adapters.records import Load, StoreState, Unload
 from lorikeet.adapters.registry import AdapterInfo
-from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
+from lorikeet.core.messages import AdaptersChanged
+from lorikeet.core.views import AdapterDetail, AdapterState, AdapterUse, AdapterView
 
 
 class AdapterNews:
     """Notes changes, and describes what they are about when it is asked."""
 
-    def __init__(self, state: AdapterState) -> None:
+    def __init__(self, state: StoreState) -> None:
         self._registry = state.registry
         self._residency = state.residency
         self._records = state.records
@@ -32,7 +33,7 @@ class AdapterNews:
         self._names[name] = None
 
     def version(self, version: int) -> None:
-        """A request has begun or ended to use a version."""
+        """A request has begun or ended to use a version, or it is gone."""
         self._versions.add(version)
 
     def take(self) -> AdaptersChanged | None:
@@ -41,20 +42,33 @@ class AdapterNews:
         names, self._names, self._versions = self._names, {}, set()
         if not names and not versions:
             return None
+        views = self._described(names)
+        reports = {
+            view.version: msgspec.json.encode(self._records[view.version].facts.report)
+            for group in views.values()
+            for view in group
+            if view.version is not None
+        }
         return AdaptersChanged(
-            names=self._described(names), uses={version: self.use(version) for version in versions}
+            views, {version: self._use(version) for version in versions}, reports
         )
 
-    def views(self, name: str | None = None) -> list[AdapterView]:
+    def details(self, name: str | None = None) -> list[AdapterDetail]:
         """All adapters, or those called ``name``: what is loaded, unloading and loading, in this order."""
         if name is not None:
-            return self._described([name])[name]
-        views = [self._loaded(info) for info in self._registry.loaded().values()]
-        views.extend(self._unloading(unload) for unload in self._unloads)
-        views.extend(_loading(load) for load in self._loads.values())
-        return views
+            views = self._described([name])[name]
+        else:
+            views = [self._loaded(info) for info in self._registry.loaded().values()]
+            views.extend(self._unloading(unload) for unload in self._unloads)
+            views.extend(_loading(load) for load in self._loads.values())
+        return [self._detail(view) for view in views]
 
-    def use(self, version: int) -> AdapterUse | None:
+    def _detail(self, view: AdapterView) -> AdapterDetail:
+        version = view.version or 0
+        record = self._records.get(version)
+        return AdapterDetail.of(view.used(self._use(version)), record and record.facts.report)
+
+    def _use(self, version: int) -> AdapterUse | None:
         """Where a version is, and who uses it; None if it is gone."""
         record = self._records.get(version)
         if record is None:
@@ -89,7 +103,7 @@ class AdapterNews:
         return self._of_version(unload.name, unload.path, info, state="unloading", pinned=False)
 
     def _of_version(
-        self, name: str, path: str, info: AdapterInfo, *, state: str, pinned: bool
+        self, name: str, path: str, info: AdapterInfo, *, state: AdapterState, pinned: bool
     ) -> AdapterView:
         return AdapterView(
             name=name,
@@ -100,7 +114,6 @@ class AdapterNews:
             rank=info.rank,
             targets=list(info.targets),
             nbytes=info.nbytes,
-            report=msgspec.json.encode(self._records[info.version].facts.report),
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.core.adapters import AdapterFacts, Origin, format_report
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.errors import AdapterError, EngineFault, LorikeetError
 from lorikeet.masking import printable, shortened, without_paths
 
@@ -23,21 +24,6 @@ BASE_VERSION = 0
 # and the longest wait, each twice as long as the one before.
 FIRST_RETRY_S = 10.0
 LAST_RETRY_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOutcome:
-    """Answer to a load or an unload.
-
-    Attributes:
-        version: that the name means from now on; of an unload, that it meant.
-        seconds: from the command to this answer.
-    """
-
-    name: str
-    path: str
-    version: int
-    seconds: float
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +174,7 @@ def as_fault(error: BaseException, name: str) -> BaseException:
 
 
 @dataclass(slots=True, eq=False)
-class AdapterState:
+class StoreState:
     """What the parts of the store share, and each of them may change.
 
     Attributes:

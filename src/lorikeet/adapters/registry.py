@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NotRequired, TypedDict, Unpack
 
-from lorikeet.errors import AdapterError, AdapterNotFoundError
+from lorikeet.errors import ALREADY_LOADED, AdapterError, AdapterNotFoundError
 from lorikeet.masking import shortened
 
 # Digests of dropped versions that are remembered, so that a reload of the same bytes finds its prefix cache again.
@@ -104,7 +104,8 @@ class AdapterRegistry:
         if name in self._names:
             raise AdapterError(
                 f"adapter {name!r} is already loaded from {self._names[name].path!r}; "
-                "unload it first or choose another name"
+                "unload it first or choose another name",
+                code=ALREADY_LOADED,
             )
         version = self.version_of(content["digest"])
         info = AdapterInfo(name=name, version=version, **content)

@@ -20,6 +20,7 @@ from typing import TypeVar, cast
 
 from lorikeet.adapters.files import read_small
 from lorikeet.errors import AdapterError
+from lorikeet.fields import is_integer
 from lorikeet.masking import printable, shortened
 
 CONFIG_FILE = "adapter_config.json"
@@ -259,7 +260,7 @@ def _check_patterns(spec: LoRASpec, reader: _Reader) -> None:
 
 
 def _rank(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
+    if not is_integer(value) or not 1 <= value <= _MAX_RANK:
         raise ValueError
     return value
 
@@ -314,7 +315,7 @@ def _layers(value: object) -> tuple[int, ...] | None:
     items = cast("list[object]", value) if isinstance(value, list) else [value]
     layers: list[int] = []
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int):
+        if not is_integer(item):
             raise ValueError
         layers.append(item)
     return tuple(layers)

@@ -21,9 +21,8 @@ from lorikeet.adapters.news import AdapterNews
 from lorikeet.adapters.records import (
     BASE_VERSION,
     AdapterRecord,
-    AdapterState,
     Load,
-    LoadOutcome,
+    StoreState,
     Unload,
     as_fault,
     log_load,
@@ -35,7 +34,6 @@ from lorikeet.adapters.sources.source import public_path
 from lorikeet.adapters.templates import TemplateNews, Templates
 from lorikeet.adapters.tiers import Tier
 from lorikeet.adapters.unloads import UnloadedNames, Unloads
-from lorikeet.adapters.views import make_entry, make_report
 from lorikeet.config import LoRAPath
 from lorikeet.core.adapters import (
     TENSORS_PATH,
@@ -45,8 +43,16 @@ from lorikeet.core.adapters import (
     ReadOrder,
     SentTensors,
 )
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.core.messages import AdaptersChanged
-from lorikeet.errors import AdapterError, AdapterNotFoundError, LoRADisabledError, RequestError
+from lorikeet.core.views import AdapterDetail
+from lorikeet.errors import (
+    ALREADY_LOADED,
+    AdapterError,
+    AdapterNotFoundError,
+    LoRADisabledError,
+    RequestError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +73,7 @@ class AdapterStore:
         self, residency: Residency, host: HostBytes | None, *, can_find: bool = False
     ) -> None:
         self.residency = residency
-        self._state = AdapterState(AdapterRegistry(), residency)
+        self._state = StoreState(AdapterRegistry(), residency)
         self._registry = self._state.registry
         self._records = self._state.records
         self._loads = self._state.loads
@@ -242,20 +248,16 @@ class AdapterStore:
         """True if ``poll`` may find something without any step in between."""
         return self._moves.is_reading or bool(self._loads or self._state.unloads)
 
-    def describe(self, name: str | None = None) -> list[dict[str, object]]:
+    def describe(self, name: str | None = None) -> list[AdapterDetail]:
         """All adapters, or those called ``name``: one that is unloading and its successor may share it.
 
         Raises:
             AdapterNotFoundError: nothing is called ``name``.
         """
-        views = self._news.views(name)
-        if name is not None and not views:
+        details = self._news.details(name)
+        if name is not None and not details:
             self._registry.find(name)  # raises
-        return [
-            make_entry(view, self._news.use(view.version or BASE_VERSION))
-            | {"report": make_report(view)}
-            for view in views
-        ]
+        return details
 
     def names(self, versions: Iterable[int]) -> list[str]:
         """Names that mean these versions, sorted; as many as a report lists."""
@@ -317,13 +319,15 @@ class AdapterStore:
         if load is not None:
             raise AdapterError(
                 f"adapter {name!r} is already loaded or about to be, from {load.path!r}; wait for it, or choose "
-                "another name"
+                "another name",
+                code=ALREADY_LOADED,
             )
         info = self._registry.get(name)
         if info is None or replace or self.residency.failure(info.version) is not None:
             return
         raise AdapterError(
-            f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name"
+            f"adapter {name!r} is already loaded from {info.path!r}; unload it first or choose another name",
+            code=ALREADY_LOADED,
         )
 
     def _check_enabled(self, name: str, verb: str, field: str = "lora_name") -> None:
@@ -448,6 +452,7 @@ class AdapterStore:
         gone = self._registry.pop_unleased()
         for version in gone:
             record = self._records.pop(version)
+            self._news.version(version)
             self.residency.remove(version)
             self._moves.drop(record)
             for origin in record.origins.values():

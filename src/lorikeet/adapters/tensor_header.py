@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from lorikeet.errors import AdapterError
+from lorikeet.fields import is_integer
 from lorikeet.masking import printable, shortened
 
 # An adapter of a hundred layers has some thousand tensors, of about 150 bytes each in the header. It is read with the
@@ -23,7 +24,7 @@ _MAX_DIMS = 8
 # Beyond any file.
 _MAX_SIZE = 1 << 48
 _MAX_NAME = 512
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 # The length and the brace that begins the header, and enough bytes to recognise other formats.
 START_BYTES = 24
 _METADATA = "__metadata__"
@@ -69,8 +70,8 @@ def parse_header(
         AdapterError: says what is wrong.
     """
     length = check_start(read_at(0, min(size, START_BYTES)), size, where)
-    begin = _LENGTH_BYTES + length
-    entries = _json_header(read_at(_LENGTH_BYTES, length), where)
+    begin = LENGTH_BYTES + length
+    entries = _json_header(read_at(LENGTH_BYTES, length), where)
     entries.pop(_METADATA, None)
     tensors = {name: _tensor(name, entry, begin, where) for name, entry in entries.items()}
     _check_gaps(tensors, begin, size, where)
@@ -87,17 +88,33 @@ def check_start(head: bytes, size: int, where: str) -> int:
     Raises:
         AdapterError: it is not safetensors; says what it is, if that can be seen.
     """
-    if size < _LENGTH_BYTES:
+    if size < LENGTH_BYTES:
         raise _broken(where, f"it has {size} bytes, less than the length of a header")
-    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    possible = min(size - _LENGTH_BYTES, MAX_HEADER_BYTES)
-    if length > possible:
-        _refuse_others(head, where)
-        raise _broken(where, f"its header claims {length} bytes; possible: at most {possible}")
-    if head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
-        _refuse_others(head, where)
+    length, possible = _length(head, size)
+    if has_header(head, size):
+        return length
+    _refuse_others(head, where)
+    if length <= possible:
         raise _broken(where, "its header is not a JSON object")
-    return length
+    raise _broken(where, f"its header claims {length} bytes; possible: at most {possible}")
+
+
+def has_header(head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes, more than ``LENGTH_BYTES``, that begins with ``head`` may be safetensors."""
+    length, possible = _length(head, size)
+    return 0 < length <= possible and head[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{"
+
+
+def _length(head: bytes, size: int) -> tuple[int, int]:
+    """How long the header claims to be, and how long it can be."""
+    length = int.from_bytes(head[:LENGTH_BYTES], "little")
+    return length, min(size - LENGTH_BYTES, MAX_HEADER_BYTES)
+
+
+def is_pickled(head: bytes) -> bool:
+    """Whether a file begins like a pickle, or like an archive, which is what ``torch.save`` writes around one."""
+    is_pickle = len(head) > 1 and head[0] == 0x80 and head[1] in range(1, 8)
+    return is_pickle or head.startswith((b"PK\x03\x04", b"\x1f\x8b"))
 
 
 def _refuse_others(head: bytes, where: str) -> None:
@@ -106,9 +123,7 @@ def _refuse_others(head: bytes, where: str) -> None:
         raise AdapterError(
             f"{where} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`"
         )
-    if head.startswith((b"PK\x03\x04", b"\x1f\x8b")) or (
-        head[0] == 0x80 and head[1] in range(1, 8)
-    ):
+    if is_pickled(head):
         raise AdapterError(
             f"{where} is a pickle or an archive, not safetensors; a pickle runs code when it is read, so it is never "
             "loaded: save the adapter with safetensors"
@@ -168,10 +183,7 @@ def _are_sizes(value: object, lengths: range) -> bool:
     return (
         isinstance(value, list)
         and len(cast("list[object]", value)) in lengths
-        and all(
-            isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= _MAX_SIZE
-            for item in cast("list[object]", value)
-        )
+        and all(is_integer(item) and 0 <= item <= _MAX_SIZE for item in cast("list[object]", value))
     )
 
 

@@ -6,7 +6,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from lorikeet.adapters.records import AdapterState, LoadOutcome, Unload
+from lorikeet.adapters.records import StoreState, Unload
+from lorikeet.core.commands import LoadOutcome
 from lorikeet.errors import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Unloads:
         ended: told the name of each that is over.
     """
 
-    def __init__(self, state: AdapterState, ended: Callable[[str], None]) -> None:
+    def __init__(self, state: StoreState, ended: Callable[[str], None]) -> None:
         self._state = state
         self._ended = ended
 

@@ -7,16 +7,16 @@ engine's loop, and a list is answered while the engine does not answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import get_args
 
 import msgspec
 
 from lorikeet.adapters.registry import never_loaded
-from lorikeet.core.messages import AdaptersChanged, AdapterUse, AdapterView
+from lorikeet.core.messages import AdaptersChanged
+from lorikeet.core.views import AdapterDetail, AdapterState, AdapterUse, AdapterView
 
-Entry = dict[str, object]
-
-_STATES = ("loaded", "failed", "loading", "unloading")
+# Of several versions of a name, the first of these is the one that a request would get.
+_STATES: tuple[AdapterState, ...] = get_args(AdapterState)
 
 
 class AdapterViews:
@@ -31,6 +31,7 @@ class AdapterViews:
         self._served: dict[str, AdapterView] = {}
         self._others: dict[str, list[AdapterView]] = {}
         self._uses: dict[int, AdapterUse] = {}
+        self._reports: dict[int, bytes] = {}
         self.num_changes = 0
 
     def __len__(self) -> int:
@@ -42,8 +43,10 @@ class AdapterViews:
         for version, use in message.uses.items():
             if use is None:
                 self._uses.pop(version, None)
+                self._reports.pop(version, None)
             else:
                 self._uses[version] = use
+        self._reports |= message.reports
         for name, views in message.names.items():
             self.num_changes += 1
             self._set(name, views)
@@ -58,17 +61,23 @@ class AdapterViews:
         return {name: view.path for name, view in self._served.items()}
 
     def views(self) -> list[AdapterView]:
-        """All of them: names in use, then what comes and goes."""
+        """All of them: names in use, then what comes and goes. How they are used is added by :meth:`shown`."""
         return [
             *self._served.values(),
             *(view for views in self._others.values() for view in views),
         ]
 
-    def entry(self, view: AdapterView) -> Entry:
-        """A view as it is shown in a list."""
-        return make_entry(view, self._uses.get(view.version or 0))
+    def shown(self, view: AdapterView) -> AdapterView:
+        """A view as it is shown in a list, with the use of its version."""
+        return view.used(self._uses.get(view.version or 0))
 
-    def find(self, name: str) -> tuple[AdapterView, Entry]:
+    def detail(self, view: AdapterView) -> AdapterDetail:
+        """A view as it is shown alone, with the report."""
+        report = self._reports.get(view.version or 0)
+        shown = self.shown(view)
+        return AdapterDetail.of(shown, None if report is None else msgspec.json.decode(report))
+
+    def find(self, name: str) -> AdapterDetail:
         """One adapter. While a name has several versions, the one that a request would get.
 
         Raises:
@@ -76,10 +85,9 @@ class AdapterViews:
         """
         served = self._served.get(name)
         views = ([] if served is None else [served]) + self._others.get(name, [])
-        found = [(view, self.entry(view)) for view in views]
-        if not found:
+        if not views:
             raise never_loaded(name, self._served)
-        return min(found, key=lambda pair: _STATES.index(cast(str, pair[1]["state"])))
+        return min(map(self.detail, views), key=lambda view: _STATES.index(view.state))
 
     def _set(self, name: str, views: Sequence[AdapterView]) -> None:
         others = [view for view in views if view.state != "loaded"]
@@ -93,28 +101,3 @@ class AdapterViews:
             self._others[name] = others
         else:
             self._others.pop(name, None)
-
-
-def make_entry(view: AdapterView, use: AdapterUse | None) -> Entry:
-    """What is shown of an adapter; its report is ``view.report``, which is too large for lists."""
-    use = use or AdapterUse()
-    state = "failed" if view.state == "loaded" and use.reason is not None else view.state
-    return {
-        "name": view.name,
-        "path": view.path,
-        "version": view.version,
-        "state": state,
-        "tier": use.tier,
-        "pinned": view.pinned,
-        "rank": view.rank,
-        "targets": view.targets,
-        "bytes": view.nbytes,
-        "in_flight": use.in_flight,
-        "last_use": use.last_use,
-        "reason": use.reason,
-    }
-
-
-def make_report(view: AdapterView) -> object:
-    """The report of an adapter; None until it is loaded."""
-    return None if view.report is None else msgspec.json.decode(view.report)

@@ -1,4 +1,4 @@
-"""How much one call may ask for. Each number stands in docs/http.md with its reason."""
+"""Limits on what one call may ask for. Each number stands in docs/http.md with its reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lorikeet.core.request import Prompt, SamplingParams
+from lorikeet.core.request import Prompt
+from lorikeet.core.sampling import SamplingParams
 from lorikeet.errors import RequestError
 
 # Completions of one call: prompts x n. As many inputs as OpenAI's embeddings take, twice the largest n. Each costs the HTTP
@@ -55,7 +56,7 @@ def check_completions(num_prompts: int, num_samples: int, limits: CallLimits) ->
 
 
 def num_prompt_logprobs(prompt: Prompt) -> int:
-    """Values that the reply tells of one prompt."""
+    """How many log-probabilities of a prompt's own tokens the reply has."""
     if not prompt.return_logprob or prompt.logprob_start_len < 0:
         return 0
     num_positions = len(prompt.prompt_token_ids) - prompt.logprob_start_len
@@ -68,8 +69,8 @@ def fit_logprobs(
     limits: CallLimits,
     context_length: int,
 ) -> list[SamplingParams]:
-    """The parameters of each prompt, with an end where ``max_new_tokens`` is None: at the context, and so that the
-    call's log-probabilities stay within their limit. What is shared stays shared.
+    """Give each prompt without ``max_new_tokens`` a number: what the context holds, or less, so that the call's
+    log-probabilities stay within their limit. Parameters that prompts share stay shared.
 
     Raises:
         RequestError: prompts and ``max_new_tokens`` ask for more log-probabilities than a call may have.
@@ -87,10 +88,13 @@ def fit_logprobs(
             room = context_length - len(prompt.prompt_token_ids)
             asked += each * min(params.max_new_tokens, room)
     if most is not None and asked + open_ended > most:
-        raise RequestError(
-            f"top_logprobs_num: the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of "
-            f"max_new_tokens, each times 1 + top_logprobs_num, for each completion); allowed: at most {most}",
-            "top_logprobs_num",
+        raise RequestError.about(
+            ("top_logprobs_num",),
+            f": the call asks for {asked + open_ended} log-probabilities (positions of the prompts and of ",
+            ("max_new_tokens",),
+            ", each times 1 + ",
+            ("top_logprobs_num",),
+            f", for each completion); allowed: at most {most}",
         )
     longest = context_length
     if most is not None and open_ended:

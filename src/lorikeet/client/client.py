@@ -25,9 +25,11 @@ from lorikeet.client.commands import Commands
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.open_request import OpenCall, OpenRequest
 from lorikeet.client.silence import Silence
-from lorikeet.client.stream import CompletionStream, finish_error
+from lorikeet.client.stream import CompletionStream
 from lorikeet.client.transport import ClientTransport, ProcessHandle
 from lorikeet.client.turns import TURN_S
+from lorikeet.core.commands import Command, R
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     Abort,
     Accepted,
@@ -46,6 +48,7 @@ from lorikeet.core.messages import (
     Unreadable,
 )
 from lorikeet.core.request import RequestOutput
+from lorikeet.core.views import EngineInfo
 from lorikeet.errors import (
     EngineDeadError,
     EngineFault,
@@ -67,8 +70,7 @@ TICK_S = 0.5
 # come back. A pulse may be late.
 SILENCE_S = 15.0
 LEAST_SILENCE_S = 3.0
-# Questions that the engine answers between two steps, and how long they wait.
-QUERIES = ("adapters", "info", "flush_cache")
+# How long a question waits that the engine answers between two steps.
 QUERY_TIMEOUT_S = 20.0
 # The end of the process may be seen before its last messages are read; if somebody waits, they get this long.
 LAST_WORDS_S = 0.2
@@ -114,7 +116,7 @@ class EngineClient:
         self._next_id = 0
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
-        self._info: dict[str, Any] | None = None
+        self._info: EngineInfo | None = None
         self._intake: Intake | None = None
         self._started = asyncio.Event()
         self._died = asyncio.Event()  # nothing more is expected of the engine
@@ -122,14 +124,14 @@ class EngineClient:
         self._on_progress: Callable[[str], None] = logger.info
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> dict[str, Any]:
+    async def start(self, on_progress: Callable[[str], None] = logger.info) -> EngineInfo:
         """Listen to the engine and wait until it serves.
 
         Args:
             on_progress: told each phase of the engine's start.
 
         Returns:
-            What the engine says of itself (``Ready.info``).
+            What the engine says of itself.
 
         Raises:
             UserError: the engine refused its flags or files.
@@ -167,8 +169,8 @@ class EngineClient:
         self.templates.close()
 
     @property
-    def info(self) -> dict[str, Any]:
-        """``Ready.info``; only after :meth:`start`."""
+    def info(self) -> EngineInfo:
+        """What the engine says of itself; only after :meth:`start`."""
         if self._info is None:
             raise AssertionError("the engine is not ready yet")
         return self._info
@@ -271,19 +273,19 @@ class EngineClient:
         self._commands.fail(fault)
         return len(followed)
 
-    async def command(self, name: str, /, **args: object) -> Any:
+    async def command(self, command: Command[R]) -> R:
         """Ask the engine for something other than tokens.
 
         If the caller is cancelled, so is the command, where the engine can still undo it (a load that is not complete).
 
         Raises:
-            UserError, EngineFault: the engine's answer was an error, by its status.
+            UserError, EngineFault: the engine's answer was an error.
             EngineDeadError: it is dead.
             UnavailableError: it does not answer a question that costs it nothing.
         """
         self.check_alive()
-        timeout = QUERY_TIMEOUT_S if name in QUERIES else None
-        return await self._commands.run(name, args, timeout=timeout)
+        timeout = QUERY_TIMEOUT_S if command.is_question else None
+        return await self._commands.run(command, timeout=timeout)
 
     def _claim(self, labels: Mapping[str, list[int]], num_completions: int) -> OpenCall:
         """A new call, whose names are its own from now on: nothing is awaited between the look and the claim."""
@@ -393,8 +395,9 @@ class EngineClient:
                 self._on_progress(phase)
             case Ready(info):
                 self._ready(info)
-            case Failed(text, user_error):
-                self._die(UserError(text) if user_error else EngineDeadError(text))
+            case Failed(failure):
+                error = failure.error()
+                self._die(error if isinstance(error, UserError) else EngineDeadError(str(error)))
             case Unreadable():
                 self._tell_unreadable(message)
             case _:  # a sign of life, or outputs, which _listen takes
@@ -405,7 +408,7 @@ class EngineClient:
         reason = f"a message of the engine cannot be read: {message.reason}"
         logger.error("%s", reason)
         if message.command is not None:
-            self._commands.reply(Reply(message.command, error=reason, status_code=500))
+            self._commands.reply(Reply(message.command, failure=Failure("failed", reason)))
         entries = [entry for item in message.ids if (entry := self._open.get(item)) is not None]
         for entry in entries:
             self._lose(entry, reason)
@@ -433,11 +436,10 @@ class EngineClient:
         Raises:
             UnavailableError: too many wait already.
         """
-        info = self.info
-        limit, most_running = info.get("max_queued_requests"), info.get("max_running_requests")
-        if limit is None or most_running is None:
+        limit = self.info.max_queued_requests
+        if limit is None:
             return
-        num_waiting = len(self._open) - most_running
+        num_waiting = len(self._open) - self.info.max_running_requests
         if num_waiting > 0 and num_waiting + num_new > limit:
             raise UnavailableError(full_queue(num_waiting, num_new, limit))
 
@@ -447,12 +449,12 @@ class EngineClient:
             if entry is not None:
                 entry.call.accept(entry)
 
-    def _ready(self, info: dict[str, Any]) -> None:
+    def _ready(self, info: EngineInfo) -> None:
         self._info = info
         self._intake = Intake(
             self.tokenizer,
-            vocab_size=info["vocab_size"],
-            context_length=info["context_length"],
+            vocab_size=info.vocab_size,
+            context_length=info.context_length,
             check_room=self._check_room,
         )
         self._started.set()
@@ -479,7 +481,7 @@ class EngineClient:
         """Tell whoever follows that a completion has grown or finished."""
         call, finish = entry.call, entry.completion.finish
         # A terminal output without Accepted before it: refused, or aborted while it waited.
-        error = None if finish is None or entry.is_accepted else finish_error(finish)
+        error = None if finish is None or entry.is_accepted else finish.error()
         if error is None:
             call.accept(entry)
         else:
@@ -497,7 +499,7 @@ class EngineClient:
         finish, snapshot = entry.completion.finish, entry.completion.snapshot()
         if finish is None:
             raise AssertionError("a terminal output did not finish its completion")
-        outcome: Outcome = "error" if finish_error(finish) is not None else finish.kind
+        outcome: Outcome = "error" if finish.error() is not None else finish.kind
         entry.timer.end(
             outcome,
             num_prompt_tokens=snapshot.prompt_tokens,

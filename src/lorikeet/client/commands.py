@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-from lorikeet.client.stream import finish_error
 from lorikeet.client.transport import ClientTransport
-from lorikeet.core.messages import Command, Reply
-from lorikeet.core.request import FinishReason
+from lorikeet.core.commands import AnyCommand, Command, R
+from lorikeet.core.messages import Ask, Cancel, Reply
 from lorikeet.errors import EngineFault, UnavailableError
 
 
@@ -22,7 +20,7 @@ class Commands:
 
     def __init__(self, transport: ClientTransport) -> None:
         self._transport = transport
-        self._waiting: dict[int, asyncio.Future[object]] = {}
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._num = 0
         self._is_dead = False
 
@@ -30,22 +28,21 @@ class Commands:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    async def run(
-        self, name: str, args: Mapping[str, object], *, timeout: float | None = None
-    ) -> Any:
+    async def run(self, command: Command[R], *, timeout: float | None = None) -> R:
         """Send a command and wait for its result, at most ``timeout`` seconds.
 
         If the caller is cancelled, the engine is told; it drops what it can still undo (a load that is not complete).
 
         Raises:
-            UserError, EngineFault: the answer was an error, by its status.
+            UserError, EngineFault: the answer was an error.
             EngineFault: it was given up meanwhile (:meth:`fail`).
             UnavailableError: there was no answer in time.
         """
-        number = self._next()
+        self._num += 1
+        number = self._num
         future = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._transport.send(Command(number, name, dict(args)))
+            self._transport.send(Ask(number, cast("AnyCommand", command)))
             async with asyncio.timeout(timeout):
                 return await future
         except TimeoutError:
@@ -54,22 +51,20 @@ class Commands:
             ) from None
         except asyncio.CancelledError:
             if not self._is_dead:
-                # Nobody waits for the answer to this one.
-                self._transport.send(Command(self._next(), "cancel", {"id": number}))
+                self._transport.send(Cancel(number))
             raise
         finally:
             del self._waiting[number]
 
     def reply(self, reply: Reply) -> None:
-        """An answer has arrived; that of a command whose caller has gone is dropped."""
+        """Take in an answer; that of a command whose caller has gone is dropped."""
         future = self._waiting.get(reply.id)
         if future is None or future.done():
             return
-        if reply.error is None:
+        if reply.failure is None:
             future.set_result(reply.result)
-            return
-        finish = FinishReason(kind="abort", message=reply.error, status_code=reply.status_code)
-        future.set_exception(finish_error(finish) or EngineFault(reply.error))
+        else:
+            future.set_exception(reply.failure.error())
 
     def fail(self, fault: EngineFault) -> None:
         """No answer will come: the engine is lost, or told to end."""
@@ -77,7 +72,3 @@ class Commands:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(fault)
-
-    def _next(self) -> int:
-        self._num += 1
-        return self._num

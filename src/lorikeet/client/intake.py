@@ -1,4 +1,4 @@
-"""The fields of ``/generate`` (and of ``LLM.generate``) -> requests for the engine, or one error that names the field.
+"""Turns the fields of ``/generate`` (and of ``LLM.generate``) into requests for the engine, or into an error that names the field.
 
 Everything about a request that can be known without the engine is checked here, before any work: only whether an
 adapter is loaded and whether a grammar compiles is left to the engine.
@@ -9,14 +9,24 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
 from lorikeet.client.call_limits import SERVED, CallLimits, check_completions, fit_logprobs
-from lorikeet.client.params import check_unicode, is_int, parse_sampling, shown, wrong_type
+from lorikeet.client.params import parse_sampling
 from lorikeet.core.request import MAX_TOP_LOGPROBS, Pooling, Prompt, Request, SamplingParams
-from lorikeet.errors import ContextLengthError, RequestError
+from lorikeet.errors import SAMPLING, ContextLengthError, Field, RequestError, field_name
+from lorikeet.fields import (
+    is_integer,
+    is_list,
+    read_flag,
+    read_integer,
+    read_list,
+    read_text,
+    refused,
+    shown,
+)
 from lorikeet.names import MAX_RID, check_name
 from lorikeet.text.completion import Completion
 from lorikeet.text.stop import SearchBudget, StopRules
@@ -121,18 +131,22 @@ class Intake:
         check_completions(num, num_samples, self._limits)
         self._check_room(num * num_samples)
         adapters = _spread(body, "lora_path", num, _read_adapter, default=None)
-        wants_logprobs = _spread(body, "return_logprob", num, _read_bool, default=False)
-        starts = _spread(body, "logprob_start_len", num, _read_int, default=-1)
-        tops = _spread(body, "top_logprobs_num", num, _read_int, default=0)
+        wants_logprobs = _spread(body, "return_logprob", num, read_flag, default=False)
+        starts = _spread(body, "logprob_start_len", num, read_integer, default=-1)
+        tops = _spread(body, "top_logprobs_num", num, read_integer, default=0)
         rids, labels = _read_rids(body.get("rid"), num, num_samples)
         tokens = self._read_tokens(name, prompts, is_batch=is_batch)
         made: list[Prompt] = []
         for index, token_ids in enumerate(tokens):
-            where = f"prompt {index}: " if is_batch else ""
-            room = self._room(len(token_ids), where, least=int(pooling is None))
-            _check_min_tokens(sampling[index], room, where, self._context_length)
-            _check_logprob_start(starts[index], len(token_ids), where)
-            self._check_top_logprobs(tops[index], where)
+            try:
+                room = self._room(len(token_ids), least=int(pooling is None))
+                _check_min_tokens(sampling[index], room, self._context_length)
+                _check_logprob_start(starts[index], len(token_ids))
+                self._check_top_logprobs(tops[index])
+            except RequestError as error:
+                if is_batch:
+                    error.prefix(f"prompt {index}: ")
+                raise
             wanted = wants_logprobs[index]
             made.append(
                 Prompt(
@@ -153,7 +167,7 @@ class Intake:
             labels=labels,
             is_list=is_batch or num_samples > 1,
             return_text_in_logprobs=text_wanted is not None
-            and _read_bool(text_wanted, "return_text_in_logprobs"),
+            and read_flag(text_wanted, ("return_text_in_logprobs",)),
         )
 
     def _read_tokens(self, name: str, prompts: Sequence[Any], *, is_batch: bool) -> list[list[int]]:
@@ -165,36 +179,34 @@ class Intake:
         most = None if most is None else max(most, self._context_length)
         total = 0
         for index, prompt in enumerate(prompts):
-            where = f"{name}[{index}]" if is_batch else name
+            where = (name, index) if is_batch else (name,)
             read = self._encode if name == "text" else self._read_ids
             tokens.append(read(prompt, where))
             total += len(tokens[-1])
             if most is not None and total > most:
-                raise RequestError(
-                    f"{name}: the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
-                    name,
+                raise RequestError.about(
+                    (name,),
+                    f": the prompts of the call have more than {most} tokens; allowed: at most {most} in one call",
                 )
         return tokens
 
     def _check_texts(self, texts: Sequence[Any], *, is_batch: bool) -> None:
         """Refuse texts that cannot fit, before any of them is tokenized."""
         for index, text in enumerate(texts):
-            self._check_text(text, f"text[{index}]" if is_batch else "text")
+            self._check_text(text, ("text", index) if is_batch else ("text",))
         num, most = sum(map(len, texts)), self._limits.max_texts
         if most is not None and num > most:
-            raise RequestError(
-                f"text has {num:,} characters in {len(texts):,} prompts; allowed: {most:,} in one call",
-                "text",
+            raise RequestError.about(
+                ("text",),
+                f" has {num:,} characters in {len(texts):,} prompts; allowed: {most:,} in one call",
             )
 
-    def _encode(self, text: str, name: str) -> list[int]:
+    def _encode(self, text: str, field: Field) -> list[int]:
         token_ids = self._tokenizer.encode(text)
         if not token_ids:
-            raise RequestError(
-                f"{name} is {shown(text)}, which has no tokens; allowed: at least one character",
-                "text",
-            )
-        self._check_ids(token_ids, name)
+            problem = f" is {shown(text)}, which has no tokens; allowed: at least one character"
+            raise RequestError.about(field, problem)
+        self._check_ids(token_ids, field)
         return token_ids
 
     def encode_rendered(self, text: str) -> list[int]:
@@ -203,44 +215,43 @@ class Intake:
         Raises:
             RequestError: it is too long, or no text.
         """
-        self._check_text(text, "text")
+        self._check_text(text, ("text",))
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _check_text(self, text: str, name: str) -> None:
+    def _check_text(self, text: str, field: Field) -> None:
         """Refuse a prompt that cannot fit into the context, for its length."""
-        least = self._tokenizer.least_tokens(check_unicode(text, name, ""))
+        least = self._tokenizer.least_tokens(read_text(text, field))
         if least > self._context_length:
-            raise ContextLengthError(
-                f"{name} has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
+            raise ContextLengthError.about(
+                field,
+                f" has at least {least} tokens; allowed: at most {self._context_length}, because the maximum "
                 f"context length is {self._context_length}",
-                "text",
             )
         most = self._limits.max_text
         if most is not None and len(text) > most:
-            raise RequestError(
-                f"{name} has {len(text):,} characters; allowed: {most:,} in one prompt", "text"
-            )
+            problem = f" has {len(text):,} characters; allowed: {most:,} in one prompt"
+            raise RequestError.about(field, problem)
 
-    def _read_ids(self, row: object, name: str) -> list[int]:
-        if not _is_list(row):
-            raise wrong_type(row, name, "", "a list of token ids")
-        if not row:
-            raise RequestError(f"{name} is an empty list; allowed: at least one token", "input_ids")
-        for index, item in enumerate(row):
-            if not is_int(item):
-                raise wrong_type(item, f"{name}[{index}]", "", "an integer")
-        token_ids = cast(list[int], list(row))
-        self._check_ids(token_ids, name)
+    def _read_ids(self, row: object, field: Field) -> list[int]:
+        items = read_list(row, field, "a list of token ids")
+        if not items:
+            raise _empty(field, "token")
+        for index, item in enumerate(items):
+            # Without a path for each: there may be a million.
+            if not is_integer(item):
+                raise refused((*field, index), item, "an integer")
+        token_ids = list(items)
+        self._check_ids(token_ids, field)
         return token_ids
 
-    def _check_ids(self, token_ids: list[int], name: str) -> None:
+    def _check_ids(self, token_ids: list[int], field: Field) -> None:
         if min(token_ids) >= 0 and max(token_ids) < self._vocab_size:
             return
         index = next(i for i, item in enumerate(token_ids) if not 0 <= item < self._vocab_size)
-        raise RequestError(
-            f"{name} has the token id {shown(token_ids[index])} at position {index}; "
+        raise RequestError.about(
+            field,
+            f" has the token id {shown(token_ids[index])} at position {index}; "
             f"allowed: token ids in [0, {self._vocab_size - 1}]",
-            name.partition("[")[0],
         )
 
     def _read_sampling(
@@ -248,23 +259,18 @@ class Intake:
     ) -> tuple[list[SamplingParams], list[StopRules]]:
         """Parameters and stops of each prompt; one of each for all where one was given."""
         budget = SearchBudget()
-        if not _is_list(value):
-            params = self._check_sampling(value, "sampling_params")
+        if not is_list(value):
+            params = self._check_sampling(value, (SAMPLING,))
             return [params] * num, [StopRules(params.stop, params.stop_regex, budget)] * num
-        _check_length(value, "sampling_params", num)
+        _check_length(value, SAMPLING, num)
         sampling = [
-            self._check_sampling(item, f"sampling_params[{index}]")
-            for index, item in enumerate(value)
+            self._check_sampling(item, (SAMPLING, index)) for index, item in enumerate(value)
         ]
         return sampling, [StopRules(item.stop, item.stop_regex, budget) for item in sampling]
 
-    def _check_sampling(self, value: object, where: str) -> SamplingParams:
+    def _check_sampling(self, value: object, where: Field) -> SamplingParams:
         params = parse_sampling(cast(Any, value), where)
-        try:
-            params.validate(self._vocab_size)
-        except RequestError as error:
-            message = str(error).replace("sampling_params", where, 1)
-            raise RequestError(message, error.param) from error
+        params.validate(self._vocab_size, where)
         # More than the whole vocabulary is the whole vocabulary, more than the whole context the context; and a number has
         # to fit a message to the engine. What the context holds after each prompt is the scheduler's to say.
         wanted = params.max_new_tokens
@@ -274,26 +280,23 @@ class Intake:
             max_new_tokens=None if wanted is None else min(wanted, self._context_length),
         )
 
-    def _room(self, num_prompt: int, where: str, *, least: int) -> int:
+    def _room(self, num_prompt: int, *, least: int) -> int:
         """Tokens that the context holds after a prompt; at least ``least`` are needed."""
         room = self._context_length - num_prompt
         if room < least:
             reason = " and at least one token is generated" if least else ""
             # Clients look for "maximum context length is".
             raise ContextLengthError(
-                f"{where}the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
+                f"the prompt has {num_prompt} tokens; allowed: at most {self._context_length - least}, because "
                 f"the maximum context length is {self._context_length}{reason}",
                 "text",
             )
         return room
 
-    def _check_top_logprobs(self, value: int, where: str) -> None:
+    def _check_top_logprobs(self, value: int) -> None:
         most = min(MAX_TOP_LOGPROBS, self._vocab_size)
         if not 0 <= value <= most:
-            raise RequestError(
-                f"{where}top_logprobs_num is {shown(value)}; allowed: an integer in [0, {most}]",
-                "top_logprobs_num",
-            )
+            raise refused(("top_logprobs_num",), value, f"an integer in [0, {most}]")
 
 
 def _read_prompts(body: Mapping[str, Any]) -> tuple[str, Sequence[Any], bool]:
@@ -307,36 +310,33 @@ def _read_prompts(body: Mapping[str, Any]) -> tuple[str, Sequence[Any], bool]:
     if isinstance(text, str):
         return "text", [text], False
     allowed = "a string or a list of strings"
-    if not _is_list(text):
-        raise wrong_type(text, "text", "", allowed)
-    if not text:
-        raise RequestError("text is an empty list; allowed: at least one prompt", "text")
-    for index, item in enumerate(text):
+    texts = read_list(text, ("text",), allowed)
+    if not texts:
+        raise _empty(("text",), "prompt")
+    for index, item in enumerate(texts):
         if not isinstance(item, str):
-            raise wrong_type(item, f"text[{index}]", "", allowed)
-    return "text", text, True
+            raise refused(("text", index), item, allowed)
+    return "text", texts, True
 
 
 def _read_rows(value: object) -> tuple[str, Sequence[Any], bool]:
-    if not _is_list(value):
-        allowed = "a list of token ids or a list of such lists"
-        raise wrong_type(value, "input_ids", "", allowed)
-    if not value:
-        raise RequestError("input_ids is an empty list; allowed: at least one token", "input_ids")
-    is_batch = _is_list(value[0])
-    return "input_ids", value if is_batch else [value], is_batch
+    rows = read_list(value, ("input_ids",), "a list of token ids or a list of such lists")
+    if not rows:
+        raise _empty(("input_ids",), "token")
+    is_batch = is_list(rows[0])
+    return "input_ids", rows if is_batch else [rows], is_batch
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
-    return isinstance(value, list | tuple)
+def _empty(field: Field, what: str) -> RequestError:
+    return RequestError.about(field, f" is an empty list; allowed: at least one {what}")
 
 
 def _check_length(value: Sequence[Any], name: str, num: int) -> None:
     if len(value) != num:
-        raise RequestError(
-            f"{name} has {len(value)} entries for {num} prompt{'' if num == 1 else 's'}; "
+        raise RequestError.about(
+            (name,),
+            f" has {len(value)} entries for {num} prompt{'' if num == 1 else 's'}; "
             "allowed: one value for all, or a list with one entry per prompt",
-            name,
         )
 
 
@@ -344,7 +344,7 @@ def _spread(
     body: Mapping[str, Any],
     name: str,
     num: int,
-    read: Callable[[object, str], _Item],
+    read: Callable[[object, Field], _Item],
     *,
     default: _Item,
 ) -> list[_Item]:
@@ -352,54 +352,41 @@ def _spread(
     value = body.get(name)
     if value is None:
         return [default] * num
-    if not _is_list(value):
-        return [read(value, name)] * num
+    if not is_list(value):
+        return [read(value, (name,))] * num
     _check_length(value, name, num)
     return [
-        default if item is None else read(item, f"{name}[{index}]")
-        for index, item in enumerate(value)
+        default if item is None else read(item, (name, index)) for index, item in enumerate(value)
     ]
 
 
-def _read_adapter(value: object, name: str) -> str | None:
+def _read_adapter(value: object, field: Field) -> str | None:
     if not isinstance(value, str) or not value:
-        raise wrong_type(value, name, "", "an adapter's name, or null for the base model")
-    return check_name(value, name)
-
-
-def _read_bool(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise wrong_type(value, name, "", "true or false")
-    return value
-
-
-def _read_int(value: object, name: str) -> int:
-    if not is_int(value):
-        raise wrong_type(value, name, "", "an integer")
-    return cast(int, value)
+        raise refused(field, value, "an adapter's name, or null for the base model")
+    return check_name(value, field_name(field))
 
 
 def _common_n(sampling: list[SamplingParams]) -> int:
     counts = {params.n for params in sampling}
     if len(counts) > 1:
-        raise RequestError(
-            f"sampling_params.n differs between prompts: {sorted(counts)}; allowed: the same n for all of them",
-            "n",
+        raise RequestError.about(
+            (SAMPLING, "n"),
+            f" differs between prompts: {sorted(counts)}; allowed: the same n for all of them",
         )
     return counts.pop()
 
 
 def _read_rids(value: object, num: int, num_samples: int) -> tuple[list[str], dict[str, list[int]]]:
-    """The name of each completion, given, made from a given one by a suffix, or random; and every name's completions."""
+    """The name of each completion (given, a given one with a suffix, or random), and each name with its completions."""
     if value is None:
         rids = [uuid.uuid4().hex for _ in range(num * num_samples)]
         return rids, {rid: [index] for index, rid in enumerate(rids)}
-    if _is_list(value):
+    if is_list(value):
         _check_length(value, "rid", num)
-        given = [_read_rid(item, f"rid[{index}]") for index, item in enumerate(value)]
+        given = [_read_rid(item, ("rid", index)) for index, item in enumerate(value)]
         bases = given
     else:
-        given = [_read_rid(value, "rid")] * num
+        given = [_read_rid(value, ("rid",))] * num
         bases = given if num == 1 else [f"{base}_{index}" for index, base in enumerate(given)]
     rids = bases
     if num_samples > 1:
@@ -415,25 +402,22 @@ def _read_rids(value: object, num: int, num_samples: int) -> tuple[list[str], di
     return rids, labels
 
 
-def _read_rid(value: object, name: str) -> str:
+def _read_rid(value: object, field: Field) -> str:
     if not isinstance(value, str):
-        raise wrong_type(value, name, "", "a non-empty string")
-    return check_name(value, name, most=MAX_RID)
+        raise refused(field, value, "a non-empty string")
+    return check_name(value, field_name(field), most=MAX_RID)
 
 
-def _check_min_tokens(params: SamplingParams, room: int, where: str, context: int) -> None:
+def _check_min_tokens(params: SamplingParams, room: int, context: int) -> None:
     if params.min_new_tokens > room:
-        raise RequestError(
-            f"{where}sampling_params.min_new_tokens is {shown(params.min_new_tokens)}; allowed: at most {room}, "
-            f"which the context of {context} tokens holds after a prompt of {context - room}",
-            "min_new_tokens",
-        )
+        allowed = f"at most {room}, which the context of {context} tokens holds after a prompt of {context - room}"
+        raise refused((SAMPLING, "min_new_tokens"), params.min_new_tokens, allowed)
 
 
-def _check_logprob_start(value: int, num_prompt: int, where: str) -> None:
+def _check_logprob_start(value: int, num_prompt: int) -> None:
     if not -1 <= value < num_prompt:
-        raise RequestError(
-            f"{where}logprob_start_len is {shown(value)}; allowed: -1 (nothing of the prompt) or a position of the "
-            f"prompt in [0, {num_prompt - 1}]",
-            "logprob_start_len",
+        raise refused(
+            ("logprob_start_len",),
+            value,
+            f"-1 (nothing of the prompt) or a position of the prompt in [0, {num_prompt - 1}]",
         )

@@ -6,8 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Self
 
-from lorikeet.core.request import FinishReason
-from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserError
+from lorikeet.errors import EngineFault
 from lorikeet.text.completion import Completion
 
 
@@ -61,19 +60,3 @@ class CompletionStream:
     def fail(self, fault: EngineFault) -> None:
         self._fault = fault
         self._wake.set()
-
-
-def finish_error(finish: FinishReason) -> UserError | EngineFault | None:
-    """The error that a terminal output stands for, or None if the request ended as it should (or was aborted)."""
-    status = finish.status_code
-    if status is None or status < 400:
-        return None
-    error: UserError | EngineFault
-    if status < 500:
-        error = RequestError(finish.message or "the request was refused")
-    elif status == UnavailableError.status_code:
-        error = UnavailableError(finish.message or "the engine is not available")
-    else:
-        error = EngineFault(finish.message or "the engine failed")
-    error.status_code = status
-    return error

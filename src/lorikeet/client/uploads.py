@@ -47,7 +47,7 @@ class Uploads:
         return directory / _WEIGHTS
 
     def discard(self, weights: Path) -> None:
-        """Remove what the engine was not told of."""
+        """Remove a file that the engine was not told of."""
         shutil.rmtree(weights.parent, ignore_errors=True)
 
     def close(self) -> None:

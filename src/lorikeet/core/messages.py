@@ -2,7 +2,7 @@
 
 Every message is msgpack. Every message can be sent, whatever strangers have put into it, and what arrives and cannot be
 read is an :class:`Unreadable` that says for whom it was: one odd value never ends a process. Adding a message means
-adding a class here and a row to the table of handlers at the receiving end.
+adding a class here and a case to the ``match`` at the receiving end.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import cast
 
 import msgspec
 
+from lorikeet.core.commands import AnyCommand, Result
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import Prompt, Request, RequestOutput, SamplingParams
+from lorikeet.core.views import AdapterUse, AdapterView, EngineInfo
 
 
 class Entry(Prompt, kw_only=True):
-    """A request on its way; ``sampling`` is a place in the list of the message."""
+    """A request inside a :class:`Submit`; ``sampling`` is an index into the message's list of parameters."""
 
     sampling: int
 
@@ -39,7 +42,7 @@ class Submit(msgspec.Struct, tag=True):
 
     @classmethod
     def of(cls, first_id: int, requests: Sequence[Request]) -> Submit:
-        """The message for these requests; sets of parameters are told apart by identity."""
+        """Build the message for these requests. Parameters that are one object are sent once."""
         places: dict[int, int] = {}
         sampling: list[SamplingParams] = []
         entries: list[Entry] = []
@@ -69,17 +72,17 @@ class Abort(msgspec.Struct, tag=True):
     message: str = "aborted by the client"
 
 
-class Command(msgspec.Struct, tag=True):
-    """Ask the engine for something other than tokens; answered by ``Reply`` with the same id.
-
-    Attributes:
-        name: key of the engine's table of commands (``flush_cache``, ``info``, ``adapters``, ...).
-        args: keyword arguments.
-    """
+class Ask(msgspec.Struct, tag=True):
+    """Ask the engine for something other than tokens; answered by ``Reply`` with the same id."""
 
     id: int
-    name: str
-    args: dict[str, object] = {}
+    command: AnyCommand
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Nobody waits for the answer to the command ``id`` any more: what can still be undone is undone."""
+
+    id: int
 
 
 class Shutdown(msgspec.Struct, tag=True):
@@ -101,16 +104,15 @@ class Outputs(msgspec.Struct, tag=True):
 
 
 class Reply(msgspec.Struct, tag=True):
-    """Answer to a ``Command``: ``result`` or, if it failed, ``error`` with the status it deserves."""
+    """Answer to an ``Ask``: the result or, if it failed, why."""
 
     id: int
-    result: object = None
-    error: str | None = None
-    status_code: int = 400
+    result: Result = None
+    failure: Failure | None = None
 
 
 class AdapterTemplates(msgspec.Struct, tag=True):
-    """Names of adapters that came, with their chat templates, and those that went, with None.
+    """The chat templates of adapters that were loaded, and None for adapters that were unloaded.
 
     It is sent before whatever follows from it: the reply to a load, or Ready for the adapters of the start.
 
@@ -128,52 +130,18 @@ class AdapterTemplates(msgspec.Struct, tag=True):
                 known[name] = templates
 
 
-class AdapterView(msgspec.Struct, frozen=True):
-    """One meaning of an adapter's name: what requests get, what is being loaded, or what is being unloaded.
-
-    Attributes:
-        state: ``loaded``, ``loading`` or ``unloading``.
-        version: and what follows: None while it is being loaded.
-        report: what it changes in the base model, as JSON.
-    """
-
-    name: str
-    path: str
-    state: str
-    pinned: bool
-    version: int | None = None
-    rank: int | None = None
-    targets: list[str] | None = None
-    nbytes: int | None = None
-    report: bytes | None = None
-
-
-class AdapterUse(msgspec.Struct, frozen=True):
-    """Where a version is, and who uses it.
-
-    Attributes:
-        tier: of ``adapters/tiers.py``; None: nowhere yet.
-        in_flight: requests that hold it.
-        last_use: seconds since the epoch, of the newest request's begin or end; None: never.
-        reason: why it cannot be read again; None if it can.
-    """
-
-    tier: str | None = None
-    in_flight: int = 0
-    last_use: float | None = None
-    reason: str | None = None
-
-
 class AdaptersChanged(msgspec.Struct, tag=True):
     """What has changed about the adapters. It is sent before whatever follows from it, like ``AdapterTemplates``.
 
     Attributes:
         names: name -> everything that it means now; empty if it means nothing any more.
         uses: version -> how it is used now; None if it is gone.
+        reports: version -> what it changes in the base model, as JSON, for versions of ``names``.
     """
 
     names: dict[str, list[AdapterView]] = {}
     uses: dict[int, AdapterUse | None] = {}
+    reports: dict[int, bytes] = {}
 
 
 class Progress(msgspec.Struct, tag=True):
@@ -183,20 +151,15 @@ class Progress(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine serves. ``info`` is what ``/get_server_info`` adds (memory split, context length, adapters)."""
+    """The engine serves."""
 
-    info: dict[str, object]
+    info: EngineInfo
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The engine could not start or has died.
+    """The engine could not start (its flags or files are to blame if the failure says ``refused``) or has died."""
 
-    Attributes:
-        user_error: True if flags or files are to blame (no traceback is shown).
-    """
-
-    message: str
-    user_error: bool = False
+    failure: Failure
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -218,7 +181,7 @@ class Pulse(msgspec.Struct, tag=True):
 
 
 class Unreadable(msgspec.Struct):
-    """A message that has arrived and means nothing here; never sent.
+    """A message that has arrived and cannot be read; never sent.
 
     Attributes:
         reason: what is wrong with it.
@@ -231,7 +194,7 @@ class Unreadable(msgspec.Struct):
     command: int | None
 
 
-ToEngine = Submit | Abort | Command | Shutdown
+ToEngine = Submit | Abort | Ask | Cancel | Shutdown
 ToClient = (
     Accepted
     | Outputs
@@ -264,7 +227,7 @@ def encode(message: ToEngine | ToClient) -> bytes:
     try:
         return _encoder.encode(message)
     except (ValueError, TypeError, OverflowError, RecursionError):
-        return _encoder.encode({"type": type(message).__name__, **_fields(message, 0)})
+        return _encoder.encode(encodable(message))
 
 
 def encodable(value: object, depth: int = 0) -> object:
@@ -283,8 +246,7 @@ def encodable(value: object, depth: int = 0) -> object:
         case _ if depth == _MAX_DEPTH:
             return "…"
         case msgspec.Struct():
-            fields = _fields(value, depth)
-            return list(fields.values()) if value.__struct_config__.array_like else fields
+            return _fields(value, depth)
         case dict():
             items = cast("dict[object, object]", value).items()
             return {_key(key): encodable(item, depth + 1) for key, item in items}
@@ -295,9 +257,13 @@ def encodable(value: object, depth: int = 0) -> object:
             return f"<{type(value).__name__}>"
 
 
-def _fields(message: msgspec.Struct, depth: int) -> dict[str, object]:
-    names = message.__struct_fields__
-    return {name: encodable(getattr(message, name), depth + 1) for name in names}
+def _fields(value: msgspec.Struct, depth: int) -> object:
+    config = value.__struct_config__
+    values = [encodable(getattr(value, name), depth + 1) for name in value.__struct_fields__]
+    if config.array_like:
+        return values
+    fields = dict(zip(value.__struct_encode_fields__, values, strict=True))
+    return fields if config.tag is None else {config.tag_field: config.tag, **fields}
 
 
 def _key(key: object) -> object:

@@ -1,4 +1,4 @@
-"""What callers see: sampling parameters, a request, and the outputs it is answered with.
+"""What callers see of the engine: a request, and the outputs that answer it.
 
 A request enters the engine as a :class:`Request`, and each of its completions leaves it as a series of
 :class:`RequestOutput`, of which exactly one, the last, carries a :class:`FinishReason`.
@@ -6,156 +6,15 @@ A request enters the engine as a :class:`Request`, and each of its completions l
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
 
-from lorikeet.errors import RequestError
+from lorikeet.core.failure import Failure
+from lorikeet.core.sampling import MAX_SEED, SamplingParams
+from lorikeet.errors import EngineFault, UserError
 
-# A seed is a 63-bit integer so that it fits a signed 64-bit tensor element.
-MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 1024
-# Characters of a grammar's text. Compiling takes more than in proportion; OpenAI's limit for schemas is 120,000.
-MAX_GRAMMAR = 2**17
-
-
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when a completion ends. Defaults are those of the native HTTP API.
-
-    Attributes:
-        max_new_tokens: most tokens to generate; None means as many as the context holds.
-        min_new_tokens: no end-of-sequence, stop id or stop string counts before this many tokens.
-        temperature: 0 is greedy.
-        top_k: -1 keeps all tokens.
-        stop: strings that end the completion; trimmed from the text unless ``no_stop_trim``.
-        stop_regex: regular expressions that end the completion like ``stop`` does.
-        n: completions per prompt.
-        sampling_seed: the same seed and prompt give the same tokens whatever shares the batch; the n completions take
-            this seed and the ones that follow it.
-        logit_bias: token id -> value added to its logit.
-        json_schema, regex, ebnf, structural_tag: at most one; the grammar that the output obeys. ``json_schema``
-            and ``structural_tag`` are JSON text.
-    """
-
-    max_new_tokens: int | None = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    stop_regex: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    no_stop_trim: bool = False
-    n: int = 1
-    sampling_seed: int | None = None
-    logit_bias: dict[int, float] = {}
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
-    structural_tag: str | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
-
-    @property
-    def grammar(self) -> tuple[str, str] | None:
-        """(kind, source) of the grammar that constrains the output, or None."""
-        for kind in GRAMMAR_FIELDS:
-            source = getattr(self, kind)
-            if source is not None:
-                return kind, source
-        return None
-
-    def validate(self, vocab_size: int) -> None:
-        """Check every field's range.
-
-        Raises:
-            RequestError: names the field, its value and the allowed values.
-        """
-        for name, (low, high, text) in RANGES.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise _refuse(name, value, text)
-        if self.max_new_tokens is not None and self.max_new_tokens < 0:
-            raise _refuse("max_new_tokens", self.max_new_tokens, "an integer >= 0")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
-            raise _refuse(
-                "min_new_tokens",
-                self.min_new_tokens,
-                f"at most max_new_tokens ({self.max_new_tokens})",
-            )
-        if self.repetition_penalty == 0:
-            raise _refuse("repetition_penalty", 0, "a number above 0, at most 2")
-        if self.top_k != -1 and self.top_k < 1:
-            raise _refuse("top_k", self.top_k, "-1 (all tokens) or an integer >= 1")
-        if self.top_p == 0:
-            raise _refuse("top_p", self.top_p, "a number in (0, 1]")
-        if self.sampling_seed is not None and not 0 <= self.sampling_seed <= MAX_SEED:
-            raise _refuse("sampling_seed", self.sampling_seed, f"an integer in [0, {MAX_SEED}]")
-        self._validate_tokens(vocab_size)
-        self._validate_grammar()
-
-    def _validate_grammar(self) -> None:
-        given = [kind for kind in GRAMMAR_FIELDS if getattr(self, kind) is not None]
-        if len(given) > 1:
-            raise RequestError(
-                f"sampling_params: {' and '.join(given)} exclude each other; give one", given[1]
-            )
-        for kind in given:
-            check_grammar_length(kind, getattr(self, kind))
-
-    def _validate_tokens(self, vocab_size: int) -> None:
-        allowed = f"token ids in [0, {vocab_size - 1}]"
-        for token in self.stop_token_ids:
-            if not 0 <= token < vocab_size:
-                raise _refuse("stop_token_ids", token, allowed)
-        for token, bias in self.logit_bias.items():
-            if not 0 <= token < vocab_size:
-                raise _refuse("logit_bias", token, allowed)
-            if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise _refuse("logit_bias", bias, "values in [-100, 100]")
-        if any(not text for text in self.stop):
-            raise _refuse("stop", "''", "strings of at least one character")
-
-
-GRAMMAR_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag")
-
-
-def check_grammar_length(kind: str, source: str) -> None:
-    """Raises:
-    RequestError: the text of a grammar is too long.
-    """
-    if len(source) > MAX_GRAMMAR:
-        raise RequestError(
-            f"sampling_params.{kind}: it has {len(source):,} characters; allowed: up to {MAX_GRAMMAR:,}",
-            kind,
-        )
-
-
-RANGES: dict[str, tuple[float, float, str]] = {
-    "min_new_tokens": (0, math.inf, "an integer >= 0"),
-    "temperature": (0, math.inf, "a finite number >= 0"),
-    "top_p": (0, 1, "a number in (0, 1]"),
-    "min_p": (0, 1, "a number in [0, 1]"),
-    "frequency_penalty": (-2, 2, "a number in [-2, 2]"),
-    "presence_penalty": (-2, 2, "a number in [-2, 2]"),
-    "repetition_penalty": (0, 2, "a number above 0, at most 2"),
-    "n": (1, 1024, "an integer in [1, 1024]"),
-}
-"""Sampling parameter -> least and largest value, and both in words."""
-
-
-def _refuse(name: str, value: object, allowed: str) -> RequestError:
-    return RequestError(f"sampling_params.{name} is {value}; allowed: {allowed}", name)
 
 
 class Pooling(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,20 +76,34 @@ FinishKind = Literal["stop", "length", "abort"]
 
 
 class FinishReason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a request ended.
+    """Why a completion ended.
 
     Attributes:
-        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``message`` and ``status_code`` say why;
-            an error is an abort with a status of 400 or above).
+        kind: ``stop`` (``matched`` says by what), ``length`` or ``abort`` (``failure`` says why).
         matched: token id of the end-of-sequence or stop token, or the stop string or pattern.
         length: the number of tokens generated, for ``length``.
+        failure: an error, or an end that somebody asked for.
     """
 
     kind: FinishKind
     matched: int | str | None = None
     length: int | None = None
-    message: str | None = None
-    status_code: int | None = None
+    failure: Failure | None = None
+
+    @property
+    def message(self) -> str | None:
+        return None if self.failure is None else self.failure.message
+
+    @property
+    def status_code(self) -> int | None:
+        """HTTP status of the error; None if it is none."""
+        return None if self.failure is None else self.failure.status_code
+
+    def error(self) -> UserError | EngineFault | None:
+        """The exception that it stands for; None if the completion ended as it should, or as somebody asked."""
+        if self.failure is None or self.failure.kind == "aborted":
+            return None
+        return self.failure.error()
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

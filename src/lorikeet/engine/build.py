@@ -17,7 +17,8 @@ from lorikeet.adapters.limits import naming
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.store import AdapterStore
 from lorikeet.config import LoRAPath, Settings
-from lorikeet.core.request import MAX_SEED
+from lorikeet.core.sampling import MAX_SEED
+from lorikeet.core.views import EngineInfo
 from lorikeet.engine.core import EngineCore
 from lorikeet.errors import ConfigError
 from lorikeet.kv.manager import KVManager
@@ -93,7 +94,7 @@ def _build(
         adapters=store,
         compile_grammar=rank.grammars.request,
         seeds=_seed_source(config.random_seed),
-        info=_info(target, memory, rank.lora) | {"sampling_defaults": defaults},
+        info=_info(target, memory, rank.lora, defaults),
         on_close=on_close,
     )
 
@@ -195,29 +196,32 @@ def _seed_source(random_seed: int) -> Callable[[], int]:
     return lambda: source.randint(0, MAX_SEED)
 
 
-def _info(target: Target, split: MemorySplit, lora: LoRAParts | None) -> dict[str, object]:
+def _info(
+    target: Target, split: MemorySplit, lora: LoRAParts | None, defaults: dict[str, float]
+) -> EngineInfo:
     spec = target.spec
     on_gpu = target.device.type == "cuda"
-    return {
-        "version": lorikeet.__version__,
-        "model_path": target.config.model_path,
-        "served_model_name": target.config.served_model_name,
-        "architecture": spec.architecture,
-        "context_length": target.context_length,
-        "max_running_requests": target.max_running,
-        "max_queued_requests": target.config.max_queued_requests,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": target.device.type,
-        "device_name": torch.cuda.get_device_name(target.device) if on_gpu else None,
-        "attention_backend": target.attention.name,
-        "page_size": split.page_size,
-        "max_total_num_tokens": split.num_tokens,
-        "weights_bytes": split.weights_bytes,
-        "pool_bytes": split.pool_bytes,
-        "kv_bytes": split.kv_bytes,
-        "lora_enabled": lora is not None,
-        "max_lora_rank": lora.plan.limits.max_rank if lora else None,
-        "lora_target_modules": sorted(lora.plan.limits.targets) if lora else None,
-    }
+    return EngineInfo(
+        version=lorikeet.__version__,
+        model_path=target.config.model_path,
+        served_model_name=target.config.served_model_name,
+        architecture=spec.architecture,
+        context_length=target.context_length,
+        max_running_requests=target.max_running,
+        max_queued_requests=target.config.max_queued_requests,
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=target.device.type,
+        device_name=torch.cuda.get_device_name(target.device) if on_gpu else None,
+        attention_backend=target.attention.name,
+        page_size=split.page_size,
+        max_total_num_tokens=split.num_tokens,
+        weights_bytes=split.weights_bytes,
+        pool_bytes=split.pool_bytes,
+        kv_bytes=split.kv_bytes,
+        lora_enabled=lora is not None,
+        max_lora_rank=lora.plan.limits.max_rank if lora else None,
+        lora_target_modules=sorted(lora.plan.limits.targets) if lora else None,
+        sampling_defaults={**defaults},
+    )

@@ -19,17 +19,20 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from lorikeet.client.transport import EngineAddress, EngineEndpoint
 from lorikeet.config import Settings
+from lorikeet.core.commands import AnyCommand, Result
+from lorikeet.core.failure import Failure
 from lorikeet.core.messages import (
     Abort,
     Accepted,
     AdapterTemplates,
-    Command,
+    Ask,
+    Cancel,
     Failed,
     Outputs,
     Progress,
@@ -44,13 +47,7 @@ from lorikeet.core.messages import (
 from lorikeet.core.request import FinishReason, Request, RequestOutput
 from lorikeet.engine.build import build_engine
 from lorikeet.engine.core import EngineCore
-from lorikeet.errors import (
-    AdapterNotFoundError,
-    EngineFault,
-    LorikeetError,
-    UnavailableError,
-    UserError,
-)
+from lorikeet.errors import EngineFault, LorikeetError, UnavailableError
 from lorikeet.log import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -92,30 +89,27 @@ def _exit(code: int) -> NoReturn:
 def _serve(config: Settings, endpoint: EngineEndpoint, parent: int) -> int:
     try:
         core = build_engine(config, report=lambda phase: endpoint.send(Progress(phase)))
-    except LorikeetError as error:
-        endpoint.send(Failed(str(error), user_error=isinstance(error, UserError)))
-        return 2
     except Exception as error:
-        logger.exception("the engine could not start")
-        endpoint.send(Failed(f"{type(error).__name__}: {error}"))
-        return 1
+        is_on_purpose = isinstance(error, LorikeetError)
+        if not is_on_purpose:
+            logger.exception("the engine could not start")
+        endpoint.send(Failed(Failure.of(error)))
+        return 2 if is_on_purpose else 1
     # Modules, weights and graphs live as long as the process: a full collection that walks over them takes as long as
     # several steps.
     gc.collect()
     gc.freeze()
     loop = EngineLoop(core, endpoint, parent)
-    loop.send_templates()
+    loop.send_adapter_news()
     endpoint.start_pulse()
     endpoint.send(Ready(core.info))
     try:
         return loop.run()
     except Exception as error:
         logger.exception("the engine failed")
-        message = (
-            str(error) if isinstance(error, EngineFault) else f"{type(error).__name__}: {error}"
-        )
-        endpoint.send(Outputs(core.fail_all(f"the engine failed: {message}")))
-        endpoint.send(Failed(message))
+        failure = Failure.of(error)
+        endpoint.send(Outputs(core.fail_all(f"the engine failed: {failure.message}")))
+        endpoint.send(Failed(failure))
         return 1
     finally:
         core.close()
@@ -130,7 +124,7 @@ class EngineLoop:
         self._parent = parent
         self._deadline: float | None = None  # set by Shutdown: when running requests are aborted
         self._stats_due = 0.0
-        self._commands: dict[int, Future[object]] = {}
+        self._commands: dict[int, Future[Result]] = {}
         self._quiet_since = time.monotonic()
 
     def run(self) -> int:
@@ -142,7 +136,7 @@ class EngineLoop:
             outputs = self._core.step()
             if messages or outputs:
                 self._quiet_since = time.monotonic()
-            self.send_templates()
+            self.send_adapter_news()
             if accepted := self._core.take_accepted():
                 self._endpoint.send(Accepted(accepted))
             if outputs:
@@ -151,7 +145,7 @@ class EngineLoop:
             self._send_stats()
         return 0
 
-    def send_templates(self) -> None:
+    def send_adapter_news(self) -> None:
         """Tell which adapters came or went, and what else has changed about them."""
         if news := self._core.take_adapter_changes():
             self._endpoint.send(news)
@@ -173,7 +167,7 @@ class EngineLoop:
         if self._deadline is None:
             return False
         if self._core.num_open and time.monotonic() >= self._deadline:
-            self._core.abort(None, "the server is shutting down", UnavailableError.status_code)
+            self._core.abort(None, "the server is shutting down", "unavailable")
             self._endpoint.send(Outputs(self._core.step()))
         return not self._core.num_open
 
@@ -192,8 +186,11 @@ class EngineLoop:
             case Abort(ids, text):
                 for number in [None] if ids is None else ids:
                     self._abort(number, text)
-            case Command(number, name, args):
-                self._command(number, name, args)
+            case Ask(number, command):
+                self._command(number, command)
+            case Cancel(number):
+                if (future := self._commands.get(number)) is not None:
+                    future.cancel()
             case Shutdown(drain_seconds):
                 self._deadline = time.monotonic() + drain_seconds
             case Unreadable(reason):
@@ -201,7 +198,7 @@ class EngineLoop:
                 self._give_up(message, f"a message to the engine cannot be read: {reason}")
 
     def _give_up(self, message: ToEngine | Unreadable, reason: str) -> None:
-        """Answer, with a fault, everyone who waits for what this message asked for."""
+        """Tell everyone who waits for what this message asked for that it has failed."""
         match message:
             case Submit():
                 for item in message.ids:
@@ -210,9 +207,9 @@ class EngineLoop:
                 for item in ids:
                     self._end(item, reason)
                 if number is not None:
-                    self._endpoint.send(Reply(number, error=reason, status_code=500))
-            case Command(number):
-                self._endpoint.send(Reply(number, error=reason, status_code=500))
+                    self._endpoint.send(Reply(number, failure=Failure("failed", reason)))
+            case Ask(number):
+                self._endpoint.send(Reply(number, failure=Failure("failed", reason)))
             case _:  # nobody waits for an answer
                 pass
 
@@ -225,13 +222,13 @@ class EngineLoop:
     def _end(self, number: int, reason: str) -> None:
         """End one completion with a fault, however far it has come."""
         if self._core.is_open(number):
-            self._core.abort(number, reason, EngineFault.status_code)
+            self._core.abort(number, reason, "failed")
         else:
-            self._refuse([number], reason, EngineFault.status_code)
+            self._refuse([number], Failure("failed", reason))
 
-    def _refuse(self, ids: Iterable[int], reason: str, status: int) -> None:
-        """A terminal output for completions that the core does not have."""
-        finish = FinishReason(kind="abort", message=reason, status_code=status)
+    def _refuse(self, ids: Iterable[int], failure: Failure) -> None:
+        """Send a terminal output for completions that the core does not have."""
+        finish = FinishReason(kind="abort", failure=failure)
         outputs = [RequestOutput(id=number, token_ids=[], finish=finish) for number in ids]
         self._endpoint.send(Outputs(outputs))
 
@@ -242,7 +239,7 @@ class EngineLoop:
                 raise UnavailableError("the server is shutting down")
             self._core.check_queue(message.num_completions)
         except UnavailableError as error:
-            self._refuse(message.ids, str(error), error.status_code)
+            self._refuse(message.ids, Failure.of(error))
             return
         number = message.first_id
         for request in message.requests():
@@ -262,38 +259,20 @@ class EngineLoop:
             for sample in range(request.num_samples):
                 self._end(number + sample, reason)
 
-    def _command(self, number: int, name: str, args: dict[str, object]) -> None:
-        if name == "cancel":
-            self._cancel(number, args.get("id"))
-            return
+    def _command(self, number: int, command: AnyCommand) -> None:
         try:
-            result = self._core.command(name, args)
+            result = self._core.command(command)
         except LorikeetError as error:
-            self._endpoint.send(_refusal(number, error))
+            self._endpoint.send(Reply(number, failure=Failure.of(error)))
             return
         if isinstance(result, Future):
-            self._commands[number] = cast("Future[object]", result)
+            self._commands[number] = result
         else:
             self._endpoint.send(Reply(number, result))
 
-    def _cancel(self, number: int, target: object) -> None:
-        """A client does not wait for one of its commands any more: what can still be undone is undone."""
-        future = self._commands.get(target) if isinstance(target, int) else None
-        self._endpoint.send(Reply(number, {"cancelled": future is not None and future.cancel()}))
-
     def _send_replies(self) -> None:
         for number in [number for number, future in self._commands.items() if future.done()]:
-            future = self._commands.pop(number)
-            if future.cancelled():
-                self._endpoint.send(Reply(number, error="cancelled by the client"))
-            elif (error := future.exception()) is None:
-                self._endpoint.send(Reply(number, future.result()))
-            elif isinstance(error, LorikeetError):
-                self._endpoint.send(_refusal(number, error))
-            else:
-                logger.error("a command failed", exc_info=error)
-                reason = f"an error inside the engine: {type(error).__name__}: {error}"
-                self._endpoint.send(Reply(number, error=reason, status_code=500))
+            self._endpoint.send(_reply(number, self._commands.pop(number)))
 
     def _send_stats(self) -> None:
         now = time.monotonic()
@@ -303,9 +282,15 @@ class EngineLoop:
             self._endpoint.send(Stats(core.stats(), core.labels(), core.take_samples()))
 
 
-def _refusal(number: int, error: LorikeetError) -> Reply:
-    if isinstance(error, AdapterNotFoundError):
-        status = 404
-    else:
-        status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
-    return Reply(number, error=str(error), status_code=status)
+def _reply(number: int, future: Future[Result]) -> Reply:
+    """What a command has come to."""
+    if future.cancelled():
+        return Reply(number, failure=Failure("aborted", "cancelled by the client"))
+    error = future.exception()
+    if error is None:
+        return Reply(number, future.result())
+    if isinstance(error, LorikeetError):
+        return Reply(number, failure=Failure.of(error))
+    logger.error("a command failed", exc_info=error)
+    failure = Failure("failed", f"an error inside the engine: {Failure.of(error).message}")
+    return Reply(number, failure=failure)

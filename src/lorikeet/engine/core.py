@@ -9,22 +9,36 @@ server; :class:`lorikeet.LLM` runs it in the caller's own process.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never, cast
 
-from lorikeet.adapters.records import LoadOutcome
+import msgspec
+
 from lorikeet.adapters.store import AdapterStore
 from lorikeet.config import LoRAPath
+from lorikeet.core.commands import (
+    AnyCommand,
+    Command,
+    FindAdapter,
+    FlushCache,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    R,
+    UnloadAdapter,
+)
+from lorikeet.core.failure import Failure, FailureKind
 from lorikeet.core.messages import AdaptersChanged
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
+from lorikeet.core.views import EngineInfo
 from lorikeet.engine.executor import Executor
 from lorikeet.engine.step_log import StepLog
 from lorikeet.errors import (
@@ -63,7 +77,7 @@ class EngineCore:
         compile_grammar: begins to check and compile a request's grammar, elsewhere, since a large schema takes longer
             than a step. Cancelling the future ends that, unless others wait for the same.
         seeds: gives the sampling seed of a request that brings none.
-        info: what ``Ready.info`` and the ``info`` command report besides the adapters.
+        info: what was decided at the start.
         on_close: ends what the worker has started.
     """
 
@@ -76,7 +90,7 @@ class EngineCore:
         adapters: AdapterStore,
         compile_grammar: Callable[[SamplingParams], Future[Any]],
         seeds: Callable[[], int],
-        info: dict[str, object],
+        info: EngineInfo,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
@@ -85,7 +99,7 @@ class EngineCore:
         self._adapters = adapters
         self._compile_grammar = compile_grammar
         self._seeds = seeds
-        self._info = info
+        self.info = info
         self._on_close = on_close
         self._in_flight: deque[StepPlan] = deque()
         self._open: dict[int, _Open] = {}
@@ -95,20 +109,11 @@ class EngineCore:
         self._outputs: list[RequestOutput] = []
         self._next_id = 0
         self._log = StepLog(logger, scheduler.stats)
-        self._commands: dict[str, Callable[..., object]] = {
-            "flush_cache": self._flush_cache,
-            "info": lambda: self.info | self.stats(),
-            "adapters": adapters.describe,
-            "find_adapter": self._find_adapter,
-            "load_adapter": self._load_adapter,
-            "unload_adapter": adapters.start_unload,
-            "load_adapter_from_tensors": self._load_adapter_from_tensors,
-        }
 
     @property
-    def info(self) -> dict[str, object]:
-        """What was decided at the start, and the adapters that are loaded now."""
-        return self._info | {"adapters": self._adapters.paths()}
+    def adapter_paths(self) -> dict[str, str]:
+        """Name -> path of the adapters that are loaded now."""
+        return self._adapters.paths()
 
     @property
     def num_open(self) -> int:
@@ -190,13 +195,13 @@ class EngineCore:
         self._open[number] = _Open(request, sample, version, call)
         self._prepare(number)
 
-    def abort(self, number: int | None, message: str, status_code: int | None = None) -> None:
+    def abort(self, number: int | None, message: str, kind: FailureKind = "aborted") -> None:
         """End one completion (or all, for None) with an ``abort``; unknown ids are too late and mean nothing.
 
         Args:
-            status_code: makes it an error; None is an end that was asked for.
+            kind: of the failure; ``aborted`` is an end that was asked for.
         """
-        reason = FinishReason(kind="abort", message=message, status_code=status_code)
+        reason = FinishReason(kind="abort", failure=Failure(kind, message))
         for key in list(self._open) if number is None else [number]:
             entry = self._open.get(key)
             if entry is None:
@@ -209,24 +214,33 @@ class EngineCore:
                 future.cancel()
             self._finish_unstarted(RequestOutput(id=key, token_ids=[], finish=reason))
 
-    def command(self, name: str, args: dict[str, object]) -> object:
+    def command(self, command: Command[R]) -> R | Future[R]:
         """Run one of the engine's commands.
 
         Returns:
-            its result, or a ``Future`` of it that a later step resolves; cancel that to drop what is not done yet.
+            its answer, or a ``Future`` of it that a later step resolves; cancel that to drop what is not done yet.
 
         Raises:
-            RequestError: there is no such command, or its arguments are wrong.
             UserError: it cannot be done.
         """
-        handler = self._commands.get(name)
-        if handler is None:
-            raise RequestError(f"unknown command {name!r}; known: {', '.join(self._commands)}")
-        try:
-            inspect.signature(handler).bind(**args)
-        except TypeError as error:
-            raise RequestError(f"command {name}: {error}") from None
-        return handler(**args)
+        return cast("R | Future[R]", self._command(cast("AnyCommand", command)))
+
+    def _command(self, command: AnyCommand) -> object:
+        match command:
+            case FlushCache():
+                return self._flush_cache()
+            case ListAdapters(name):
+                return self._adapters.describe(name)
+            case FindAdapter(name):
+                return self._find_adapter(name)
+            case LoadAdapter():
+                return self._load_adapter(command)
+            case LoadAdapterFromTensors():
+                return self._load_adapter_from_tensors(command)
+            case UnloadAdapter(name, timeout):
+                return self._adapters.start_unload(name, timeout=timeout)
+            case _:
+                assert_never(command)
 
     def step(self) -> list[RequestOutput]:
         """Submit the next step, commit the oldest one that is due, and return what is new.
@@ -303,7 +317,7 @@ class EngineCore:
 
     def fail_all(self, message: str) -> list[RequestOutput]:
         """The engine is lost: a terminal output for every open completion."""
-        reason = FinishReason(kind="abort", message=message, status_code=500)
+        reason = FinishReason(kind="abort", failure=Failure("failed", message))
         outputs = [RequestOutput(id=key, token_ids=[], finish=reason) for key in self._open]
         self._open.clear()
         return outputs
@@ -407,22 +421,22 @@ class EngineCore:
         if version is not None:
             self._adapters.release(version, number)
 
-    def _load_adapter(
-        self, name: str, path: str, *, pinned: bool = False, replace: bool = False
-    ) -> Future[LoadOutcome]:
-        self._check_name(name)
-        check_name(path, "lora_path", most=MAX_PATH)
-        return self._adapters.start_load(LoRAPath(name, path, pinned=pinned), replace=replace)
+    def _load_adapter(self, command: LoadAdapter) -> Future[LoadOutcome]:
+        self._check_name(command.name)
+        check_name(command.path, "lora_path", most=MAX_PATH)
+        source = LoRAPath(command.name, command.path, pinned=command.pinned)
+        return self._adapters.start_load(source, replace=command.replace)
 
-    def _load_adapter_from_tensors(
-        self, name: str, config: dict[str, object], weights: str, *, pinned: bool = False
-    ) -> Future[LoadOutcome]:
-        self._check_name(name)
-        return self._adapters.load_tensors(name, config, Path(weights), pinned=pinned)
+    def _load_adapter_from_tensors(self, command: LoadAdapterFromTensors) -> Future[LoadOutcome]:
+        self._check_name(command.name)
+        weights = Path(command.weights)
+        return self._adapters.load_tensors(
+            command.name, command.config, weights, pinned=command.pinned
+        )
 
     def _check_name(self, name: str) -> None:
         """Refuse a name that requests could not use, or that means something else to them."""
-        check_adapter_name(name, str(self._info.get("served_model_name") or ""))
+        check_adapter_name(name, self.info.served_model_name)
 
     def _find(self, name: str | None) -> Future[None] | None:
         """Let the resolver look for a name, if it may be an adapter's."""
@@ -448,16 +462,18 @@ class EngineCore:
         reply.add_done_callback(lambda reply: reply.cancelled() and found.cancel())
         return reply
 
-    def _flush_cache(self) -> dict[str, object]:
+    def _flush_cache(self) -> bool:
         """Forget every cached prefix; only when nothing runs, since running sequences read those pages."""
-        idle = not (self._scheduler.num_waiting or self._scheduler.num_running)
-        if idle:
+        is_idle = not (self._scheduler.num_waiting or self._scheduler.num_running)
+        if is_idle:
             self._kv.flush()
-        return {"success": idle}
+        return is_idle
 
 
-def _refusal(number: int, error: Exception) -> RequestOutput:
-    status = error.status_code if isinstance(error, UserError) else EngineFault.status_code
-    text = str(error) if isinstance(error, LorikeetError) else f"{type(error).__name__}: {error}"
-    reason = FinishReason(kind="abort", message=text, status_code=status)
+def _refusal(number: int, error: BaseException) -> RequestOutput:
+    failure = Failure.of(error)
+    if failure.kind == "not_found":
+        # The adapter's name is a field of the request, and is refused like the value of any other.
+        failure = msgspec.structs.replace(failure, kind="refused")
+    reason = FinishReason(kind="abort", failure=failure)
     return RequestOutput(id=number, token_ids=[], finish=reason)

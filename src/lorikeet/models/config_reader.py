@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorikeet.errors import ModelError
+from lorikeet.fields import is_integer
 
 
 def read_json(file: Path) -> dict[str, object]:
@@ -46,11 +47,7 @@ class ConfigReader:
         value = self.config.get(name, absent)
         if value is None:
             return None
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or value < (0 if allow_zero else 1)
-        ):
+        if not is_integer(value) or value < (0 if allow_zero else 1):
             raise self._refuse(name, "a positive integer")
         return value
 
@@ -70,7 +67,7 @@ class ConfigReader:
 
     def token(self, name: str, default: int | None) -> int | None:
         value = self.config.get(name, default)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is not None and not is_integer(value):
             raise self._refuse(name, "an integer or null")
         return value
 

@@ -211,9 +211,9 @@ def read_sampling_defaults(directory: Path, vocab_size: int) -> dict[str, float]
     try:
         SamplingParams(**found).validate(vocab_size)
     except RequestError as error:
-        message = str(error).removeprefix("sampling_params.")
+        error.rename({})  # here they are fields of the file
         raise ModelError(
-            f"{file}: {message}. With --sampling-defaults openai the file's values are not used"
+            f"{file}: {error}. With --sampling-defaults openai the file's values are not used"
         ) from error
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason
 from lorikeet.core.sequence import Sequence
 from lorikeet.errors import RequestError
@@ -35,10 +36,11 @@ def prepare(seq: Sequence, limits: SchedulerLimits, kv: KVManager) -> None:
             "input_ids",
         )
     if max(seq.num_prompt, seq.max_tokens - 1) > kv.capacity or seq.max_tokens < shortest:
-        raise RequestError(
-            f"the prompt has {seq.num_prompt} tokens and max_new_tokens is {wanted}; K/V memory holds "
-            f"{kv.capacity} tokens ({kv.num_pages} pages of {kv.page_size})",
-            "max_new_tokens" if seq.num_prompt <= kv.capacity else "input_ids",
+        raise RequestError.about(
+            f"the prompt has {seq.num_prompt} tokens and ",
+            ("max_new_tokens",),
+            f" is {wanted}; K/V memory holds {kv.capacity} tokens ({kv.num_pages} pages of {kv.page_size})",
+            param="max_new_tokens" if seq.num_prompt <= kv.capacity else "input_ids",
         )
     # A grammar that is complete admits nothing but an end-of-sequence token, so there it always counts.
     ignored = seq.sampling.ignore_eos and seq.sampling.grammar is None
@@ -54,10 +56,12 @@ def _check_first_token(seq: Sequence, limits: SchedulerLimits) -> None:
     # End-of-sequence tokens are forbidden, too, whether they are ignored or not.
     ends = limits.eos_token_ids.union(sampling.stop_token_ids)
     if sum(token < size for token in ends) == size:
-        raise RequestError(
-            f"min_new_tokens is {sampling.min_new_tokens} and stop_token_ids and the end-of-sequence tokens are all "
-            f"{size} tokens: none may come first; allowed: min_new_tokens 0, or fewer stop_token_ids",
-            "min_new_tokens",
+        raise RequestError.about(
+            ("min_new_tokens",),
+            f" is {sampling.min_new_tokens} and stop_token_ids and the end-of-sequence tokens are all "
+            f"{size} tokens: none may come first; allowed: ",
+            ("min_new_tokens",),
+            " 0, or fewer stop_token_ids",
         )
 
 
@@ -72,7 +76,7 @@ def finish_reason(seq: Sequence, token: int) -> FinishReason | None:
 
 def failure(message: str) -> FinishReason:
     """The finish reason of a sequence that failed through no fault of the request."""
-    return FinishReason(kind="abort", message=message, status_code=500)
+    return FinishReason(kind="abort", failure=Failure("failed", message))
 
 
 def adapter_failure(reason: str) -> str:

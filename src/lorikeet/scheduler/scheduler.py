@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from lorikeet.adapters.residency import Admission as AdapterAdmission
 from lorikeet.adapters.residency import Residency
+from lorikeet.core.failure import Failure
 from lorikeet.core.plan import (
     NOT_FINITE,
     DecodeRow,
@@ -131,9 +132,9 @@ class Scheduler:
             self._stalled_at = -1
             self._state.end(seq, reason, [], None)
 
-    def fail_version(self, version: int, message: str, status_code: int = 400) -> None:
+    def fail_version(self, version: int, failure: Failure) -> None:
         """End all sequences of a version, waiting and running, with an error."""
-        reason = FinishReason(kind="abort", message=message, status_code=status_code)
+        reason = FinishReason(kind="abort", failure=failure)
         for seq in self._state.of_version(version):
             self.abort(seq.id, reason)
 
@@ -149,7 +150,7 @@ class Scheduler:
         if len(self._state.in_flight) >= _MAX_IN_FLIGHT:
             raise ValueError("two plans are in flight; commit one first")
         for version, reason in self._residency.host.take_failures().items():
-            self.fail_version(version, adapter_failure(reason))
+            self.fail_version(version, Failure("refused", adapter_failure(reason)))
         self._state.let_in()
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
@@ -191,9 +192,8 @@ class Scheduler:
         releases = self._close(plan)
         self._residency.copies_done(result.copied, result.failed_copies)
         for version, message in result.failed_copies.items():
-            self.fail_version(
-                version, f"the adapter could not be copied to the device: {message}", 500
-            )
+            text = f"the adapter could not be copied to the device: {message}"
+            self.fail_version(version, Failure("failed", text))
         for seq_id, logprobs in result.prompt_logprobs.items():
             seq = self._state.sequences.get(seq_id)
             if seq is not None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Awaitable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import orjson
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
 from lorikeet.client.client import EngineClient
 from lorikeet.client.uploads import Uploads
-from lorikeet.errors import AdapterNotFoundError, LoRADisabledError, RequestError, UserError
+from lorikeet.core.commands import (
+    Command,
+    LoadAdapter,
+    LoadAdapterFromTensors,
+    LoadOutcome,
+    UnloadAdapter,
+)
+from lorikeet.core.failure import STATUS_CODES
+from lorikeet.errors import ALREADY_LOADED, LoRADisabledError, UserError
 from lorikeet.names import MAX_PATH, check_adapter_name, check_name
-from lorikeet.server.limits import BodyError
 from lorikeet.server.protocol import (
     Body,
     InplaceLoadBody,
@@ -40,11 +47,15 @@ ADMIN_PATHS = (
 # A body here is an adapter's weights.
 LARGE_PATHS = ("/load_lora_adapter_from_tensors",)
 
-Description = dict[str, Any]
 _AnyBody = TypeVar("_AnyBody", bound=Body)
 
-# What the engine says of a name that is taken.
-ALREADY_LOADED = "already loaded"
+
+class Loaded(msgspec.Struct):
+    """SGLang's reply to a load or an unload: what came of it, and which adapters are loaded now, with their paths."""
+
+    success: bool
+    error_message: str
+    loaded_adapters: dict[str, str]
 
 
 class AdapterRoutes:
@@ -77,35 +88,28 @@ class AdapterRoutes:
     async def load(self, request: Request) -> Response:
         """Load an adapter from a directory, a hub id or a URL. A client that leaves before the end cancels it."""
 
-        async def work() -> Description:
+        async def work() -> LoadOutcome:
             body = await self._body(request, LoadAdapterBody)
             self._check_load(body.lora_name, body.lora_path)
-            return await self._load(
-                request,
-                "load_adapter",
-                name=body.lora_name,
-                path=body.lora_path,
-                pinned=body.pinned,
-            )
+            command = LoadAdapter(body.lora_name, body.lora_path, pinned=body.pinned)
+            return await self._load(request, command)
 
         return await self._native(work())
 
     async def unload(self, request: Request) -> Response:
         """Refuse new requests for an adapter at once, and answer when the running ones have ended."""
 
-        async def work() -> Description:
+        async def work() -> LoadOutcome:
             body = await self._body(request, UnloadAdapterBody)
             check_name(body.lora_name, "lora_name")
-            return await self._client.command(
-                "unload_adapter", name=body.lora_name, timeout=body.timeout
-            )
+            return await self._client.command(UnloadAdapter(body.lora_name, body.timeout))
 
         return await self._native(work())
 
     async def load_tensors(self, request: Request) -> Response:
         """Load an adapter whose weights are in the body."""
 
-        async def work() -> Description:
+        async def work() -> LoadOutcome:
             self._check_enabled()
             weights = self._uploads.new()
             try:
@@ -116,14 +120,10 @@ class AdapterRoutes:
                 self._uploads.discard(weights)
                 raise
             # From here on the file is the engine's, whether it loads the adapter or not.
-            return await self._load(
-                request,
-                "load_adapter_from_tensors",
-                name=body.lora_name,
-                config=body.config_dict,
-                weights=str(weights),
-                pinned=body.pinned,
+            command = LoadAdapterFromTensors(
+                body.lora_name, body.config_dict, str(weights), body.pinned
             )
+            return await self._load(request, command)
 
         return await self._native(work())
 
@@ -132,13 +132,8 @@ class AdapterRoutes:
         try:
             body = await self._body(request, InplaceLoadBody)
             self._check_load(body.lora_name, body.lora_path)
-            await self._load(
-                request,
-                "load_adapter",
-                name=body.lora_name,
-                path=body.lora_path,
-                replace=body.load_inplace,
-            )
+            command = LoadAdapter(body.lora_name, body.lora_path, replace=body.load_inplace)
+            await self._load(request, command)
         except UserError as error:
             return _vllm_refusal(error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -148,7 +143,7 @@ class AdapterRoutes:
         try:
             body = await self._body(request, NamedAdapterBody)
             check_name(body.lora_name, "lora_name")
-            await self._client.command("unload_adapter", name=body.lora_name, timeout=None)
+            await self._client.command(UnloadAdapter(body.lora_name))
         except UserError as error:
             return _vllm_refusal(error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -157,43 +152,35 @@ class AdapterRoutes:
         """Every adapter, those that are loading, unloading or have failed included, without their reports."""
         self._client.check_alive()
         adapters = self._client.adapters
-        body = await list_body(adapters.views(), adapters.entry)
+        body = await list_body(adapters.views(), adapters.shown)
         return Response(body, media_type=JSONReply.media_type)
 
     async def adapter(self, name: str) -> Response:
         """One adapter. While a name has several versions, the one that a request would get."""
         self._check_enabled()
         self._client.check_alive()
-        try:
-            view, entry = self._client.adapters.find(name)
-        except AdapterNotFoundError as error:
-            error.status_code = 404
-            raise
-        report = None if view.report is None else orjson.Fragment(view.report)
-        return JSONReply(entry | {"report": report})
+        return JSONReply(self._client.adapters.find(name))
 
     async def _body(self, request: Request, model: type[_AnyBody]) -> _AnyBody:
         data = await request.body()
         self._check_enabled()
         return parse_body(model, data)
 
-    async def _load(self, request: Request, command: str, **args: object) -> Description:
-        return await until_disconnect(request.receive, self._client.command(command, **args))
+    async def _load(self, request: Request, command: Command[LoadOutcome]) -> LoadOutcome:
+        return await until_disconnect(request.receive, self._client.command(command))
 
-    async def _native(self, work: Awaitable[Description]) -> Response:
-        """SGLang's reply: what came of it, and which adapters are loaded now."""
+    async def _native(self, work: Awaitable[LoadOutcome]) -> Response:
         status, message = 200, ""
         try:
             await work
         except UserError as error:
-            status = error.status_code if isinstance(error, BodyError) else 400
+            status = STATUS_CODES["refused" if error.kind == "not_found" else error.kind]
             message = str(error)
-        loaded = self._client.adapters.paths()
-        reply = {"success": not message, "error_message": message, "loaded_adapters": loaded}
+        reply = Loaded(not message, message, self._client.adapters.paths())
         return JSONReply(reply, status_code=status)
 
     def _check_enabled(self) -> None:
-        if not self._client.info["lora_enabled"]:
+        if not self._client.info.lora_enabled:
             raise LoRADisabledError("LoRA is not enabled; start the server with --enable-lora")
 
     def _check_load(self, name: str, path: str | None = None) -> None:
@@ -204,10 +191,10 @@ class AdapterRoutes:
 
 def _vllm_refusal(error: UserError) -> Response:
     """vLLM's error body: ``type`` is one of its names, and ``code`` the status."""
-    status, message = error.status_code, str(error)
-    if status == 404:
-        kind = "NotFoundError"
-    elif ALREADY_LOADED in message:
+    status, message, param = STATUS_CODES[error.kind], str(error), error.param
+    if error.kind == "not_found":
+        kind, param = "NotFoundError", None
+    elif error.code == ALREADY_LOADED:
         # Its clients look for this text.
         message += (
             "; this LoRA adapter has already been loaded, set 'load_inplace' to true to replace it"
@@ -215,6 +202,5 @@ def _vllm_refusal(error: UserError) -> Response:
         kind = "InvalidUserInput"
     else:
         kind = "BadRequestError"
-    param = error.param if isinstance(error, RequestError) else None
     body = {"message": message, "type": kind, "param": param, "code": status}
     return JSONReply({"error": body}, status_code=status)

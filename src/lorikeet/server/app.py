@@ -34,9 +34,7 @@ from lorikeet.server.lifecycle import (
 from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
 from lorikeet.server.native import NativeRoutes
-from lorikeet.server.openai.completions import CompletionRoutes
-from lorikeet.server.openai.embeddings import EmbeddingRoutes
-from lorikeet.server.openai.models import OpenAIRoutes
+from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
 from lorikeet.text.tokenizer import Tokenizer
 
 SpawnEngine = Callable[[Settings, EngineAddress], BaseProcess]
@@ -73,7 +71,7 @@ def make_app(
     app.include_router(AdapterRoutes(settings.served_model_name, client).router())
     app.include_router(CompletionRoutes(settings, client).router())
     app.include_router(EmbeddingRoutes(settings.served_model_name, client).router())
-    app.include_router(OpenAIRoutes(settings, client).router())
+    app.include_router(ModelRoutes(settings, client).router())
     app.include_router(HealthRoutes(settings, client, generate_timeout=health_timeout).router())
     http = settings.http
     if http.enable_metrics:

@@ -1,7 +1,8 @@
-"""``/openapi.json``: what the routes know of themselves, and what they answer.
+"""``/openapi.json``: the routes, the bodies that they take and the replies that they give.
 
 Routes read and write bodies by themselves, so FastAPI cannot know their replies; this module is the one place that says.
-An endpoint that is not in :data:`REPLIES` promises nothing about its reply.
+The schema of a reply that is a Struct follows from the Struct. An endpoint that is not in :data:`REPLIES` promises
+nothing about its reply.
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+
+from lorikeet.core.views import AdapterDetail, AdapterView, EngineInfo
+from lorikeet.server.adapters import Loaded
+from lorikeet.server.health import Flushed, ModelInfo, Status
 
 Schema = dict[str, Any]
 
@@ -31,13 +37,28 @@ def _object(plain: str = "", **others: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
+def _ref(name: str | type[msgspec.Struct]) -> Schema:
+    """The schema of a Struct, which stands among the document's components."""
+    return {"$ref": f"#/components/schemas/{name if isinstance(name, str) else name.__name__}"}
+
+
+def _components() -> dict[str, Schema]:
+    """Schemas of the Structs that replies are made of, all of whose fields are always there."""
+    structs = (AdapterView, AdapterDetail, EngineInfo, ModelInfo, Status, Flushed, Loaded)
+    _, schemas = msgspec.json.schema_components(structs, ref_template=_ref("{name}")["$ref"])
+    for schema in schemas.values():
+        schema["description"] = schema["description"].partition("\n")[0]
+        schema["required"] = list(schema["properties"])
+    return {"Error": ERROR, **schemas}
+
+
 def _list(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
 
 ERROR = _object(error=_object("message type param:string? code:string?"))
 _VLLM_ERROR = _object(error=_object("message type param:string? code:integer"))
-_LOADED = _object("success:boolean error_message loaded_adapters:object")
+_LOADED = _ref(Loaded)
 _META = _object(
     "id finish_reason:object? prompt_tokens:integer completion_tokens:integer cached_tokens:integer"
     " e2e_latency:number? lora_name:string?"
@@ -47,19 +68,12 @@ _USAGE = _object("prompt_tokens:integer completion_tokens:integer total_tokens:i
 _CHOICE = "index:integer logprobs:object? finish_reason"
 _MESSAGE = _object("role content:string?")
 _CARD = _object("id object created:integer owned_by root parent:string? max_model_len:integer")
-_TARGETS = {"type": ["array", "null"], "items": {"type": "string"}}
-_VIEW = (
-    "name path version:integer? state tier:string? pinned:boolean rank:integer? bytes:integer?"
-    " in_flight:integer last_use:number? reason:string?"
-)
-_LISTED_ADAPTER = _object(_VIEW, targets=_TARGETS)
-_ADAPTER = _object(_VIEW + " report:object?", targets=_TARGETS)
-_MODEL = _object(
-    "model_path tokenizer_path served_model_name is_generation:boolean context_length:integer"
-    " vocab_size:integer lora_enabled:boolean"
-)
-_SERVER = _object("version adapters:object", internal_states=_list(_schema("object")))
-_STATUS = _object("status")
+_SERVER = {
+    "allOf": [
+        _ref(EngineInfo),
+        _object("adapters:object", internal_states=_list(_schema("object"))),
+    ]
+}
 # Of each event: OpenAPI before 3.2 has no word for what a stream consists of, and readers take the schema for that.
 _EVENT = _object("data")
 
@@ -80,20 +94,20 @@ REPLIES: dict[str, Schema] = {
     "/load_lora_adapter_from_tensors": _LOADED,
     "/v1/load_lora_adapter": _schema("string"),
     "/v1/unload_lora_adapter": _schema("string"),
-    "/v1/adapters": _object("object", data=_list(_LISTED_ADAPTER)),
-    "/v1/adapters/{name}": _ADAPTER,
+    "/v1/adapters": _object("object", data=_list(_ref(AdapterView))),
+    "/v1/adapters/{name}": _ref(AdapterDetail),
     "/v1/completions": _openai(_object(f"text {_CHOICE}")),
     "/v1/chat/completions": _openai(_object(_CHOICE, message=_MESSAGE)),
     "/v1/embeddings": _object("id object model", data=_list(_VECTOR), usage=_schema("object")),
     "/v1/models": _object("object", data=_list(_CARD)),
     "/v1/models/{model_id}": _CARD,
-    "/health": _STATUS,
-    "/health_generate": _STATUS,
-    "/model_info": _MODEL,
-    "/get_model_info": _MODEL,
+    "/health": _ref(Status),
+    "/health_generate": _ref(Status),
+    "/model_info": _ref(ModelInfo),
+    "/get_model_info": _ref(ModelInfo),
     "/server_info": _SERVER,
     "/get_server_info": _SERVER,
-    "/flush_cache": _object("success:boolean message"),
+    "/flush_cache": _ref(Flushed),
     "/metrics": _schema("string"),
 }
 """Path -> body of a 200."""
@@ -139,7 +153,7 @@ def install(
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             # No route has FastAPI check its bodies: what it says of 422 is not so.
-            document["components"] = {"schemas": {"Error": ERROR}}
+            document["components"] = {"schemas": _components()}
             for path, methods in document["paths"].items():
                 for method in _METHODS:
                     if method in methods:
@@ -173,7 +187,7 @@ def _responses(path: str, refusals: set[str]) -> Schema:
     success = {kind: {"schema": _EVENT if kind == _EVENTS else reply} for kind in kinds}
     responses: Schema = {"200": {"description": "Done", "content": success}}
     for status in sorted(refusals):
-        form: Schema = {"$ref": "#/components/schemas/Error"}
+        form = _ref("Error")
         if status in _OF_BODIES or status == "404":
             form = _OWN_FORMS.get(path, form)
         content = {_JSON: {"schema": form}}

@@ -1,4 +1,4 @@
-"""The end of a server as its clients see it: what runs may finish, what is new is sent elsewhere.
+"""Shutting down as clients see it: requests that run may finish, and new ones are refused with 503.
 
 The socket stays open meanwhile, so that a client or a load balancer gets an answer that says what to do, and no reset.
 """

@@ -1,4 +1,4 @@
-"""The one table from exceptions to HTTP errors, and the body that every error has.
+"""From exceptions to HTTP errors, whose statuses are in the table of ``core/failure.py``, and the body that every error has.
 
 The body is OpenAI's (``{"error": {"message", "type", "param", "code"}}``); clients of the native API read ``message``.
 """
@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from lorikeet.core.failure import STATUS_CODES
 from lorikeet.errors import EngineFault, RequestError, UnavailableError, UserError
 from lorikeet.masking import shortened
 from lorikeet.server.replies import JSONReply
@@ -42,7 +43,7 @@ _TYPES = {
 class ModelNotFoundError(RequestError):
     """A model's id that is neither the base nor an adapter."""
 
-    status_code = 404
+    kind = "not_found"
     code = "model_not_found"
 
 
@@ -56,8 +57,8 @@ def error_body(
 
 def describe(error: UserError | EngineFault) -> tuple[int, ErrorBody]:
     """Status and body of an exception raised on purpose."""
-    param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
-    return error.status_code, error_body(str(error), error.status_code, param=param, code=code)
+    status = STATUS_CODES[error.kind]
+    return status, error_body(str(error), status, param=error.param, code=error.code)
 
 
 def error_response(

@@ -1,10 +1,12 @@
-"""Is it up, what is it, and commands about the whole engine: health, model and server info, cache, metrics."""
+"""Routes about the server as a whole: health, model and server info, flushing the prefix cache, metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -13,6 +15,7 @@ from lorikeet import __version__
 from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
 from lorikeet.config import Settings
+from lorikeet.core.commands import FlushCache
 from lorikeet.core.request import Request as EngineRequest
 from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError, UnavailableError
@@ -29,6 +32,34 @@ MAX_FLUSH_S = 600
 # The document's description of the query of /flush_cache.
 _SECONDS = {"type": "number", "minimum": 0, "maximum": MAX_FLUSH_S, "default": 0}
 TIMEOUT = {"parameters": [{"name": "timeout", "in": "query", "schema": _SECONDS}]}
+
+
+class Status(msgspec.Struct):
+    """Reply of the routes that tell whether the server is well."""
+
+    status: Literal["ok"] = "ok"
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    """Reply of ``/model_info``."""
+
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    is_generation: bool = True
+    context_length: int
+    vocab_size: int
+    dtype: str
+    lora_enabled: bool
+    max_lora_rank: int | None
+    lora_target_modules: list[str] | None
+
+
+class Flushed(msgspec.Struct):
+    """Reply of ``/flush_cache``."""
+
+    success: bool = True
+    message: str = "the prefix cache is empty"
 
 
 class HealthRoutes:
@@ -66,7 +97,7 @@ class HealthRoutes:
     async def health(self) -> Response:
         """200 while the engine lives and its process gives signs of it; says nothing about how busy it is."""
         self._client.check_awake()
-        return JSONReply({"status": "ok"})
+        return JSONReply(Status())
 
     async def health_generate(self, request: Request) -> Response:
         """Generate one token; 503 if the engine is dead or does not answer in time. A full queue is no illness."""
@@ -79,7 +110,7 @@ class HealthRoutes:
             return error_response(
                 f"the engine produced no token within {self._generate_timeout:g} seconds", 503
             )
-        return JSONReply({"status": "ok"})
+        return JSONReply(Status())
 
     async def _generate_one(self) -> None:
         probe = EngineRequest(
@@ -97,22 +128,14 @@ class HealthRoutes:
             stream.close()
 
     async def model_info(self) -> Response:
-        info = self._client.info
         settings = self._settings
-        return JSONReply(
-            {
-                "model_path": settings.model_path,
-                "tokenizer_path": settings.tokenizer_path,
-                "served_model_name": settings.served_model_name,
-                "is_generation": True,
-                "context_length": info["context_length"],
-                "vocab_size": info["vocab_size"],
-                "dtype": info["dtype"],
-                "lora_enabled": info["lora_enabled"],
-                "max_lora_rank": info["max_lora_rank"],
-                "lora_target_modules": info["lora_target_modules"],
-            }
-        )
+        own = {
+            "model_path": settings.model_path,
+            "tokenizer_path": settings.tokenizer_path,
+            "served_model_name": settings.served_model_name,
+        }
+        fields = msgspec.structs.asdict(self._client.info) | own
+        return JSONReply(msgspec.convert(fields, ModelInfo))
 
     async def server_info(self) -> Response:
         """Every setting but the keys, what the engine reported, and its adapters and numbers of now.
@@ -120,9 +143,9 @@ class HealthRoutes:
         No text of it shows a password, a signature or whatever else a URL may keep secret.
         """
         self._client.check_alive()
-        reply: dict[str, object] = {
+        reply: dict[str, Any] = {
             **self._settings.by_option(),
-            **self._client.info,
+            **msgspec.structs.asdict(self._client.info),
             "adapters": self._client.adapters.paths(),
             "version": __version__,
             "internal_states": [dict(self._client.stats)],
@@ -134,7 +157,7 @@ class HealthRoutes:
         seconds = _seconds(request, "timeout", most=MAX_FLUSH_S)
         await request.body()
         if await until_disconnect(request.receive, self._flush(time.monotonic() + seconds)):
-            return JSONReply({"success": True, "message": "the prefix cache is empty"})
+            return JSONReply(Flushed())
         return error_response(
             "the cache was not flushed: requests are running; wait until they have ended or pass timeout=SECONDS",
             400,
@@ -145,7 +168,7 @@ class HealthRoutes:
         while True:
             # One question at a time, however many wait.
             async with self._flushing:
-                if (await self._client.command("flush_cache"))["success"]:
+                if await self._client.command(FlushCache()):
                     return True
                 if time.monotonic() + FLUSH_RETRY_S > deadline:
                     return False

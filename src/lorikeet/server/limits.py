@@ -56,13 +56,13 @@ class BodyError(RequestError):
 class BodyTooLargeError(BodyError):
     """It is larger than the limit."""
 
-    status_code = 413
+    kind = "too_large"
 
 
 class BodyTimeoutError(BodyError):
     """It came too slowly."""
 
-    status_code = 408
+    kind = "too_slow"
 
 
 class BodyLimits:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
 from lorikeet.client.reply import TokenText, native_reply
-from lorikeet.client.stream import CompletionStream, finish_error
+from lorikeet.client.stream import CompletionStream
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
@@ -79,7 +79,7 @@ class NativeRoutes:
         async for index, completion in stream:
             if completion.finish is None:
                 continue
-            error = finish_error(completion.finish)
+            error = completion.finish.error()
             if error is not None and (not batch.is_list or isinstance(error, UnavailableError)):
                 raise error
             finished[index] = completion.snapshot()
@@ -96,7 +96,7 @@ class NativeRoutes:
     async def _events(
         self, stream: CompletionStream, batch: RequestBatch
     ) -> AsyncGenerator[bytes, None]:
-        """A frame for each growth of a completion. One that fails is an error frame, and the others go on.
+        """Frames of a stream, one each time a completion has grown. One that fails is an error frame, and the others go on.
 
         A frame repeats the log-probabilities of all output tokens. Once they are many, the next frame comes when they have
         grown by an eighth, so that all frames together take a time that is linear in the last one's.
@@ -105,7 +105,7 @@ class NativeRoutes:
         try:
             async for index, completion in stream:
                 place = index if batch.is_list else None
-                error = finish_error(completion.finish) if completion.finish else None
+                error = completion.finish.error() if completion.finish else None
                 if error is None:
                     snapshot, last = completion.snapshot(), told.get(index, 0)
                     num = snapshot.num_logprobs

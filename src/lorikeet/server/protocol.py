@@ -2,7 +2,7 @@
 
 A body is checked strictly (``"true"`` is not a boolean) and what is wrong with it is a RequestError, which names the
 field, the value and what is allowed. The description of a field is the text of what is allowed. Keys that a model does
-not have are ignored: clients of the native API send many. (Those of ``openai_bodies.py`` are strict about that, too.)
+not have are ignored: clients of the native API send many. (Those of ``openai/bodies.py`` are strict about that, too.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from lorikeet.core.request import RANGES, SamplingParams
+from lorikeet.core.sampling import PARAMS, Param
 from lorikeet.errors import RequestError
 from lorikeet.server.reading import check_values, run_sized
 
@@ -26,7 +26,7 @@ _Item = TypeVar("_Item")
 
 
 class _FirstError(FailFast):
-    """FailFast that can be hashed, as a part of a union has to be."""
+    """Pydantic's FailFast with a hash, which a part of a union needs."""
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -43,20 +43,30 @@ MAX_QUOTE = 60
 MAX_QUOTE_DEPTH = 8
 
 
-def _sampling_schema() -> dict[str, Any]:
-    """``sampling_params`` in the document: each field may be null, and a stop may be one string."""
-    fields: dict[str, dict[str, Any]] = {}
-    described = msgspec.json.schema_components([SamplingParams])[1]["SamplingParams"]["properties"]
-    for name, field in described.items():
-        low, high, _ = RANGES.get(name, (-math.inf, math.inf, ""))
-        bounds = {"minimum": low, "maximum": high}
-        field |= {word: value for word, value in bounds.items() if math.isfinite(value)}
-        kinds = ["string", "null"] if name.startswith("stop") else ["null"]
-        fields[name] = {"anyOf": [field, *({"type": kind} for kind in kinds)]}
-    return {"type": "object", "properties": fields, "additionalProperties": False}
+def param_schema(param: Param) -> dict[str, Any]:
+    """The JSON schema of a sampling parameter: null is allowed, and so is one entry in place of a list."""
+    form = msgspec.json.schema(param.kind)
+    if param.is_number:
+        low = "exclusiveMinimum" if param.is_above else "minimum"
+        bounds = {low: param.least, "maximum": param.most}
+        form |= {word: value for word, value in bounds.items() if math.isfinite(value)}
+    forms = [form, {"type": "null"}]
+    if "items" in form:
+        forms.append(form["items"])
+    if param.is_json:
+        forms.append({"type": "object"})
+    if param.special is not None:
+        forms.append({"const": param.special[0]})
+    return {"description": param.about, "anyOf": forms}
 
 
-_SAMPLING = _sampling_schema()
+_SAMPLING: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        name: param_schema(param) | {"default": param.default} for name, param in PARAMS.items()
+    },
+    "additionalProperties": False,
+}
 
 
 class Body(BaseModel):
@@ -179,7 +189,7 @@ def parse_body(model: type[_Model], data: bytes) -> _Model:
 
 
 async def read_large(data: bytes, read: Callable[[bytes], _Read]) -> _Read:
-    """``read(data)``; of a large body on a thread, so that other requests need not wait for it."""
+    """Call ``read(data)``, for a large body on a thread, so that other requests need not wait for it."""
     return await run_sized(len(data), partial(read, data))
 
 
@@ -191,7 +201,7 @@ def body_schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
-    """A schema without references: inside an OpenAPI document they would point to nowhere."""
+    """Replace references by what they point to: inside an OpenAPI document they would point to nowhere."""
     if isinstance(schema, list):
         return [_inline(item, definitions) for item in cast(list[Any], schema)]
     if not isinstance(schema, dict):
@@ -214,10 +224,10 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> RequestError:
     field = model.model_fields.get(name)
     allowed = field.description if field else None
     # Integers of the path are positions in lists; its strings after the first name members of unions.
-    where = name + "".join(f"[{part}]" for part in error["loc"][1:] if isinstance(part, int))
+    where = (name, *(part for part in error["loc"][1:] if isinstance(part, int)))
     if error["type"] == "missing":
-        return RequestError(f"{where}: is required; it must be {allowed}", name)
-    return RequestError(f"{where}: must be {allowed}; got {quote(error['input'])}", name)
+        return RequestError.about(where, f": is required; it must be {allowed}")
+    return RequestError.about(where, f": must be {allowed}; got {quote(error['input'])}")
 
 
 def quote(value: object) -> str:
@@ -227,7 +237,7 @@ def quote(value: object) -> str:
 
 
 def _beginning(value: object, depth: int) -> object:
-    """A value that is no larger than a message can show."""
+    """As much of a value as a message can show."""
     if isinstance(value, str):
         return value[: MAX_QUOTE + 1]
     if not isinstance(value, list | dict):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
 import orjson
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -22,12 +23,12 @@ _PIECE = 256
 
 
 class JSONReply(Response):
-    """A JSON body, encoded by orjson (NaN and infinity become null)."""
+    """A JSON body, of a Struct or of plain values (NaN and infinity become null)."""
 
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        return orjson.dumps(content)
+        return orjson.dumps(content, default=msgspec.to_builtins)
 
 
 async def list_body(items: Sequence[_T], show: Callable[[_T], object]) -> bytes:
@@ -40,7 +41,8 @@ async def list_body(items: Sequence[_T], show: Callable[[_T], object]) -> bytes:
     for start in range(0, len(items), _PIECE):
         if start:
             await asyncio.sleep(0)
-        pieces.append(orjson.dumps([show(item) for item in items[start : start + _PIECE]])[1:-1])
+        piece = [show(item) for item in items[start : start + _PIECE]]
+        pieces.append(msgspec.json.encode(piece)[1:-1])
     return b'{"object":"list","data":[' + b",".join(pieces) + b"]}"
 
 

@@ -16,7 +16,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def frame(content: object) -> bytes:
-    """One event of one line."""
+    """Encode one event, on a single line."""
     return b"data: " + orjson.dumps(content) + b"\n\n"
 
 

@@ -9,13 +9,14 @@ import asyncio
 import binascii
 import os
 import re
+import sys
 from collections.abc import AsyncIterable
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import orjson
 
-from lorikeet.adapters.tensor_header import MAX_HEADER_BYTES
+from lorikeet.adapters.tensor_header import LENGTH_BYTES, has_header, is_pickled
 from lorikeet.errors import RequestError
 
 FIELD = "tensors"
@@ -23,11 +24,6 @@ FIELD = "tensors"
 MAX_REST = (4 << 20) + (64 << 10)
 #: Bytes that are read at a time, about.
 PIECE = 1 << 20
-#: The safetensors format: this many bytes of little-endian length, then a JSON header of at most MAX_HEADER bytes.
-LENGTH_BYTES = 8
-MAX_HEADER = MAX_HEADER_BYTES
-#: A pickle of protocol 2 or newer, and a zip archive, which is what torch.save writes around one.
-PICKLES = (b"\x80", b"PK\x03\x04")
 
 # What stands for the tensors in the rest, if there are any.
 _STAND_IN = b"-"
@@ -212,20 +208,19 @@ class _Base64:
         if len(self._head) <= LENGTH_BYTES:
             self._head += data[: LENGTH_BYTES + 1 - len(self._head)]
             if len(self._head) > LENGTH_BYTES:
-                self._check_head(MAX_HEADER)
+                self._check_head(sys.maxsize)
         self._file.write(data)
         self.num_bytes += len(data)
 
     def check(self) -> None:
         """Refuse what has no safetensors header; the tensors themselves are checked where they are loaded."""
         if self.num_bytes:
-            self._check_head(min(MAX_HEADER, self.num_bytes - LENGTH_BYTES))
+            self._check_head(self.num_bytes)
 
-    def _check_head(self, most: int) -> None:
-        length = int.from_bytes(self._head[:LENGTH_BYTES], "little")
-        if 0 < length <= most and self._head[LENGTH_BYTES:] == b"{":
+    def _check_head(self, size: int) -> None:
+        if has_header(self._head, size):
             return
-        is_pickle = self._head.startswith(PICKLES)
+        is_pickle = is_pickled(self._head)
         kind = "a pickle, which is never read" if is_pickle else "not a safetensors file"
         raise RequestError(f"{FIELD}: is {kind}; it must be a safetensors file in base64", FIELD)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
 from lorikeet.text.detokenizer import Detokenizer
 from lorikeet.text.packed_logprobs import PackedLogprobs
@@ -143,7 +144,7 @@ class Completion:
             if finish is None and output.finish is not None:
                 finish = self._take_finish(output.finish)
         except StopBudgetError as error:
-            finish = FinishReason(kind="abort", message=str(error), status_code=400)
+            finish = FinishReason(kind="abort", failure=Failure("refused", str(error)))
         self._text.show(
             all_but=0 if finish or self._sampling.no_stop_trim else self._stops.num_held
         )
@@ -156,7 +157,7 @@ class Completion:
     def fail(self, message: str) -> None:
         """End it with an error on our side, unless it has ended."""
         if self._finish is None:
-            self._finish = FinishReason(kind="abort", message=message, status_code=500)
+            self._finish = FinishReason(kind="abort", failure=Failure("failed", message))
             self._ended = self._clock()
 
     def snapshot(self) -> Snapshot:

@@ -120,7 +120,7 @@ def compile_stop_pattern(pattern: str, budget: SearchBudget | None = None) -> re
 
 
 def _refuse(pattern: str, problem: str) -> RequestError:
-    return RequestError(f"stop_regex {pattern[:100]!r} {problem}", "stop_regex")
+    return RequestError.about(("stop_regex",), f" {pattern[:100]!r} {problem}")
 
 
 class StopStrings:

@@ -72,11 +72,12 @@ class TemplateSandbox:
             AdapterError: names the file, and what is wrong with it.
         """
         try:
-            answer = _value(self._sandbox.submit(["read", data, is_config]).future.result())
+            work = ["read", _encodable(str(path)), data, is_config]
+            answer = _value(self._sandbox.submit(work).future.result())
         except LimitError as error:
             raise AdapterError(f"{path}: the chat template cannot be used: {error}") from error
         except RequestError as error:
-            raise AdapterError(f"{path}{error}") from error
+            raise AdapterError(str(error)) from error
         return cast(Templates, answer)
 
     async def facts(self, source: str, whose: str) -> TemplateFacts:
@@ -171,39 +172,40 @@ def _facts(source: str) -> tuple[bool, list[str], bool]:
     return facts.reads_tools, list(map(_encodable, words)), facts.joins_arguments
 
 
-def _read(data: bytes, is_config: bool) -> Templates:  # noqa: FBT001  # jobs are lists
+def _read(where: str, data: bytes, is_config: bool) -> Templates:  # noqa: FBT001  # jobs are lists
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise AdapterError(f" is not UTF-8: {error}") from error
-    templates = _named(text) if is_config else {"default": text}
+        raise AdapterError(f"{where} is not UTF-8: {error}") from error
+    templates = _named(text, where) if is_config else {"default": text}
     num = sum(len(name) + len(source) for name, source in templates.items())
     if num > MAX_TEMPLATE:
         raise AdapterError(
-            f": the chat templates have {num:,} characters; allowed: {MAX_TEMPLATE:,}"
+            f"{where}: the chat templates have {num:,} characters; allowed: {MAX_TEMPLATE:,}"
         )
     for name, source in templates.items():
-        _check_encodable(name, ": the name of a chat template")
+        _check_encodable(name, f"{where}: the name of a chat template")
         named = "" if name == "default" else f" {name!r:.100}"
-        _check_encodable(source, f": the chat template{named}")
+        whose = f"{where}: the chat template{named}"
+        _check_encodable(source, whose)
         try:
             check_template(source)
         except ValueError as error:
-            raise AdapterError(f": the chat template{named} cannot be used: {error}") from error
+            raise AdapterError(f"{whose} cannot be used: {error}") from error
     return templates
 
 
-def _named(text: str) -> Templates:
+def _named(text: str, where: str) -> Templates:
     try:
         config: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f" is not valid JSON: {error}") from error
+        raise AdapterError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise AdapterError(" should hold a JSON object")
+        raise AdapterError(f"{where} should hold a JSON object")
     try:
-        return named_templates(cast(dict[str, Any], config).get("chat_template"), Path())
+        return named_templates(cast(dict[str, Any], config).get("chat_template"), Path(where))
     except ModelError as error:
-        raise AdapterError(str(error).removeprefix(".")) from error
+        raise AdapterError(str(error)) from error
 
 
 def _check_encodable(text: str, what: str) -> None:

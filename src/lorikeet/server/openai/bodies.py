@@ -6,12 +6,14 @@ accepted), or the body is refused and the field named. Null counts as not given,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lorikeet.server.protocol import Body, Many
+from lorikeet.core.sampling import PARAMS
+from lorikeet.server.protocol import Body, Many, param_schema
 
 
 class StrictBody(Body):
@@ -34,7 +36,7 @@ class StrictBody(Body):
 
 
 class NeutralFields(StrictBody):
-    """Fields that change nothing, with the values for which that is true."""
+    """Fields that are accepted because they change nothing, with the values for which that is true."""
 
     user: str | None = Field(None, description="a string")
     safety_identifier: str | None = Field(None, description="a string")
@@ -57,8 +59,34 @@ class StreamOptions(StrictBody):
     )
 
 
+OPENAI_PARAMS = [param for param in PARAMS.values() if param.openai is not None]
+
+_TYPES: Mapping[Any, Any] = {
+    dict[int, float]: dict[str, Any],
+    tuple[int, ...]: int | Many[int],
+    tuple[str, ...]: str | Many[str],
+}
+"""Kind of a sampling parameter -> type of its field in a body, where they differ."""
+
+
+def add_sampling_fields(body: dict[str, Any]) -> None:
+    """Declare a field for each sampling parameter that the OpenAI API has.
+
+    Args:
+        body: the names of the class that is being defined.
+    """
+    for param in OPENAI_PARAMS:
+        kind, words = _TYPES.get(param.kind, param.kind), param.words
+        schema: dict[str, Any] = param_schema(param)
+        if param.openai == "response_format":
+            kind, schema = dict[str, Any], {}
+            words = "an object whose type is text, json_object or json_schema"
+        body["__annotations__"][param.openai] = kind | None
+        body[str(param.openai)] = Field(None, description=words, json_schema_extra=schema)
+
+
 class OpenAIBody(NeutralFields):
-    """What the two endpoints share. The values are checked by ``client/intake.py``."""
+    """The fields that completions and chats share. Their values are checked by ``client/intake.py``."""
 
     model: str = Field(description="the base's name, BASE:ADAPTER or an adapter's name")
     lora_path: str | None = Field(None, description="an adapter's name or null")
@@ -66,33 +94,7 @@ class OpenAIBody(NeutralFields):
     stream_options: StreamOptions | None = Field(
         None, description="an object with include_usage, true or false"
     )
-    n: int | None = Field(None, description="an integer")
-    max_tokens: int | None = Field(None, description="an integer")
-    temperature: float | None = Field(None, description="a number")
-    top_p: float | None = Field(None, description="a number")
-    stop: str | Many[str] | None = Field(None, description="a string or a list of strings")
-    seed: int | None = Field(None, description="an integer")
-    logit_bias: dict[str, Any] | None = Field(
-        None, description="an object from token ids to numbers"
-    )
-    presence_penalty: float | None = Field(None, description="a number")
-    frequency_penalty: float | None = Field(None, description="a number")
-    response_format: dict[str, Any] | None = Field(
-        None, description="an object whose type is text, json_object or json_schema"
-    )
-    # From here on: what the native API has and OpenAI's has not.
-    top_k: int | None = Field(None, description="an integer")
-    min_p: float | None = Field(None, description="a number")
-    repetition_penalty: float | None = Field(None, description="a number")
-    min_tokens: int | None = Field(None, description="an integer")
-    stop_token_ids: Many[int] | None = Field(None, description="a list of token ids")
-    stop_regex: str | Many[str] | None = Field(None, description="a string or a list of strings")
-    no_stop_trim: bool | None = Field(None, description="true or false")
-    ignore_eos: bool | None = Field(None, description="true or false")
-    skip_special_tokens: bool | None = Field(None, description="true or false")
-    spaces_between_special_tokens: bool | None = Field(None, description="true or false")
-    regex: str | None = Field(None, description="a string")
-    ebnf: str | None = Field(None, description="a string")
+    add_sampling_fields(locals())
 
 
 class EmbeddingBody(StrictBody):

@@ -1,10 +1,10 @@
-"""Bodies of the OpenAI API -> requests, by way of the native API's fields, and refusals in the client's own words."""
+"""Turns bodies of the OpenAI API into requests, by way of the native API's fields, and names fields in errors as the client did."""
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -14,9 +14,18 @@ import orjson
 from lorikeet.client.call_limits import MAX_TEXT
 from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
-from lorikeet.errors import RequestError
+from lorikeet.client.stream import CompletionStream
+from lorikeet.core.request import FinishReason
+from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.names import check_name
-from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, OpenAIBody
+from lorikeet.server.errors import ModelNotFoundError
+from lorikeet.server.openai.bodies import (
+    OPENAI_PARAMS,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    OpenAIBody,
+)
 from lorikeet.server.openai.messages import plain_messages
 from lorikeet.server.openai.objects import check_keys, read_field, refusal
 from lorikeet.server.openai.tools import ToolUse, read_tools
@@ -28,38 +37,8 @@ from lorikeet.text.chat_facts import TemplateFacts, read_facts
 # OpenAI's default for completions; a chat goes on to the end of the context.
 COMPLETION_MAX_TOKENS = 16
 
-# The API's name -> the native API's. max_tokens has a default of its own in each endpoint.
-_SAMPLING = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "n": "n",
-    "stop": "stop",
-    "seed": "sampling_seed",
-    "logit_bias": "logit_bias",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "min_tokens": "min_new_tokens",
-    "stop_token_ids": "stop_token_ids",
-    "stop_regex": "stop_regex",
-    "no_stop_trim": "no_stop_trim",
-    "ignore_eos": "ignore_eos",
-    "skip_special_tokens": "skip_special_tokens",
-    "spaces_between_special_tokens": "spaces_between_special_tokens",
-    "regex": "regex",
-    "ebnf": "ebnf",
-}
-
 # Native names that a client of this API does not know -> its own.
-_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "sampling_seed": "seed",
-    "json_schema": "response_format",
-    "structural_tag": "tools",
-}
+_NAMES = {param.name: str(param.openai) for param in OPENAI_PARAMS} | {"structural_tag": "tools"}
 _COMPLETION_NAMES = _NAMES | {
     "text": "prompt",
     "input_ids": "prompt",
@@ -70,11 +49,6 @@ _CHAT_NAMES = _NAMES | {
     "input_ids": "messages",
     "top_logprobs_num": "top_logprobs",
 }
-
-_FIELD = re.compile(r"^(?P<prefix>prompt \d+: )?(?:sampling_params\.)?(?P<name>[a-z_]+)\b")
-
-_NATIVE_NAMES = {*_SAMPLING.values(), "lora_path"}
-_FOREIGN = re.compile("|".join(rf"\b{name}\b" for name in (*_NAMES, "top_logprobs_num")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +75,6 @@ class ModelCall:
         """Special tokens that are seen in the text although those are skipped."""
         return ()
 
-    def in_own_words(self, error: RequestError) -> RequestError:
-        """A refusal of the native API's as one of this API's."""
-        return in_own_words(error, self.names)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(ModelCall):
@@ -126,7 +96,7 @@ class Call(ModelCall):
     @property
     def num_samples(self) -> int:
         """Choices for each prompt."""
-        return self.body.n or 1
+        return self.batch.requests[0].num_samples
 
 
 def prompt_field(value: str | list[Any]) -> str:
@@ -136,7 +106,7 @@ def prompt_field(value: str | list[Any]) -> str:
 
 
 class ModelNames:
-    """Which adapter a body means.
+    """Finds out which adapter a body means.
 
     Args:
         base: the base's name.
@@ -191,8 +161,8 @@ class CallReader:
         if body.logprobs is not None:
             native |= {"return_logprob": True, "top_logprobs_num": body.logprobs}
             native |= {"logprob_start_len": 0} if body.echo else {}
-        limit = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        call = self._call(body, "cmpl", native, limit, _COMPLETION_NAMES)
+        sampling = {"max_new_tokens": COMPLETION_MAX_TOKENS} | given_sampling(body)
+        call = self._call(body, "cmpl", native, sampling, _COMPLETION_NAMES)
         return self._with_echo(call, body) if body.echo else call
 
     async def chat(self, body: ChatBody, size: int) -> Call:
@@ -211,7 +181,9 @@ class CallReader:
             raise RequestError("top_logprobs: is only allowed with logprobs: true", "top_logprobs")
         if body.logprobs:
             native |= {"return_logprob": True, "top_logprobs_num": body.top_logprobs}
-        limit, other = body.max_completion_tokens, body.max_tokens
+        sampling: dict[str, Any] = {"structural_tag": None if tools is None else tools.grammar}
+        sampling |= {"max_new_tokens": None} | given_sampling(body)
+        limit, other = body.max_completion_tokens, sampling["max_new_tokens"]
         if limit is not None and other is not None and limit != other:
             raise RequestError(
                 f"max_tokens is {other} and max_completion_tokens {limit}; give one of them",
@@ -220,13 +192,12 @@ class CallReader:
         names = _CHAT_NAMES
         if other is None:
             names = names | {"max_new_tokens": "max_completion_tokens"}
-        limit = other if limit is None else limit
-        grammar = None if tools is None else tools.grammar
-        call = self._call(body, "chatcmpl", native, limit, names, structural_tag=grammar)
+            sampling["max_new_tokens"] = limit
+        call = self._call(body, "chatcmpl", native, sampling, names)
         return replace(call, tools=tools)
 
     async def _render(self, body: ChatBody, size: int) -> tuple[str, ToolUse | None]:
-        """The messages and the tools as text."""
+        """Render the messages and the tools as text."""
         adapter = self._names.adapter_of(body)
         own = None if adapter is None else self._client.adapter_templates.get(adapter)
         templates = self._client.tokenizer.chat_templates(own)
@@ -258,10 +229,8 @@ class CallReader:
         return context, tools
 
     def _encode(self, text: str) -> list[int]:
-        try:
+        with named(_CHAT_NAMES):
             token_ids = self._client.intake.encode_rendered(text)
-        except RequestError as error:
-            raise in_own_words(error, _CHAT_NAMES) from error
         if not token_ids:
             raise RequestError("messages: the chat template makes no token of them", "messages")
         return token_ids
@@ -271,26 +240,19 @@ class CallReader:
         body: OpenAIBody,
         kind: str,
         native: dict[str, Any],
-        max_tokens: int | None,
+        sampling: dict[str, Any],
         names: Mapping[str, str],
-        **more: Any,
     ) -> Call:
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise RequestError(f"best_of is {body.best_of}; allowed: n ({body.n or 1})", "best_of")
-        sampling: dict[str, Any] = self._client.info["sampling_defaults"] | {
-            native_name: value
-            for name, native_name in _SAMPLING.items()
-            if (value := getattr(body, name)) is not None
-        }
-        sampling |= {"max_new_tokens": max_tokens} | more
-        sampling |= read_response_format(body.response_format)
+        num_samples = sampling.get("n", 1)
+        if body.best_of is not None and body.best_of != num_samples:
+            raise RequestError(f"best_of is {body.best_of}; allowed: n ({num_samples})", "best_of")
+        sampling = {**self._client.info.sampling_defaults, **sampling}
+        sampling |= read_response_format(sampling.pop("json_schema", None))
         by_model, adapter = self._names.named_by_model(body.model), self._names.adapter_of(body)
         call_id = f"{kind}-{uuid.uuid4().hex}"
         fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
-        try:
+        with named(names):
             batch = self._client.intake.make_requests(fields)
-        except RequestError as error:
-            raise in_own_words(error, names) from error
         return Call(
             body=body,
             id=call_id,
@@ -307,30 +269,30 @@ class CallReader:
         elif isinstance(body.prompt[0], str):
             texts = cast(list[str], body.prompt)
         else:
-            keep = body.skip_special_tokens is False
             texts = [
                 self._client.tokenizer.decode(
-                    request.prompt_token_ids, skip_special_tokens=not keep
+                    request.prompt_token_ids,
+                    skip_special_tokens=request.sampling.skip_special_tokens,
                 )
                 for request in call.batch.requests
             ]
         return replace(call, echo=texts)
 
 
-def in_own_words(error: RequestError, names: Mapping[str, str]) -> RequestError:
-    """The same refusal with the fields called as the client called them, status and code included."""
-    message, param = str(error), error.param
-    found = _FIELD.match(message)
-    if found and (found["name"] in names or found["name"] in _NATIVE_NAMES):
-        name = found["name"]
-        message = (found["prefix"] or "") + names.get(name, name) + message[found.end() :]
-        # The engine's refusals come without it.
-        param = param or name
-    message = _FOREIGN.sub(lambda match: names[match[0]], message)
-    message = re.sub(r"sampling_params(\.|: )", "", message)
-    renamed = RequestError(message, None if param is None else names.get(param, param))
-    renamed.status_code, renamed.code = error.status_code, error.code
-    return renamed
+def given_sampling(body: OpenAIBody) -> dict[str, Any]:
+    """The sampling parameters of a body under their native names, and ``response_format`` as ``json_schema``."""
+    fields = ((param.name, getattr(body, str(param.openai))) for param in OPENAI_PARAMS)
+    return {name: value for name, value in fields if value is not None}
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Generator[None]:
+    """Name fields as the client does in errors that are raised inside: native name -> the client's."""
+    try:
+        yield
+    except RequestError as error:
+        error.rename(names)
+        raise
 
 
 def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -359,3 +321,35 @@ def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"json_schema": orjson.dumps(schema).decode()}
     except orjson.JSONEncodeError as error:
         raise RequestError(f"{where}.schema cannot be used: {error}", f"{where}.schema") from error
+
+
+async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
+    """Start the requests of a call, all of them or none. The caller closes the stream.
+
+    Raises:
+        ModelNotFoundError: ``model`` names an adapter that is not there.
+        RequestError: the engine refused a request, in the client's own words.
+        EngineFault: the engine failed, or has no room.
+    """
+    markers = client.tokenizer.ids_of(call.markers)
+    try:
+        return await client.submit(call.batch, markers=markers)
+    except RequestError as error:
+        # The engine says why, not which field: it may be the adapter, or a grammar.
+        if call.adapter is None or client.adapters.path(call.adapter) is not None:
+            error.rename(call.names)
+            raise
+        if not call.named_by_model:
+            raise RequestError(f"lora_path: {error}", "lora_path") from error
+        raise ModelNotFoundError(
+            f"the model {call.model!r} does not exist: {error}", "model"
+        ) from error
+
+
+def check_finish(finish: FinishReason) -> None:
+    """Raise an error if a completion failed or was aborted: no choice of a reply can say so."""
+    error: LorikeetError | None = finish.error()
+    if error is None and finish.kind == "abort":
+        error = RequestError(f"the request was aborted: {finish.message or 'no reason given'}")
+    if error is not None:
+        raise error

@@ -1,4 +1,4 @@
-"""The messages of a chat, checked, as chat templates read them."""
+"""Checks the messages of a chat and brings them into the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MORE_FIELDS = {"assistant": ("tool_calls",), "tool": ("tool_call_id",)}
 
 
 def plain_messages(messages: list[dict[str, Any]], facts: TemplateFacts) -> list[Message]:
-    """Messages for a template: contents are strings, and the arguments of calls what the template can write.
+    """Check messages and prepare them for a template: contents become strings, arguments of calls what it can write.
 
     Parts of a content are joined by line breaks. A developer is called system where the template knows no developer.
 
@@ -100,7 +100,7 @@ def _read_call(value: object, where: str, facts: TemplateFacts) -> Message:
 
 
 def _arguments(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """Arguments of calls, as far as they are what they should be."""
+    """The arguments of all well-formed calls."""
     for message in messages:
         calls = message.get("tool_calls")
         for call in cast(list[Any], calls) if isinstance(calls, list) else []:

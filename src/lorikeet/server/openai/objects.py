@@ -1,4 +1,4 @@
-"""Objects inside bodies of the OpenAI API, read field by field; refusals name the path to what is wrong."""
+"""Reads objects inside bodies of the OpenAI API, field by field; errors name the path to what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects of the OpenAI API's replies, whole and streamed.
+"""Makes the replies of the OpenAI API, whole and in chunks.
 
 A choice is told piece by piece: each call of ``advance`` returns what is new since the last one. A whole reply is a
 choice told in one piece, so the pieces of a stream always add up to it.
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from lorikeet.core.request import Request, TokenLogprobs
 from lorikeet.server.openai.calls import Call
-from lorikeet.server.openai.tool_replies import Speech
+from lorikeet.server.openai.tool_parsers import Arguments, Begin, Broken, End, Event, Text
+from lorikeet.server.openai.tools import ToolUse
 from lorikeet.text.completion import Snapshot
 from lorikeet.text.detokenizer import Detokenizer
 from lorikeet.text.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ MakeChoice = Callable[[int, Call, Tokenizer], Choice]
 
 
 class Envelope:
-    """What surrounds the choices of one call's reply.
+    """The fields around the choices of a reply.
 
     Args:
         kind: ``object`` of a whole reply; ``chunk_kind`` that of a chunk.
@@ -79,6 +80,80 @@ class Envelope:
         }
 
 
+class Speech:
+    """One choice's message.
+
+    A call that breaks stays one with its arguments as far as they go: a stream has told it already, and the whole message
+    says what a stream says.
+
+    Args:
+        tools: what it may call; None: its content is the text.
+    """
+
+    def __init__(self, tools: ToolUse | None) -> None:
+        self._tools = tools
+        self._parser = None if tools is None else tools.form.parser(tools.names)
+        self._num_chars = 0
+        self._num_begun = 0
+        self._num_complete = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """A call of a tool is complete."""
+        return self._num_complete > 0
+
+    def deltas(self, snapshot: Snapshot) -> list[Reply]:
+        """What is new since the last call, as deltas of a stream."""
+        return [delta for event in self._read(snapshot) if (delta := self._delta(event))]
+
+    def message(self, snapshot: Snapshot) -> Reply:
+        """The content and the tool calls of a completion that has finished."""
+        content: list[str] = []
+        calls: list[Reply] = []
+        for event in self._read(snapshot):
+            match event:
+                case Text(text):
+                    content.append(text)
+                case Begin(name):
+                    calls.append(self._new_call(name))
+                case Arguments(text):
+                    calls[-1]["function"]["arguments"] += text
+                case End() | Broken():
+                    pass
+        if not calls:
+            return {"content": "".join(content)}
+        return {"content": "".join(content) or None, "tool_calls": calls}
+
+    def _new_call(self, name: str) -> Reply:
+        assert self._tools is not None
+        call = {"id": self._tools.form.make_id(), "type": "function"}
+        return call | {"function": {"name": name, "arguments": ""}}
+
+    def _read(self, snapshot: Snapshot) -> list[Event]:
+        if self._parser is None:
+            text = snapshot.text[self._num_chars :]
+            self._num_chars = len(snapshot.text)
+            return [Text(text)] if text else []
+        events = self._parser.advance(snapshot.text, is_over=snapshot.finish is not None)
+        self._num_complete += sum(isinstance(event, End) for event in events)
+        return events
+
+    def _delta(self, event: Event) -> Reply | None:
+        match event:
+            case Text(text):
+                return {"content": text}
+            case Begin(name):
+                self._num_begun += 1
+                return self._call(self._new_call(name))
+            case Arguments(text):
+                return self._call({"function": {"arguments": text}})
+            case End() | Broken():
+                return None
+
+    def _call(self, fields: Reply) -> Reply:
+        return {"tool_calls": [{"index": self._num_begun - 1} | fields]}
+
+
 class ChatChoice:
     """One choice of a chat completion."""
 
@@ -100,7 +175,7 @@ class ChatChoice:
         }
 
     def chunks(self, snapshot: Snapshot) -> list[Reply]:
-        """The first one tells the role, the last one, without content, the reason of the end."""
+        """The choices of the next chunks. The first of all has the role, the last one the finish reason and no content."""
         chunks: list[Reply] = []
         if not self._has_begun:
             self._has_begun = True
@@ -130,7 +205,7 @@ class ChatChoice:
         }
 
     def _logprobs(self, snapshot: Snapshot) -> Reply | None:
-        """Those of the tokens that are new, also where their text is no content."""
+        """Log-probabilities of the tokens that are new, also of those whose text is no content."""
         if not self._wants_logprobs:
             return None
         new = snapshot.output_logprobs[self._num_tokens :]

@@ -1,4 +1,4 @@
-"""Calls of tools in what a model writes, found while it is written.
+"""Finds calls of tools in the text that a model writes, while it is being written.
 
 A parser reads the text as far as it is there and says what is certain. What it says does not depend on how the text was
 cut into pieces. Three rules:
@@ -12,12 +12,138 @@ cut into pieces. Three rules:
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
-from lorikeet.server.openai.text_reader import SPACE, Step, TextReader
+_T = TypeVar("_T")
+Step = Generator[None, None, _T]
+"""Part of a reader: it yields where it needs more text."""
+
+SPACE = " \t\r\n"
+NOTHING = object()
+"""Stands for a value that is not there."""
+
+_OUTSIDE_STRING = re.compile(r'["{}\[\]]')
+_INSIDE_STRING = re.compile(r'["\\]')
+_SCALAR = re.compile(r"[-+.\w]*")
+
+
+class TextReader:
+    """Generators that read from ``pos`` on. They do not depend on how the text is cut into pieces.
+
+    Attributes:
+        text: all that is there.
+        is_over: nothing follows.
+        pos: everything before it has been read.
+        ran_out: the end of the text came where more was needed.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.is_over = False
+        self.pos = 0
+        self.ran_out = False
+        self._told = 0
+        self._tell: Callable[[int, int], None] | None = None
+
+    def more(self) -> Step[bool]:
+        """Wait for more text; False if none comes."""
+        if self.is_over:
+            self.ran_out = True
+            return False
+        yield
+        return True
+
+    def space(self) -> Step[None]:
+        while True:
+            while self.text[self.pos : self.pos + 1] in tuple(SPACE):
+                self.pos += 1
+            if self.pos < len(self.text) or not (yield from self.more()):
+                return
+
+    def literal(self, literal: str) -> Step[bool]:
+        """Read ``literal``, if it is next."""
+        while True:
+            piece = self.text[self.pos : self.pos + len(literal)]
+            if piece == literal:
+                self.pos += len(literal)
+                return True
+            if not literal.startswith(piece) or not (yield from self.more()):
+                return False
+
+    def run_of(self, characters: re.Pattern[str]) -> Step[str]:
+        """Read as many of these characters as there are."""
+        while True:
+            match = characters.match(self.text, self.pos)
+            assert match is not None
+            if match.end() < len(self.text) or not (yield from self.more()):
+                self.pos = match.end()
+                return match[0]
+
+    def value(self, tell: Callable[[int, int], None] | None = None) -> Step[Any]:
+        """Read one JSON value; ``NOTHING`` if it is malformed or the text ends in it.
+
+        Args:
+            tell: called with the half-open ranges of the text that make up the value, as they come.
+        """
+        begin = self.pos
+        self._told, self._tell = begin, tell
+        yield from self._scalar_or_first()
+        if self.text[begin : begin + 1] in ("{", "[", '"') and not (yield from self._nested()):
+            return NOTHING
+        self._tell_so_far()
+        return _read_json(self.text[begin : self.pos])
+
+    def _nested(self) -> Step[bool]:
+        """Read to the end of a string, list or object; False if the text ends before."""
+        depth, in_string = 0, False
+        while True:
+            pattern = _INSIDE_STRING if in_string else _OUTSIDE_STRING
+            match = pattern.search(self.text, self.pos)
+            self.pos = len(self.text) if match is None else match.start()
+            # An escape is two characters, and is not told by halves.
+            needed = 2 if match is not None and match[0] == "\\" else 1
+            if match is None or len(self.text) < self.pos + needed:
+                self._tell_so_far()
+                if (yield from self.more()):
+                    continue
+                self.pos = len(self.text)
+                self._tell_so_far()
+                return False
+            self.pos += needed
+            if match[0] == '"':
+                in_string = not in_string
+            elif not in_string:
+                depth += 1 if match[0] in "{[" else -1
+            if depth <= 0 and not in_string:
+                return True
+
+    def _tell_so_far(self) -> None:
+        if self._tell is not None:
+            self._tell(self._told, self.pos)
+            self._told = self.pos
+
+    def _scalar_or_first(self) -> Step[None]:
+        """Wait for a value's first character; read all of a number, true, false or null."""
+        while self.pos == len(self.text):
+            if not (yield from self.more()):
+                return
+        yield from self.run_of(_SCALAR)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +174,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The call that has begun does not go on as a call; what follows its arguments is text."""
+    """The call that has begun is malformed from here on; what follows its arguments is text."""
 
 
 Event = Text | Begin | Arguments | End | Broken
@@ -81,7 +207,7 @@ class ToolCallParser(TextReader, ABC):
         self._machine = self._parse()
 
     def advance(self, text: str, *, is_over: bool) -> list[Event]:
-        """What has become certain.
+        """Read on, and return what is certain now.
 
         Args:
             text: the whole output so far.
@@ -128,7 +254,7 @@ class ToolCallParser(TextReader, ABC):
             yield
 
     def _first_that_may_be_a_marker(self) -> int:
-        """Where the tail of the text begins that more text may turn into a marker."""
+        """Where the end of the text begins that may be the first half of a marker."""
         longest = max(map(len, self.markers)) - 1
         for at in range(max(self.pos, len(self.text) - longest), len(self.text)):
             if any(mark.startswith(self.text[at:]) for mark in self.markers):
@@ -193,7 +319,7 @@ class ToolCallParser(TextReader, ABC):
                 return False
 
     def _listed_call(self) -> Step[bool]:
-        """Read a whole call that nothing but its object marks, and white space around it."""
+        """Read a call that is an object without a marker of its own, and white space around it."""
         yield from self.space()
         if not (yield from self._object()):
             return False

@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorikeet.errors import RequestError
+from lorikeet.errors import SAMPLING, RequestError
 
 if TYPE_CHECKING:
     import xgrammar
@@ -151,7 +151,7 @@ _MAX_REASON = 400
 def refuse(kind: str, why: str) -> RequestError:
     """The error for a grammar; ``why`` may be as long as the client's text."""
     shown = why if len(why) <= _MAX_REASON else why[:_MAX_REASON] + " …"
-    return RequestError(f"sampling_params.{kind}: {shown}", kind)
+    return RequestError.about((SAMPLING, kind), f": {shown}")
 
 
 def reason(error: BaseException) -> str:

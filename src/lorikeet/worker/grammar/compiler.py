@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from lorikeet.core.request import SamplingParams, check_grammar_length
-from lorikeet.errors import EngineFault, LorikeetError, UnavailableError
+from lorikeet.core.sampling import SamplingParams, check_grammar_length
+from lorikeet.errors import SAMPLING, EngineFault, LorikeetError, UnavailableError
 from lorikeet.sandbox import Job, JobLimits, LimitError, Sandbox
 from lorikeet.worker.grammar.backend import GrammarBackend, Prepared, Vocabulary, reason, refuse
 from lorikeet.worker.grammar.masks import (
@@ -215,7 +215,7 @@ class GrammarCompiler:
         """Check what can be checked without reading the grammar; returns its key."""
         if not self._eos_token_ids:
             raise refuse(kind, "the model has no end-of-sequence token that could end the output")
-        check_grammar_length(kind, source)
+        check_grammar_length((SAMPLING, kind), source)
         try:
             encoded = source.encode()
         except UnicodeEncodeError:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams, TokenLogprobs
-from lorikeet.errors import LorikeetError, RequestError
+from lorikeet.errors import SAMPLING, LorikeetError, RequestError
 from lorikeet.ops import sampling as ops
 from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.worker.grammar.compiler import GrammarCompiler, GrammarMatcher
@@ -209,7 +209,7 @@ class Sampler:
             return None
         if self._grammars is None:
             kind = sampling.grammar[0]
-            raise RequestError(f"sampling_params.{kind}: grammars are not available here", kind)
+            raise RequestError.about((SAMPLING, kind), ": grammars are not available here")
         return self._grammars.matcher(sampling)
 
     def _real_columns(self, logits_NV: Tensor, num_rows: int | None) -> Tensor:
