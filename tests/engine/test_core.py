@@ -108,7 +108,7 @@ def test_samples_are_one_request_with_seeds_that_follow_each_other() -> None:
             found.setdefault(output.id, []).extend(output.token_ids)
         return found
 
-    sequences = [core._scheduler._state.sequences[number] for number in range(3)]
+    sequences = [core._scheduler._sequences[number] for number in range(3)]
     assert all(seq.tokens is sampled.prompt_token_ids for seq in sequences)
     assert all(seq.sampling is sampled.sampling for seq in sequences)
     assert tokens(core) == tokens(alone)

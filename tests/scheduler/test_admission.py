@@ -4,7 +4,7 @@ from lorikeet.adapters.tiers import Tier
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.scheduler.admission import Admission, Round
-from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.limits import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.limits import SchedulerLimits, StepBudget
 
 
 def limits(**changes: object) -> SchedulerLimits:

@@ -8,7 +8,7 @@ from lorikeet.adapters.tiers import Tier
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.limits import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.count_operations import count_operations
 from tests.support.fake_worker import FakeWorker

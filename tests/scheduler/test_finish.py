@@ -7,8 +7,7 @@ from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
-from lorikeet.scheduler.finish import failure, finish_reason, prepare
+from lorikeet.scheduler.limits import SchedulerLimits, failure, finish_reason, prepare
 
 EOS = 2
 

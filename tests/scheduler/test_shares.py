@@ -6,12 +6,13 @@ import pytest
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.residency import Residency
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.limits import SchedulerLimits
+from lorikeet.scheduler.queue import CallShares, most_following
 from lorikeet.scheduler.scheduler import Scheduler
-from lorikeet.scheduler.shares import CallShares, most_following
 from tests.support.fake_worker import FakeWorker
 
 MAX_RUNNING = 16
@@ -103,7 +104,9 @@ def test_whoever_is_held_back_can_be_aborted() -> None:
     engine.add(0, 100, max_new_tokens=50)
     engine.step()
     for number in range(20, 100):
-        engine.scheduler.abort(number, FinishReason(kind="abort", message="bye"))
+        engine.scheduler.abort(
+            number, FinishReason(kind="abort", failure=Failure("aborted", "bye"))
+        )
         engine.scheduler.check_integrity()
     ended = engine.step()
     assert sorted(ended) == list(range(20, 100))

@@ -17,7 +17,7 @@ from lorikeet.core.plan import SampledToken, StepPlan, StepResult
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.limits import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 
 

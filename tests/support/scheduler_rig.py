@@ -14,7 +14,7 @@ from lorikeet.core.request import (
 )
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.limits import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker
 

@@ -21,7 +21,7 @@ from lorikeet.core.request import (
 from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
-from lorikeet.scheduler.budget import SchedulerLimits
+from lorikeet.scheduler.limits import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker
 from tests.support.scenario import (

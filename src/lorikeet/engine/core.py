@@ -158,7 +158,7 @@ class EngineCore:
         Args:
             first_id: of its completions, which are numbered from there on; above every id so far. None is the next one.
             call: id of the first completion of the call that the request is part of, which then leaves room for others
-                (``scheduler/shares.py``). None: each of its completions counts as a call of its own.
+                (``scheduler/queue.py``). None: each of its completions counts as a call of its own.
 
         Returns:
             the first id.

@@ -42,7 +42,7 @@ from typing import Protocol
 
 from lorikeet.adapters.tiers import Tier
 from lorikeet.core.sequence import Sequence
-from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
+from lorikeet.scheduler.limits import SchedulerLimits, StepBudget
 from lorikeet.scheduler.queue import RunningSet, WaitingQueue
 
 # Sequences per adapter whose prefixes lpm compares; a match costs about 10 us for a prompt of 1,000 tokens.

@@ -1,4 +1,4 @@
-"""The waiting and the running sequences, by what the decisions ask of them."""
+"""The sequences that wait, are held back, or run, by what the decisions ask of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from lorikeet.core.sequence import Sequence, SequenceState
+from lorikeet.kv.manager import KVManager
 
 
 class WaitingQueue:
@@ -76,10 +77,6 @@ class WaitingQueue:
     def num_of_version(self, version: int) -> int:
         """Waiting sequences of a version."""
         return sum(map(len, self._waiting.get(version, {}).values()))
-
-    def of_version(self, version: int) -> list[Sequence]:
-        """All waiting sequences of a version, in order."""
-        return list(self.first(version, self._num_waiting))
 
     def head(self, version: int, most: int | None = None) -> Sequence | None:
         """First in order among the sequences of a version."""
@@ -265,3 +262,96 @@ class RunningSet:
     def sequences(self) -> list[Sequence]:
         """All of them, in order of admission."""
         return list(self._by_id.values())
+
+    def check_integrity(self, kv: KVManager, *, has_steps: bool) -> None:
+        """Compare the sequences' counts with each other and with the pages that they hold.
+
+        Args:
+            has_steps: plans are in flight, so that tokens may be on their way.
+
+        Raises:
+            AssertionError: names what does not match.
+        """
+        if kv.sequences() != set(self._by_id):
+            raise AssertionError("page tables are not those of the running sequences")
+        for seq in self._by_id.values():
+            reach = max(seq.num_scheduled, seq.num_tokens)
+            # A sampled token that is not scheduled yet needs a page only when it is computed.
+            least = kv.pages_for(seq.num_scheduled)
+            if not least <= len(kv.page_table(seq.id)) <= kv.pages_for(reach):
+                raise AssertionError(f"sequence {seq.id}: the page table does not fit its tokens")
+            decoding = seq.id not in self.prefilling
+            if decoding and seq.num_scheduled != seq.num_tokens + seq.num_pending - 1:
+                raise AssertionError(f"sequence {seq.id}: {seq.num_scheduled} tokens scheduled")
+            if not has_steps and seq.num_pending:
+                raise AssertionError(f"sequence {seq.id} waits for a token that nobody samples")
+
+
+def most_following(max_running: int) -> int:
+    """How many completions that are not the first of their call may wait in the queue or run at a time.
+
+    An eighth of the rows is left for others. Less would soon be taken by a few of them; more would cost a call that is
+    alone more of its speed.
+    """
+    return max_running - max_running // 8
+
+
+class CallShares:
+    """Room for others beside a call that asks for many completions: sequences that are held back, by call.
+
+    Whoever waits behind a thousand completions of one call would wait until most of them have run. So only the first
+    completion of a call goes to the queue at once; those that follow do so while fewer than a limit of such ones wait or
+    run, one of each call in turn. What is left of the rows is always for calls that have none.
+
+    Args:
+        limit: sequences that follow the first of their calls and are not held back.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: OrderedDict[int, OrderedDict[int, Sequence]] = OrderedDict()
+        self._num_held = 0
+        self._let_in: set[int] = set()
+
+    def __len__(self) -> int:
+        """How many are held back."""
+        return self._num_held
+
+    def take(self, seq: Sequence) -> bool:
+        """True if a new sequence may go to the queue now; else it is held back until ``next`` returns it."""
+        if seq.call is None or seq.call == seq.id:
+            return True
+        if len(self._let_in) < self._limit and not self._held:
+            self._let_in.add(seq.id)
+            return True
+        self._held.setdefault(seq.call, OrderedDict())[seq.id] = seq
+        self._num_held += 1
+        return False
+
+    def next(self) -> Sequence | None:
+        """The next one that may go to the queue; None if there is none, or no room for one more."""
+        if not self._held or len(self._let_in) >= self._limit:
+            return None
+        call, line = self._held.popitem(last=False)
+        _, seq = line.popitem(last=False)
+        if line:
+            self._held[call] = line  # at the end: the others' turn
+        self._num_held -= 1
+        self._let_in.add(seq.id)
+        return seq
+
+    def forget(self, seq: Sequence) -> bool:
+        """A sequence has ended. Returns whether it was held back until now."""
+        self._let_in.discard(seq.id)
+        line = self._held.get(seq.call) if seq.call is not None else None
+        if line is None or line.pop(seq.id, None) is None:
+            return False
+        if not line:
+            del self._held[seq.call]  # pyright: ignore[reportArgumentType]
+        self._num_held -= 1
+        return True
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Those that are held back."""
+        for line in self._held.values():
+            yield from line.values()

@@ -28,6 +28,8 @@ twice what first come first served would take. Both hold for prompts that have r
 
 from __future__ import annotations
 
+from collections import Counter
+
 from lorikeet.adapters.residency import Admission as AdapterAdmission
 from lorikeet.adapters.residency import Residency
 from lorikeet.core.failure import Failure
@@ -46,10 +48,16 @@ from lorikeet.core.sequence import Sequence, SequenceState
 from lorikeet.errors import RequestError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.admission import Admission, Round
-from lorikeet.scheduler.budget import SchedulerLimits, StepBudget
-from lorikeet.scheduler.finish import adapter_failure, failure, finish_reason, prepare
-from lorikeet.scheduler.state import PageWait, SchedulerState
-from lorikeet.scheduler.stats import SchedulerStats
+from lorikeet.scheduler.limits import (
+    SchedulerLimits,
+    StepBudget,
+    adapter_failure,
+    failure,
+    finish_reason,
+    prepare,
+)
+from lorikeet.scheduler.queue import CallShares, RunningSet, WaitingQueue, most_following
+from lorikeet.scheduler.stats import Counters, SchedulerStats
 
 # Eviction looks this far into the queue; farther away, the order will have changed before it matters.
 _NEXT_VERSIONS = 64
@@ -63,21 +71,31 @@ class Scheduler:
         self.limits = limits
         self._kv = kv
         self._residency = residency
-        self._state = SchedulerState(limits, kv, residency)
-        self._queue = self._state.queue
-        self._running = self._state.running
-        self._counters = self._state.counters
-        self._admission = Admission(
-            limits, self._queue, self._running, self._state.num_cached, residency
-        )
+        # Waiting and running; a sequence that has ended is not here.
+        self._sequences: dict[int, Sequence] = {}
+        self._queue = WaitingQueue()
+        self._shares = CallShares(most_following(limits.max_running))
+        self._running = RunningSet()
+        self._admission = Admission(limits, self._queue, self._running, self._num_cached, residency)
+        # Step of each plan that is not committed, oldest first -> adapters to release once it is.
+        self._in_flight: dict[int, list[int]] = {}
+        self._outputs: list[RequestOutput] = []
+        # Sequences whose worker state the next plan drops, and slots that it frees.
+        self._ended: list[int] = []
         self._freed_slots: list[int] = []
+        # Waiting sequences that were refused pages. To ask for them again is useless until there is more headroom than
+        # there was, or `KVManager.num_changes` is another.
+        self._short_of_pages: list[Sequence] = []
+        self._short_at = (0, 0)
+        self._counters = Counters()
         # `Residency.num_changes` when there was nothing to plan; until something moves there is nothing again.
         self._stalled_at = -1
         self._next_step = 0
 
     @property
     def num_waiting(self) -> int:
-        return self._state.num_waiting
+        """Sequences that were taken and do not run."""
+        return len(self._queue) + len(self._shares)
 
     @property
     def num_running(self) -> int:
@@ -97,14 +115,14 @@ class Scheduler:
         residency = self._residency
         if (
             len(self._running)
-            or self._state.ended
+            or self._ended
             or self._freed_slots
             or residency.has_decisions
             or residency.has_copies_in_flight
             or residency.host.reads
         ):
             return True
-        is_waiting = self._state.num_waiting > 0 or residency.has_unplaced_pins
+        is_waiting = self.num_waiting > 0 or residency.has_unplaced_pins
         return is_waiting and self._stalled_at != residency.ledger.num_changes
 
     def add(self, seq: Sequence) -> None:
@@ -115,7 +133,7 @@ class Scheduler:
                 failed.
             ValueError: its id was used before, or its adapter is not in ``Residency``.
         """
-        if seq.id in self._state.sequences or seq.state is not SequenceState.WAITING:
+        if seq.id in self._sequences or seq.state is not SequenceState.WAITING:
             raise ValueError(f"sequence {seq.id} was added before")
         if seq.version not in self._residency:
             raise ValueError(f"version {seq.version} is unknown to the residency")
@@ -123,19 +141,23 @@ class Scheduler:
             raise RequestError(adapter_failure(reason), "lora_path")
         prepare(seq, self.limits, self._kv)
         self._stalled_at = -1
-        self._state.take(seq)
+        self._sequences[seq.id] = seq
+        if self._shares.take(seq):
+            self._line_up(seq)
 
     def abort(self, seq_id: int, reason: FinishReason) -> None:
         """End a sequence now. Its terminal output comes out of the next ``drain``; no effect if it has ended."""
-        seq = self._state.sequences.get(seq_id)
+        seq = self._sequences.get(seq_id)
         if seq is not None:
             self._stalled_at = -1
-            self._state.end(seq, reason, [], None)
+            self._end(seq, reason)
 
     def fail_version(self, version: int, failure: Failure) -> None:
         """End all sequences of a version, waiting and running, with an error."""
         reason = FinishReason(kind="abort", failure=failure)
-        for seq in self._state.of_version(version):
+        # Those that run come first.
+        parts = self._running, self._queue, self._shares
+        for seq in [seq for part in parts for seq in part.sequences() if seq.version == version]:
             self.abort(seq.id, reason)
 
     def plan(self) -> StepPlan | None:
@@ -147,11 +169,12 @@ class Scheduler:
         Raises:
             ValueError: two plans wait for their commit.
         """
-        if len(self._state.in_flight) >= _MAX_IN_FLIGHT:
+        if len(self._in_flight) >= _MAX_IN_FLIGHT:
             raise ValueError("two plans are in flight; commit one first")
         for version, reason in self._residency.host.take_failures().items():
             self.fail_version(version, Failure("refused", adapter_failure(reason)))
-        self._state.let_in()
+        while (seq := self._shares.next()) is not None:
+            self._line_up(seq)
         plan = StepPlan(step=self._next_step)
         num_preemptions = self._counters.preemptions
         self._plan_rows(plan)
@@ -164,16 +187,16 @@ class Scheduler:
         )
         # Whoever lost its pages in this step must not be given them back in the same step.
         self._plan_prompts(plan, budget, admits=num_preemptions == self._counters.preemptions)
-        plan.ended, self._state.ended = self._state.ended, []
+        plan.ended, self._ended = self._ended, []
         freed_slots, plan.copies = self._residency.take_decisions()
         plan.freed_slots, self._freed_slots = [*self._freed_slots, *freed_slots], []
         if plan.is_empty and not (plan.ended or plan.freed_slots or plan.copies):
-            if self._state.in_flight:
+            if self._in_flight:
                 return None
             if not self._residency.has_copies_in_flight:
                 self._stalled_at = self._residency.ledger.num_changes
                 return None
-        self._state.in_flight[plan.step] = []
+        self._in_flight[plan.step] = []
         self._next_step += 1
         return plan
 
@@ -195,16 +218,16 @@ class Scheduler:
             text = f"the adapter could not be copied to the device: {message}"
             self.fail_version(version, Failure("failed", text))
         for seq_id, logprobs in result.prompt_logprobs.items():
-            seq = self._state.sequences.get(seq_id)
+            seq = self._sequences.get(seq_id)
             if seq is not None:
                 seq.prompt_logprobs.extend(logprobs)
                 seq.num_prompt_logprobs += len(logprobs)
         for token in result.tokens:
-            seq = self._state.sequences.get(token.seq)
+            seq = self._sequences.get(token.seq)
             if seq is not None:
                 self._take_token(seq, token)
         for vector in result.vectors:
-            seq = self._state.sequences.get(vector.seq)
+            seq = self._sequences.get(vector.seq)
             if seq is not None:
                 self._take_vector(seq, vector)
         for version in releases:
@@ -221,36 +244,71 @@ class Scheduler:
         Raises:
             ValueError: another plan is in flight; commit it first.
         """
-        if len(self._state.in_flight) > 1:
+        if len(self._in_flight) > 1:
             raise ValueError("another plan is in flight; commit it first")
         releases = self._close(plan)
         copies = [copy.version for copy in plan.copies]
         self._residency.copies_done([], copies)
-        self._state.give_up(plan, failure(message))
+        self._give_up(plan, failure(message))
         # Pages of sequences that were aborted since the plan was made are among those that were not filled.
         self._kv.drop_all()
         for version in releases:
             self._residency.release(version)
-        self._state.ended = [*plan.ended, *self._state.ended]
+        self._ended = [*plan.ended, *self._ended]
         self._freed_slots = [*plan.freed_slots, *self._freed_slots]
 
     def drain(self) -> list[RequestOutput]:
         """Outputs since the last call, in order. Each request gets exactly one with ``finish``, its last."""
-        outputs, self._state.outputs = self._state.outputs, []
+        outputs, self._outputs = self._outputs, []
         return outputs
 
     def stats(self) -> SchedulerStats:
-        return self._state.stats()
+        num_pages, num_cached = self._kv.num_pages, self._kv.num_cached
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=self.num_waiting,
+            num_running_adapters=len(self._running.num_of_version),
+            num_waiting_adapters=self._queue.num_versions,
+            running_versions=tuple(self._running.num_of_version),
+            waiting_versions=tuple(self._queue.versions(self._queue.num_versions)),
+            num_waiting_for_adapter=len(self._queue)
+            - sum(map(self._queue.num_of_version, [0, *self._residency.usable()])),
+            num_pages=num_pages,
+            num_used_pages=num_pages - self._kv.num_free - num_cached,
+            num_cached_pages=num_cached,
+            total_prompt_tokens=self._counters.prompt_tokens,
+            total_cached_tokens=self._counters.cached_tokens,
+            total_output_tokens=self._counters.output_tokens,
+            total_preemptions=self._counters.preemptions,
+            total_finished=self._counters.finished,
+            total_adapter_device_evictions=self._residency.device.num_evictions,
+        )
 
     def check_integrity(self) -> None:
-        """Compare every count here, in the page manager and in the residency.
+        """Compare the sets of sequences with each other and with what the managers hold, and every count of those.
 
         Raises:
             AssertionError: names what does not match.
         """
         self._kv.check_integrity()
         self._residency.check_integrity()
-        self._state.check_integrity(self._admission.is_off)
+        self._queue.check_integrity(self._running.num_of_version, self._admission.is_off)
+        self._running.check_integrity(self._kv, has_steps=bool(self._in_flight))
+        running = self._running.sequences()
+        waiting = {seq.id for part in (self._queue, self._shares) for seq in part.sequences()}
+        num_found = len(waiting) + len(running)
+        if waiting & {seq.id for seq in running} or num_found != len(self._sequences):
+            raise AssertionError("a sequence is in no set or in two")
+        if len(running) > self.limits.max_running:
+            raise AssertionError(f"{len(running)} sequences run")
+        if len(self._running.num_of_version) > self.limits.max_loras_per_batch:
+            raise AssertionError(f"{len(self._running.num_of_version)} adapters run")
+        uses = Counter(seq.version for seq in running)
+        for versions in self._in_flight.values():
+            uses.update(versions)
+        for version in {*uses, *self._residency.device.placed} - {0}:
+            if self._residency.num_uses(version) != uses[version]:
+                raise AssertionError(f"version {version}: uses are not those of its sequences")
 
     # -- planning ------------------------------------------------------------------------------------------------
 
@@ -278,7 +336,7 @@ class Scheduler:
         """Pages for ``num_tokens`` tokens, taken from younger sequences if need be; None if ``seq`` had to yield."""
         while (pages := self._kv.extend(seq.id, num_tokens)) is None:
             victim = self._running.youngest()
-            self._state.preempt(victim)
+            self._preempt(victim)
             if victim is seq:
                 return None
         return pages
@@ -304,13 +362,11 @@ class Scheduler:
 
     def _open_round(self, budget: StepBudget) -> Round:
         round_ = self._admission.open_round(budget)
-        wait = self._state.page_wait
-        if wait is not None:
-            if self._headroom() <= wait.headroom and wait.num_changes == self._kv.num_changes:
-                for seq in wait.refused:
-                    round_.short_of_pages(seq)
-            else:
-                self._state.page_wait = None
+        headroom, num_changes = self._short_at
+        if self._headroom() > headroom or num_changes != self._kv.num_changes:
+            self._short_of_pages = []
+        for seq in self._short_of_pages:
+            round_.short_of_pages(seq)
         return round_
 
     def _fill(
@@ -394,9 +450,9 @@ class Scheduler:
         self._plan_chunk(plan, seq, admitted.new_pages, budget)
 
     def _wait_for_pages(self, seq: Sequence, round_: Round) -> None:
-        if self._state.page_wait is None:
-            self._state.page_wait = PageWait(self._headroom(), self._kv.num_changes, [])
-        self._state.page_wait.refused.append(seq)
+        if not self._short_of_pages:
+            self._short_at = self._headroom(), self._kv.num_changes
+        self._short_of_pages.append(seq)
         round_.short_of_pages(seq)
 
     def _fetch(self, seq: Sequence, round_: Round) -> None:
@@ -410,16 +466,16 @@ class Scheduler:
 
     def _close(self, plan: StepPlan) -> list[int]:
         """Take the oldest plan off the list of those in flight. Returns the adapters to release."""
-        if next(iter(self._state.in_flight), None) != plan.step:
+        if next(iter(self._in_flight), None) != plan.step:
             raise ValueError(f"step {plan.step} is not the oldest that is in flight")
-        return self._state.in_flight.pop(plan.step)
+        return self._in_flight.pop(plan.step)
 
     def _take_vector(self, seq: Sequence, vector: PooledVector) -> None:
         seq.num_pending -= 1
         reason = FinishReason(kind="length", length=0)
         if vector.error is not None:
             reason = self._row_failure(seq, vector.error)
-        self._state.end(seq, reason, [], None, vector.values or None)
+        self._end(seq, reason, embedding=vector.values or None)
 
     def _row_failure(self, seq: Sequence, error: str) -> FinishReason:
         """The finish reason of a sequence whose row failed while the others went on."""
@@ -436,16 +492,110 @@ class Scheduler:
     def _take_token(self, seq: Sequence, token: SampledToken) -> None:
         seq.num_pending -= 1
         if token.error is not None:
-            self._state.end(seq, self._row_failure(seq, token.error), [], None)
+            self._end(seq, self._row_failure(seq, token.error))
             return
         if seq.max_tokens == seq.num_prompt:
             # max_new_tokens is 0: only the prompt was to be computed, and nobody asked for the token after it.
-            self._state.end(seq, FinishReason(kind="length", length=0), [], None)
+            self._end(seq, FinishReason(kind="length", length=0))
             return
         seq.append(token.token_id)
         self._counters.output_tokens += 1
         reason = finish_reason(seq, token.token_id)
         if reason is not None:
-            self._state.end(seq, reason, [token.token_id], token)
+            self._end(seq, reason, token)
         else:
-            self._state.emit(seq, None, [token.token_id], token)
+            self._emit(seq, None, token)
+
+    # -- coming, ending, and what lies between --------------------------------------------------------------------
+
+    def _num_cached(self, seq: Sequence) -> int:
+        """Tokens of a waiting sequence whose K/V is cached."""
+        return self._kv.match(seq.version, seq.tokens, seq.max_cacheable)
+
+    def _line_up(self, seq: Sequence, *, preempted: bool = False) -> None:
+        """Give a sequence that comes into the queue its length class and its place."""
+        seq.length_class = self.limits.length_class(seq.num_tokens)
+        if seq.length_class:
+            seq.length_class = self.limits.length_class(seq.num_tokens - self._num_cached(seq))
+        push = self._queue.push_front if preempted else self._queue.push
+        push(seq)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue, in front, with all its tokens; what it computed stays findable for a while."""
+        self._leave(seq)
+        seq.enter(SequenceState.PREEMPTED)
+        seq.num_scheduled = 0
+        self._line_up(seq, preempted=True)
+        self._counters.preemptions += 1
+
+    def _end(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        token: SampledToken | None = None,
+        embedding: bytes | None = None,
+    ) -> None:
+        """The one place where a sequence ends: everything it holds is given back, and its terminal output made."""
+        if self._shares.forget(seq):
+            pass  # it was never in the queue
+        elif seq.state in (SequenceState.WAITING, SequenceState.PREEMPTED):
+            self._queue.remove(seq)
+            # It may have been the one that pages were short for.
+            self._short_of_pages = []
+        else:
+            self._leave(seq)
+        seq.enter(SequenceState.FINISHED)
+        del self._sequences[seq.id]
+        self._counters.finished += 1
+        self._emit(seq, reason, token, embedding)
+
+    def _emit(
+        self,
+        seq: Sequence,
+        reason: FinishReason | None,
+        token: SampledToken | None,
+        embedding: bytes | None = None,
+    ) -> None:
+        """Add an output of ``seq``; it carries the prompt's log-probabilities if they were not handed out yet."""
+        output = RequestOutput(
+            id=seq.id,
+            token_ids=[] if token is None else [token.token_id],
+            cached_tokens=seq.cached_tokens or 0,
+            embedding=embedding,
+            finish=reason,
+        )
+        if token is not None and token.logprobs is not None:
+            output.logprobs = [token.logprobs]
+        if seq.prompt_logprobs:
+            output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, []
+        self._outputs.append(output)
+
+    def _give_up(self, plan: StepPlan, reason: FinishReason) -> None:
+        """Undo a plan that was not executed: end the sequence of its largest chunk, or its youngest row; preempt the others."""
+        lengths = {chunk.seq: chunk.end - chunk.start for chunk in plan.chunks}
+        lengths = {seq: length for seq, length in lengths.items() if seq in self._sequences}
+        victim = max(lengths, key=lambda seq: (lengths[seq], seq), default=None)
+        if victim is None and plan.rows:
+            victim = plan.rows[-1].seq
+        if victim in self._sequences:
+            self._end(self._sequences[victim], reason)
+        for part in (*plan.rows, *(chunk for chunk in plan.chunks if chunk.sample or chunk.pool)):
+            if part.seq in self._sequences:
+                self._sequences[part.seq].num_pending -= 1
+        # The youngest first: whoever is put in front last stays in front.
+        lost = {part.seq for part in (*plan.rows, *plan.chunks)}
+        for seq in reversed(self._running.sequences()):
+            if seq.id in lost:
+                self._preempt(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        """Give back a running sequence's row, pages, adapter and worker state."""
+        if self._running.remove(seq):
+            self._queue.offer(seq.version)
+        self._kv.release(seq.id, seq.tokens, min(seq.num_scheduled, seq.num_tokens))
+        self._ended.append(seq.id)
+        releases = self._in_flight.get(seq.last_step)
+        if releases is not None and seq.version:
+            releases.append(seq.version)
+        else:
+            self._residency.release(seq.version)
