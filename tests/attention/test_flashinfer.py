@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorikeet.attention.flashinfer import FlashInferBackend
-from lorikeet.attention.flashinfer_plan import Planned
-from lorikeet.attention.triton_decode import TritonDecode
+from lorikeet.attention.flashinfer import FlashInferBackend, Planned, TritonDecode
 from lorikeet.errors import ConfigError
 from tests.support import fake_flashinfer
 from tests.support.attention_steps import DECODE_STEPS, STEPS, WINDOWS, Heads, Step

@@ -5,7 +5,8 @@ own; a step with both uses both, each on its own rows. The library's kernels are
 kept on disk. Which way is taken when was measured: docs/decisions/0009-attention-on-a-gpu.md and 0013.
 
 What a step needs beside its tensors (a *plan*: how the work is cut into parts) is worked out on the host, once for each
-window size; XQA and our own kernel need none.
+window size; XQA and our own kernel need none. Making one ends in a copy to the device; nothing waits for what the device
+computes.
 
 Shape legend: T tokens of the step, N sequences, P pages of the longest page table, Q query heads, K key/value heads,
 H head size, W head size as it is stored, C token places in the cache, B pages of the storage, S places of a page,
@@ -15,6 +16,9 @@ I pages in use by the sequences at hand.
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +26,6 @@ import torch
 from torch.nn import functional
 
 from lorikeet.attention.base import AttentionInputs
-from lorikeet.attention.flashinfer_plan import Pages, Planned, Shape, Turns, on_host, pages_of
 from lorikeet.errors import ConfigError
 from lorikeet.kv.storage import KVStorage
 
@@ -46,6 +49,80 @@ _XQA_SCRATCH_BYTES = 32 * 2**20
 _XQA_SEMAPHORE_BYTES = 2**20
 # Partial results of sequences that FlashAttention-2 cuts into parts; the library refuses a plan that needs more.
 _FA2_WORKSPACE_BYTES = 384 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all calls of one model have in common.
+
+    Attributes:
+        num_heads, num_kv_heads: of this rank.
+        stored_dim: head size in the storage, at least ``head_dim``.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    stored_dim: int
+    page_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The pages of some sequences of a step, one after the other.
+
+    Attributes:
+        starts: int32 on the host; sequence i has entries [starts[i], starts[i + 1]) of ``pages_I``.
+        last_lens: int32 on the host: places in use of each sequence's last page.
+        pages_I: int32 on the device.
+    """
+
+    starts: torch.Tensor
+    last_lens: torch.Tensor
+    pages_I: torch.Tensor
+
+
+class Planned:
+    """One of FlashInfer's wrappers, which hold a plan. A plan is written into one pinned buffer and copied from there, so
+    the next one must not be made before that copy is done."""
+
+    def __init__(self, wrapper: Any, shape: Shape) -> None:
+        self.wrapper = wrapper
+        self._shape = shape
+        self._copied: torch.cuda.Event | None = None
+
+    def plan(self, *indices: torch.Tensor, window: int | None, **options: Any) -> Any:
+        """Plan for sequences; returns the wrapper, ready to run.
+
+        Args:
+            indices: what tells the wrapper where the sequences lie.
+            options: passed on.
+        """
+        shape = self._shape
+        if self._copied is not None:
+            self._copied.synchronize()
+        self.wrapper.plan(
+            *indices,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.stored_dim,
+            shape.page_size,
+            window_left=-1 if window is None else window - 1,
+            sm_scale=shape.scale,
+            q_data_type=shape.dtype,
+            kv_data_type=shape.dtype,
+            **options,
+        )
+        if shape.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self.wrapper
 
 
 class RowDecoder(Protocol):
@@ -182,7 +259,10 @@ class _Prefill:
         self._shape = shape
         self._workspace = workspace
         self._backend = backend
-        self._turns: dict[int | None, Turns] = {}
+        # Two of them take turns: the copy that one has to wait for is a step old, and done by then.
+        self._turns = defaultdict[int | None, "itertools.cycle[Planned]"](
+            lambda: itertools.cycle((self._new(), self._new()))
+        )
         self._ready: dict[int | None, Any] = {}
         self._pages: Pages | None = None
 
@@ -207,25 +287,56 @@ class _Prefill:
         if self._pages is None:
             self._pages = pages_of(inputs, 0, inputs.num_chunks)
         pages = self._pages
-        if window not in self._turns:
-            self._turns[window] = Turns(self._new(), self._new())
         starts = np.asarray(inputs.query_starts[: inputs.num_chunks + 1], dtype=np.int32)
-        return (
-            self._turns[window]
-            .take()
-            .plan(
-                on_host(starts, inputs),
-                pages.starts,
-                pages.pages_I,
-                pages.last_lens,
-                window=window,
-                causal=True,
-            )
+        return next(self._turns[window]).plan(
+            on_host(starts, inputs),
+            pages.starts,
+            pages.pages_I,
+            pages.last_lens,
+            window=window,
+            causal=True,
         )
 
     def _new(self) -> Planned:
         make = self._library.BatchPrefillWithPagedKVCacheWrapper
         return Planned(make(self._workspace, "NHD", backend=self._backend), self._shape)
+
+
+class TritonDecode:
+    """Rows that decode, by a kernel of our own: where no library comes near the device's bandwidth (docs/decisions/0013)."""
+
+    def __init__(self, shape: Shape) -> None:
+        # Triton need not be there where the library alone is used.
+        from lorikeet.ops.triton.attention import decode_attention_triton
+
+        self._shape = shape
+        self._attend = decode_attention_triton
+
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        del bucket
+        return (longest,)
+
+    def prepare(self, inputs: AttentionInputs) -> None:
+        del inputs
+
+    def run(
+        self,
+        q_NQW: torch.Tensor,
+        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
+        inputs: AttentionInputs,
+        window: int | None,
+        out_NQW: torch.Tensor,
+    ) -> None:
+        first = inputs.num_chunks
+        self._attend(
+            q_NQW,
+            kv_BSKW,
+            inputs.page_table_NP[first:],
+            inputs.kv_lens_N[first:],
+            self._shape.scale,
+            window,
+            out_NQW,
+        )
 
 
 class _XQA:
@@ -291,7 +402,10 @@ class _FA2Decode:
         self._library = library
         self._shape = shape
         self._workspace = workspace
-        self._turns: dict[int | None, Turns] = {}
+        # Two of them take turns: the copy that one has to wait for is a step old, and done by then.
+        self._turns = defaultdict[int | None, "itertools.cycle[Planned]"](
+            lambda: itertools.cycle((self._new(), self._new()))
+        )
         self._captured: dict[tuple[int, int | None], Planned] = {}
         self._page_buffer = torch.empty(0, dtype=torch.int32, device=shape.device)
         self._ready: dict[int | None, Any] = {}
@@ -331,9 +445,7 @@ class _FA2Decode:
                 self._captured[key] = self._new_captured(inputs)
             planned = self._captured[key]
         else:
-            if window not in self._turns:
-                self._turns[window] = Turns(self._new(), self._new())
-            planned = self._turns[window].take()
+            planned = next(self._turns[window])
         return planned.plan(pages.starts, pages.pages_I, pages.last_lens, window=window)
 
     def _new(self, **more: Any) -> Planned:
@@ -382,10 +494,32 @@ def _decode_paths(decode: str | None, shape: Shape, *, is_hopper: bool) -> tuple
 
 def _make_decoder(path: str, library: Any, shape: Shape, workspace: torch.Tensor) -> RowDecoder:
     if path == "triton":
-        # Triton need not be there where the library alone is used.
-        from lorikeet.attention.triton_decode import TritonDecode
-
         return TritonDecode(shape)
     if path == "xqa":
         return _XQA(shape)
     return _FA2Decode(library, shape, workspace)
+
+
+def pages_of(inputs: AttentionInputs, first: int, last: int) -> Pages:
+    """The pages of sequences [first, last), taken out of the page table without waiting for the device."""
+    kv_lens = np.asarray(inputs.kv_lens[first:last], dtype=np.int32)
+    counts = -(-kv_lens // inputs.page_size)
+    starts = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=starts[1:])
+    width = inputs.page_table_NP.shape[1]
+    # Entry i of sequence n is entry n * width + i of the flat table.
+    jumps = np.arange(first, last, dtype=np.int32) * width - starts[:-1]
+    entries = np.arange(starts[-1], dtype=np.int32) + np.repeat(jumps, counts)
+    table = inputs.page_table_NP
+    entries_I = on_host(entries, inputs).to(table.device, non_blocking=True)
+    return Pages(
+        starts=on_host(starts, inputs),
+        last_lens=on_host((kv_lens - 1) % inputs.page_size + 1, inputs),
+        pages_I=table.view(-1).index_select(0, entries_I).to(torch.int32),
+    )
+
+
+def on_host(array: np.ndarray, inputs: AttentionInputs) -> torch.Tensor:
+    """The array as a tensor; pinned if the step is a GPU's, so that copies of it need not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if inputs.page_table_NP.is_cuda else tensor
