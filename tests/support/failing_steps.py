@@ -25,7 +25,7 @@ def fail_steps(
     when: Callable[[Any], bool],
 ) -> None:
     """Call ``fail``, which raises, in place of the model for each batch of which ``when`` is true."""
-    network = worker_of(llm)._network
+    network = worker_of(llm)._model
 
     def failing(forward: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def run(batch: Any) -> Any:

@@ -79,7 +79,7 @@ def make_worker(
     if device.type == "cuda":
         warm_up_draw(draw, target.spec.vocab_size, target.dtype, lanes.sampled_L)
     return Worker(
-        network=model,
+        model=model,
         attention=target.attention,
         inputs=inputs,
         sampler=Sampler(

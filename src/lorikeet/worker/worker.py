@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,13 +17,12 @@ import torch
 from lorikeet.attention.base import AttentionBackend
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.errors import EngineFault, OutOfMemoryError
-from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.copier import Copier
 from lorikeet.lora.host_memory import HostMemory
+from lorikeet.models.decoder import Decoder
 from lorikeet.worker.graphs import GraphRunner
 from lorikeet.worker.inputs import InputBuilder, StepLayout
-from lorikeet.worker.sampling.logprobs import PendingPrompt
-from lorikeet.worker.sampling.pending_sample import PendingSample
+from lorikeet.worker.sampling.pending import PendingPrompt, PendingSample
 from lorikeet.worker.sampling.pooler import PendingVectors, Pooler
 from lorikeet.worker.sampling.sampler import Sampler
 
@@ -42,46 +40,34 @@ class _Flight:
     vectors: PendingVectors | None = None
 
 
-class Network(Protocol):
-    """See :class:`lorikeet.models.decoder.Decoder`."""
-
-    def forward(self, batch: ForwardBatch, /) -> torch.Tensor: ...
-
-    def forward_pooled(self, batch: ForwardBatch, /) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    def wanted_states(self, batch: ForwardBatch, /) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-
-    def head(self, x_ND: torch.Tensor, batch: ForwardBatch, /) -> torch.Tensor: ...
-
-
 class Worker:
     """Executes step plans for one rank.
 
     Args:
-        network: a batch to logits [M, V], and to states that are pooled.
+        model: a batch to logits [M, V], and to states that are pooled.
         inputs: builder of batches; remembers the running sequences.
         sampler: logits to tokens.
         copier: brings adapters from host memory to the device; None when LoRA is off.
         graphs: captured steps; None if all run eagerly.
-        max_logits_rows: rows of logits that are there at a time, at least as many as sequences run; None is any number.
+        max_logits_rows: rows of logits that are there at a time, at least as many as sequences run.
         overlap: a step may be submitted before the one before it is collected.
     """
 
     def __init__(
         self,
         *,
-        network: Network,
+        model: Decoder,
         attention: AttentionBackend,
         inputs: InputBuilder,
         sampler: Sampler,
         copier: Copier | None,
-        graphs: GraphRunner | None = None,
-        max_logits_rows: int | None = None,
-        overlap: bool = False,
+        graphs: GraphRunner | None,
+        max_logits_rows: int,
+        overlap: bool,
     ) -> None:
         self._max_logits_rows = max_logits_rows
         self.max_ahead = 1 if overlap else 0
-        self._network = network
+        self._model = model
         self._attention = attention
         self._inputs = inputs
         self._sampler = sampler
@@ -193,12 +179,12 @@ class Worker:
                 ) from error
 
     def _queue(self, layout: StepLayout, flight: _Flight) -> None:
-        """Queue a step's work: inputs, network, sampling. A second attempt begins from scratch."""
+        """Queue a step's work: inputs, model, sampling. A second attempt begins from scratch."""
         flight.prompts = {}
         arrays = self._sampler.arrays(layout.sampled, layout.sampled_lanes)
         most = self._max_logits_rows
-        if most is None or len(layout.logits_rows) <= most:
-            logits_MV, drawing = self._run_network(layout, arrays, flight)
+        if len(layout.logits_rows) <= most:
+            logits_MV, drawing = self._run_model(layout, arrays, flight)
             num_prompt_rows = len(layout.logits_rows) - len(layout.sampled)
             self._launch_prompts(layout, flight, logits_MV[:num_prompt_rows], 0)
             logits_NV = logits_MV[num_prompt_rows : len(layout.logits_rows)]
@@ -224,13 +210,13 @@ class Worker:
         """
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)
-        states_MD, pooled_PD = self._network.wanted_states(batch)
+        states_MD, pooled_PD = self._model.wanted_states(batch)
         if pooled_PD is not None:
             flight.vectors = self._pooler.launch(pooled_PD, layout.pooled)
 
         def logits(begin: int, end: int) -> torch.Tensor:
             piece = self._inputs.head_batch(layout, batch, begin, end)
-            return self._network.head(states_MD[begin:end], piece)
+            return self._model.head(states_MD[begin:end], piece)
 
         num_rows = len(layout.logits_rows)
         num_prompt_rows = num_rows - len(layout.sampled)
@@ -263,7 +249,7 @@ class Worker:
             if flight.sample is not None:
                 flight.sample.finish()
 
-    def _run_network(
+    def _run_model(
         self, layout: StepLayout, arrays: list, flight: _Flight
     ) -> tuple[torch.Tensor, list]:
         """Logits of the rows that are wanted (a captured step has more rows, at the end), and ``arrays`` on the device."""
@@ -275,7 +261,7 @@ class Worker:
         batch, drawing = self._inputs.stage(layout, arrays)
         self._attention.prepare(batch.attn)
         if not layout.pooled_rows:
-            return self._network.forward(batch), drawing
-        logits_MV, states_PD = self._network.forward_pooled(batch)
+            return self._model.forward(batch), drawing
+        logits_MV, states_PD = self._model.forward_pooled(batch)
         flight.vectors = self._pooler.launch(states_PD, layout.pooled)
         return logits_MV, drawing

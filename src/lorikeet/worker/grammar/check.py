@@ -10,6 +10,7 @@ annotations (as JSON Schema itself says).
 from __future__ import annotations
 
 import copy
+import json
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,6 @@ from typing import Any, cast
 
 import regex
 
-from lorikeet.worker.grammar.overlap import overlap
 from lorikeet.worker.grammar.patterns import checked_json_pattern, checked_regex, shown
 
 __all__ = ["checked_json_schema", "checked_structural_tag"]
@@ -60,8 +60,16 @@ _SUBSCHEMAS = (
 _SUBSCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SUBSCHEMA_MAPS = ("properties", "patternProperties")
 _DEFINITIONS = ("$defs", "definitions")
+# Keywords that say nothing about which values are right.
+_ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$id", "$schema")
+)  # fmt: skip
 
-_TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
+_TYPE_NAMES = {
+    str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", list: "array", dict: "object",
+}  # fmt: skip
+_TYPES = tuple(_TYPE_NAMES.values())
+_INCLUDED = {"number": ("integer", "number")}
 _LARGEST = 2**63
 _SEARCH_SECONDS = 1.0
 
@@ -262,7 +270,7 @@ def _combinator_problems(node: dict[str, Any]) -> Iterator[str]:
         yield f"{used[0]} beside {[*used[1:], *beside][0]} is not supported; put it inside {used[0]}"
     if len(node.get("allOf", ())) > 1:
         yield "allOf with more than one schema is not supported"
-    if twice := overlap(node.get("oneOf", [])):
+    if twice := _overlap(node.get("oneOf", [])):
         yield f"oneOf: {twice}, so nothing that obeys both is exactly one of them; use anyOf"
 
 
@@ -283,21 +291,16 @@ def _value_problems(node: dict[str, Any]) -> Iterator[str]:
             yield f"the value {shown_value(value)} is not of type {' or '.join(types)}"
 
 
-def _is_of_type(value: object, name: object) -> bool:
-    match value:
-        case None:
-            return name == "null"
-        case bool():
-            return name == "boolean"
-        case int():
-            return name in ("integer", "number")
-        case float():
-            return name == "number" or (name == "integer" and value.is_integer())
-        case str():
-            return name == "string"
-        case list():
-            return name == "array"
-    return name == "object"
+def _is_of_type(value: object, name: str) -> bool:
+    own = _type(value)
+    if isinstance(value, float) and value.is_integer():
+        own = "integer"
+    return name == own or (name == "number" and own == "integer")
+
+
+def _type(value: object) -> str:
+    """JSON's name for the type of a parsed value."""
+    return _TYPE_NAMES[type(value)]
 
 
 def _number_problems(node: dict[str, Any]) -> Iterator[str]:
@@ -362,3 +365,54 @@ def _overlaps(patterns: Iterable[str], names: dict[str, Any]) -> Iterator[str]:
             # Possibly a pattern of another dialect; the compiler has the last word on its syntax.
             yield f"the pattern {shown(pattern)} beside properties is not a Python regular expression"
             return
+
+
+def _overlap(branches: list[Any]) -> str | None:
+    """Two branches of ``oneOf`` that certainly admit the same value, in words; None if none are known to.
+
+    XGrammar enforces ``oneOf`` exactly where it can prove that the branches exclude each other, as those of a union with a
+    discriminator do, and means ``anyOf`` elsewhere. Where two certainly share a value, that would be wrong for sure.
+
+    Takes time in proportion to the branches.
+    """
+    types: dict[str, int] = {}
+    constants: dict[str, tuple[str, int]] = {}
+    for index, branch in enumerate(branches):
+        own_types, own_constants = _admitted(branch)
+        for name in own_types:
+            if name in types:
+                return f"the branches {types[name]} and {index} both admit every {name}"
+        for text, name in own_constants.items():
+            other = types.get(name, constants.get(text, ("", None))[1])
+            if other is not None:
+                return f"the branches {other} and {index} both admit {text[:100]}"
+        for text, (name, other) in constants.items() if own_types else ():
+            if name in own_types:
+                return f"the branches {other} and {index} both admit {text[:100]}"
+        types |= dict.fromkeys(own_types, index)
+        constants |= {text: (name, index) for text, name in own_constants.items()}
+    return None
+
+
+def _admitted(branch: Any) -> tuple[list[str], dict[str, str]]:
+    """What a branch certainly admits: types of which it admits every value, and constants (JSON text -> type)."""
+    said = _said(branch)
+    if said is None:
+        return [], {}
+    if "const" in said or "enum" in said:
+        values = [said["const"]] if "const" in said else said["enum"]
+        return [], {json.dumps(value, sort_keys=True): _type(value) for value in values}
+    names = said.get("type", _TYPES)
+    names = [names] if isinstance(names, str) else names
+    return list(dict.fromkeys(part for name in names for part in _INCLUDED.get(name, (name,)))), {}
+
+
+def _said(branch: Any) -> dict[str, Any] | None:
+    """The keywords of a branch; None if there are others than a type and constants."""
+    if branch is True:
+        return {}
+    if not isinstance(branch, dict):
+        return None
+    said = {key: value for key, value in branch.items() if key not in _ANNOTATIONS}
+    allowed = ({}, {"type"}, {"const"}, {"enum"}, {"const", "type"}, {"enum", "type"})
+    return said if set(said) in map(set, allowed) else None

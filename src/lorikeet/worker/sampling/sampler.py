@@ -25,8 +25,7 @@ from lorikeet.ops import sampling as ops
 from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.worker.grammar.compiler import GrammarCompiler, GrammarMatcher
 from lorikeet.worker.grammar.masks import MaskFiller
-from lorikeet.worker.sampling.logprobs import PendingLogprobs, PendingPrompt
-from lorikeet.worker.sampling.pending_sample import PendingSample
+from lorikeet.worker.sampling.pending import PendingLogprobs, PendingPrompt, PendingSample
 from lorikeet.worker.sampling.rules import LogitRules
 from lorikeet.worker.sampling.state import SamplingState
 from lorikeet.worker.staging import upload

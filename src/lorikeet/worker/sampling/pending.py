@@ -1,20 +1,67 @@
-"""Sampled tokens on their way from the device, and the results that the host makes of them."""
+"""What a step has sampled, on its way from the device: tokens and log-probabilities, and what the host makes of them.
+
+Shape suffixes: N rows, V vocab, K most likely tokens.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lorikeet.core.plan import NOT_FINITE_LOGITS, SampledToken
 from lorikeet.core.request import TokenLogprobs
-from lorikeet.worker.sampling.logprobs import PendingLogprobs
+from lorikeet.ops import sampling as ops
 from lorikeet.worker.sampling.state import SamplingState
 from lorikeet.worker.staging import Download
 
+# JSON has no infinity; a token that the model excludes altogether reports the lowest float32 instead.
+_LOWEST = torch.finfo(torch.float32).min
 # A row that failed reports this token: a valid id, so that a step already planned after it can still run.
 _PLACEHOLDER = 0
+
+
+class PendingLogprobs:
+    """Log-probabilities on their way to the host.
+
+    Args:
+        logits_NV: float32.
+        tokens_N: int64, the token of each row.
+        num_top: how many of the most likely tokens to report with each.
+    """
+
+    def __init__(self, logits_NV: Tensor, tokens_N: Tensor, num_top: int) -> None:
+        chosen_N, values_NK, ids_NK = ops.token_logprobs(logits_NV, tokens_N, num_top)
+        self._download = Download(chosen_N, tokens_N, values_NK, ids_NK)
+
+    def finish(self) -> list[TokenLogprobs]:
+        """One per row. Most likely tokens that the model excludes altogether (-inf) are not listed."""
+        chosen_N, tokens_N, values_NK, ids_NK = self._download.wait()
+        rows = zip(
+            chosen_N.tolist(), tokens_N.tolist(), values_NK.tolist(), ids_NK.tolist(), strict=True
+        )
+        return [
+            TokenLogprobs(
+                None if math.isnan(value) else max(value, _LOWEST),
+                token,
+                [pair for pair in zip(top_values, top_ids, strict=True) if pair[0] > -math.inf],
+            )
+            for value, token, top_values, top_ids in rows
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPrompt:
+    """Log-probabilities of a prompt's positions: what needs no computing first, then blocks of rows."""
+
+    known: list[TokenLogprobs]
+    blocks: list[PendingLogprobs]
+
+    def finish(self) -> list[TokenLogprobs]:
+        return [*self.known, *(entry for block in self.blocks for entry in block.finish())]
 
 
 class PendingSample:
