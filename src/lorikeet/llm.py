@@ -95,7 +95,7 @@ class LLM:
     @property
     def info(self) -> dict[str, object]:
         """What ``/get_server_info`` tells of the engine: context length, memory split, adapters, ..."""
-        return {**msgspec.structs.asdict(self._core.info), "adapters": self._core.adapter_paths}
+        return {**msgspec.structs.asdict(self._core.info), "adapters": self._core.adapters.paths()}
 
     def generate(
         self,
@@ -300,7 +300,7 @@ class LLM:
             reply.cancel()
             raise
         finally:
-            self._core.take_adapter_changes()  # nobody keeps a copy of the lists here
+            self._core.adapters.take_changes()  # nobody keeps a copy of the lists here
         return reply.result()
 
     def _abandon(self) -> None:

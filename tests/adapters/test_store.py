@@ -278,7 +278,7 @@ def test_an_evicted_adapter_comes_back_with_its_version_and_its_cache(make_rig: 
     stats = rig.core.stats()
     assert stats["total_adapter_host_evictions"] >= 4
     assert stats["total_adapter_reloads"] >= 3
-    assert rig.core.take_samples()["adapter_reload_seconds"]
+    assert rig.core.adapters.take_samples()["adapter_reload_seconds"]
 
 
 def test_a_reload_holds_up_nobody_else(make_rig: MakeRig) -> None:

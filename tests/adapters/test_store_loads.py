@@ -285,14 +285,14 @@ def test_numbers_and_labels(make_rig: MakeRig) -> None:
     tiers = {tier: stats[f"num_adapters_{tier}"] for tier in ("reading", "host", "device", "disk")}
     assert tiers == {"reading": 1, "host": 1, "device": 1, "disk": 1}
     assert (stats["num_adapters"], stats["total_adapter_loads"]) == (4, 4)
-    assert rig.core.adapter_paths == {name: f"/{name}" for name in "abcd"}
+    assert rig.core.adapters.paths() == {name: f"/{name}" for name in "abcd"}
     gate.set()
     rig.finish()
-    samples = rig.core.take_samples()
+    samples = rig.core.adapters.take_samples()
     assert len(samples["adapter_load_seconds"]) == 4
     assert len(samples["adapter_reload_seconds"]) == 1
     assert len(samples["adapter_cold_start_seconds"]) == 2
-    assert rig.core.take_samples() == {}
+    assert rig.core.adapters.take_samples() == {}
     rig.unload("a")
     assert rig.core.stats()["total_adapter_unloads"] == 1
 

@@ -100,25 +100,25 @@ def test_names_and_their_templates() -> None:
     with closing(AdapterRig()) as rig:
         rig.disk.templates = {"/a": {"default": "1"}, "/b": {"default": "2"}}
         assert rig.load("a", "same") == rig.load("b", "same")
-        assert rig.core.take_templates() == {"a": {"default": "1"}, "b": {"default": "2"}}
+        assert rig.core.adapters.take_templates() == {"a": {"default": "1"}, "b": {"default": "2"}}
         rig.load("c", "other")
-        assert rig.core.take_templates() == {"c": {}}
+        assert rig.core.adapters.take_templates() == {"c": {}}
         rig.disk.templates["/a"] = {"default": "3"}
         rig.unload("a")
-        assert rig.core.take_templates() == {"a": None}
+        assert rig.core.adapters.take_templates() == {"a": None}
         rig.load("a", "same")
-        assert rig.core.take_templates() == {"a": {"default": "3"}}
+        assert rig.core.adapters.take_templates() == {"a": {"default": "3"}}
         # The same bytes in place, but another template.
         rig.disk.templates["/a"] = {"default": "4"}
         rig.load("a", "same", replace=True)
-        assert rig.core.take_templates() == {"a": {"default": "4"}}
+        assert rig.core.adapters.take_templates() == {"a": {"default": "4"}}
 
 
 def test_a_load_that_fails_is_no_news() -> None:
     with closing(AdapterRig()) as rig:
         with pytest.raises(AdapterError):
             rig.load("nothing")
-        assert rig.core.take_templates() == {}
+        assert rig.core.adapters.take_templates() == {}
 
 
 def test_finding_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,6 +132,6 @@ def test_finding_an_adapter(caplog: pytest.LogCaptureFixture) -> None:
         assert first.cancel()
         gate.set()
         rig.until(second.done)
-        assert "late" in rig.core.take_templates()
+        assert "late" in rig.core.adapters.take_templates()
         assert rig.core.command(FindAdapter("late")) is None
     assert "callback" not in caplog.text

@@ -48,7 +48,7 @@ def llm(world: World, tmp_path: Path) -> Iterator[LLM]:
 
 
 def news(llm: LLM) -> dict[str, dict[str, str] | None]:
-    return llm._core.take_templates()
+    return llm._core.adapters.take_templates()
 
 
 def test_a_web_server_and_the_disk_cache(llm: LLM, web: FakeHub, adapter: Path) -> None:

@@ -226,7 +226,7 @@ def test_states_that_are_not_finite_are_no_vector(
     make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make_llm()
-    network: Any = worker_of(llm)._network
+    network: Any = worker_of(llm)._model
     pooled = network.forward_pooled
 
     def broken(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -142,9 +142,9 @@ def test_prompt_logprobs_in_pieces(
         )
 
     sizes: list[int] = []
-    head = worker._network.head
+    head = worker._model.head
     monkeypatch.setattr(
-        worker._network, "head", lambda x_ND, batch: (sizes.append(len(x_ND)), head(x_ND, batch))[1]
+        worker._model, "head", lambda x_ND, batch: (sizes.append(len(x_ND)), head(x_ND, batch))[1]
     )
     pieces = replies()
     num_wanted = sum(len(prompt) - 1 for prompt in ids)

@@ -360,7 +360,7 @@ def test_results_of_strangers_values_can_be_sent() -> None:
         pinned=False,
         report={"\ud800": [2**80, {1, 2}, object()]},
     )
-    core._adapters.describe = lambda name: [odd]
+    core.adapters.describe = lambda name: [odd]
     script = Script(Ask(1, ListAdapters()), Shutdown())  # its send() encodes
     assert EngineLoop(core, script, os.getppid()).run() == 0
 

@@ -14,8 +14,7 @@ from lorikeet.adapters.store import AdapterStore
 from lorikeet.core.commands import FlushCache
 from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import Request, RequestOutput, SamplingParams
-from lorikeet.engine.core import EngineCore
-from lorikeet.engine.executor import Executor
+from lorikeet.engine.core import EngineCore, Executor
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits

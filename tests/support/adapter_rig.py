@@ -242,7 +242,7 @@ class AdapterRig:
 
     def tell(self) -> None:
         """Bring the copy of the other process up to date, as the engine's loop does after each step."""
-        news = self.core.take_adapter_changes()
+        news = self.core.adapters.take_changes()
         if news is not None:
             message = decode_to_client(encode(news))
             assert isinstance(message, AdaptersChanged)

@@ -245,7 +245,7 @@ def capture(llm: LLM, *sizes: int, decode_sizes: tuple[int, ...] = ()) -> list[G
     """Let an engine run steps in graphs. Returns a list that grows with the pass of each such step."""
     worker: Any = llm._core._worker
     graphs = GraphRunner(
-        worker._network,
+        worker._model,
         worker._attention,
         worker._inputs,
         None,

@@ -37,18 +37,13 @@ def build(model: Path, phases: list[str], *adapters: Path) -> Rank:
     return build_rank(target, model, model, SingleRank(), report=phases.append, progress=False)
 
 
-def close(rank: Rank) -> None:
-    rank.grammars.close()
-    rank.worker.close()
-
-
 def test_without_lora_there_is_no_host_memory(model: Path) -> None:
     phases: list[str] = []
     rank = build(model, phases)
     assert (rank.lora, rank.worker.host) == (None, None)
     assert (rank.memory.num_tokens, rank.memory.pool_bytes) == (1024, 0)
     assert phases == [f"loading the weights of {model}", "preparing the device"]
-    close(rank)
+    rank.close()
 
 
 def test_with_lora_adapters_are_read_into_host_memory(model: Path, adapter: Path) -> None:
@@ -65,7 +60,7 @@ def test_with_lora_adapters_are_read_into_host_memory(model: Path, adapter: Path
     assert (facts.rank, facts.targets, facts.report["rank"]) == (4, ("q_proj",), 4)
     host.keep(1, 1)
     assert host.nbytes == facts.nbytes
-    close(rank)
+    rank.close()
 
 
 @pytest.mark.parametrize(

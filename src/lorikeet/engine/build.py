@@ -77,10 +77,6 @@ def _build(
         progress=progress,
     )
 
-    def on_close() -> None:
-        rank.grammars.close()
-        rank.worker.close()
-
     memory = rank.memory
     kv = KVManager(
         page_size=memory.page_size, num_pages=memory.num_pages, radix=not config.disable_radix_cache
@@ -95,7 +91,7 @@ def _build(
         compile_grammar=rank.grammars.request,
         seeds=_seed_source(config.random_seed),
         info=_info(target, memory, rank.lora, defaults),
-        on_close=on_close,
+        on_close=rank.close,
     )
 
 

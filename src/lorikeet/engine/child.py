@@ -147,9 +147,9 @@ class EngineLoop:
 
     def send_adapter_news(self) -> None:
         """Tell which adapters came or went, and what else has changed about them."""
-        if news := self._core.take_adapter_changes():
+        if news := self._core.adapters.take_changes():
             self._endpoint.send(news)
-        if changed := self._core.take_templates():
+        if changed := self._core.adapters.take_templates():
             self._endpoint.send(AdapterTemplates(changed))
 
     def _patience_ms(self) -> int:
@@ -279,7 +279,7 @@ class EngineLoop:
         if now >= self._stats_due:
             self._stats_due = now + STATS_INTERVAL_S
             core = self._core
-            self._endpoint.send(Stats(core.stats(), core.labels(), core.take_samples()))
+            self._endpoint.send(Stats(core.stats(), core.labels(), core.adapters.take_samples()))
 
 
 def _reply(number: int, future: Future[Result]) -> Reply:

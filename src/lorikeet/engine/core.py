@@ -15,12 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, assert_never, cast
+from typing import Any, Protocol, assert_never, cast
 
 import msgspec
 
 from lorikeet.adapters.store import AdapterStore
 from lorikeet.config import LoRAPath
+from lorikeet.core.adapters import HostBytes
 from lorikeet.core.commands import (
     AnyCommand,
     Command,
@@ -34,12 +35,10 @@ from lorikeet.core.commands import (
     UnloadAdapter,
 )
 from lorikeet.core.failure import Failure, FailureKind
-from lorikeet.core.messages import AdaptersChanged
-from lorikeet.core.plan import StepPlan
+from lorikeet.core.plan import StepPlan, StepResult
 from lorikeet.core.request import FinishReason, Request, RequestOutput, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.core.views import EngineInfo
-from lorikeet.engine.executor import Executor
 from lorikeet.engine.step_log import StepLog
 from lorikeet.errors import (
     AdapterNotFoundError,
@@ -58,6 +57,32 @@ from lorikeet.scheduler.scheduler import Scheduler
 logger = logging.getLogger(__name__)
 
 
+class Executor(Protocol):
+    """One rank, as the loop sees it (tests put a double in its place)."""
+
+    @property
+    def max_ahead(self) -> int:
+        """Steps that may be submitted before the oldest one is collected: 1 with overlap, else 0."""
+        ...
+
+    @property
+    def host(self) -> HostBytes | None:
+        """Adapters in host memory: what is read, kept and dropped there, beside the steps. None without LoRA."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begin a step, behind those that were submitted before.
+
+        Raises:
+            OutOfMemoryError: nothing of it was computed or copied.
+        """
+        ...
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step that was submitted."""
+        ...
+
+
 @dataclass(slots=True)
 class _Open:
     """A completion between its submission and its terminal output."""
@@ -74,6 +99,7 @@ class EngineCore:
     """One scheduler, one worker, and the completions that are open, by their ids.
 
     Args:
+        adapters: which there are; also what has changed about them, for whoever tells it on.
         compile_grammar: begins to check and compile a request's grammar, elsewhere, since a large schema takes longer
             than a step. Cancelling the future ends that, unless others wait for the same.
         seeds: gives the sampling seed of a request that brings none.
@@ -96,7 +122,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._kv = kv
         self._worker = worker
-        self._adapters = adapters
+        self.adapters = adapters
         self._compile_grammar = compile_grammar
         self._seeds = seeds
         self.info = info
@@ -109,11 +135,6 @@ class EngineCore:
         self._outputs: list[RequestOutput] = []
         self._next_id = 0
         self._log = StepLog(logger, scheduler.stats)
-
-    @property
-    def adapter_paths(self) -> dict[str, str]:
-        """Name -> path of the adapters that are loaded now."""
-        return self._adapters.paths()
 
     @property
     def num_open(self) -> int:
@@ -136,7 +157,7 @@ class EngineCore:
     @property
     def waits_for_threads(self) -> bool:
         """True if a step may find something that a thread has finished: a grammar, an adapter."""
-        return bool(self._compiling or self._finding) or self._adapters.is_waiting
+        return bool(self._compiling or self._finding) or self.adapters.is_waiting
 
     def check_queue(self, num_new: int) -> None:
         """Ask whether the requests of one call may wait, all of them.
@@ -180,7 +201,7 @@ class EngineCore:
 
     def _take(self, number: int, request: Request, sample: int, call: int | None) -> None:
         try:
-            version = self._adapters.lease(request.adapter, number)
+            version = self.adapters.lease(request.adapter, number)
         except AdapterNotFoundError as error:
             found = self._find(request.adapter)
             if found is None:
@@ -230,7 +251,7 @@ class EngineCore:
             case FlushCache():
                 return self._flush_cache()
             case ListAdapters(name):
-                return self._adapters.describe(name)
+                return self.adapters.describe(name)
             case FindAdapter(name):
                 return self._find_adapter(name)
             case LoadAdapter():
@@ -238,7 +259,7 @@ class EngineCore:
             case LoadAdapterFromTensors():
                 return self._load_adapter_from_tensors(command)
             case UnloadAdapter(name, timeout):
-                return self._adapters.start_unload(name, timeout=timeout)
+                return self.adapters.start_unload(name, timeout=timeout)
             case _:
                 assert_never(command)
 
@@ -260,7 +281,7 @@ class EngineCore:
             raise EngineFault(f"{type(error).__name__}: {error}") from error
 
     def _step(self) -> list[RequestOutput]:
-        self._adapters.poll()
+        self.adapters.poll()
         self._collect_found()
         self._collect_compiled()
         plan = self._scheduler.plan()
@@ -268,20 +289,16 @@ class EngineCore:
             self._submit(plan)
         if self._in_flight and (plan is None or len(self._in_flight) > self._worker.max_ahead):
             self._commit_oldest()
-        return self._collect()
+        return self.drain()
 
     def take_accepted(self) -> list[int]:
         """Ids of completions that passed every check since the last call."""
         accepted, self._accepted = self._accepted, []
         return accepted
 
-    def drain(self) -> list[RequestOutput]:
-        """Outputs that need no step: refusals and aborts. Ends worker state with the next step."""
-        return self._collect()
-
     def wait_for_threads(self) -> None:
         """Block until a thread has finished something, if nothing else can be done meanwhile (offline use)."""
-        futures = [*self._compiling.values(), *self._adapters.pending()]
+        futures = [*self._compiling.values(), *self.adapters.pending()]
         if futures and not self.has_steps:
             wait(futures, return_when=FIRST_COMPLETED)
 
@@ -289,27 +306,15 @@ class EngineCore:
         """Gauges and counters of scheduler and adapters by name, as numbers."""
         stats = self._scheduler.stats()
         numbers = {k: float(v) for k, v in asdict(stats).items() if isinstance(v, int | float)}
-        return numbers | {"token_usage": stats.token_usage} | self._adapters.stats()
+        return numbers | {"token_usage": stats.token_usage} | self.adapters.stats()
 
     def labels(self) -> dict[str, list[str]]:
         """Names of the adapters that run, and of those that requests wait for."""
         stats = self._scheduler.stats()
         return {
-            "running_lora_adapters": self._adapters.names(stats.running_versions),
-            "waiting_lora_adapters": self._adapters.names(stats.waiting_versions),
+            "running_lora_adapters": self.adapters.names(stats.running_versions),
+            "waiting_lora_adapters": self.adapters.names(stats.waiting_versions),
         }
-
-    def take_samples(self) -> dict[str, list[float]]:
-        """Durations in seconds, by name, measured since the last call."""
-        return self._adapters.take_samples()
-
-    def take_adapter_changes(self) -> AdaptersChanged | None:
-        """What has changed about the adapters since the last call; None if nothing has."""
-        return self._adapters.take_changes()
-
-    def take_templates(self) -> dict[str, dict[str, str] | None]:
-        """Adapters' names that came or went since the last call; see ``AdapterTemplates``."""
-        return self._adapters.take_templates()
 
     def close(self) -> None:
         """End all threads and remove temporary files."""
@@ -325,7 +330,7 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raise AssertionError if pages, slots, leases or states disagree (tests; and when idle)."""
         self._scheduler.check_integrity()
-        self._adapters.check_integrity(
+        self.adapters.check_integrity(
             {key: entry.version for key, entry in self._open.items() if entry.version is not None}
         )
 
@@ -344,7 +349,7 @@ class EngineCore:
         result = self._worker.collect()
         plan = self._in_flight.popleft()
         self._scheduler.commit(plan, result)
-        self._adapters.note_copied(result.copied)
+        self.adapters.note_copied(result.copied)
         self._log.step(plan)
 
     def _prepare(self, number: int) -> None:
@@ -383,7 +388,7 @@ class EngineCore:
                 if error is not None and not isinstance(error, AdapterNotFoundError):
                     raise error
                 # Not found: the same words as without a resolver.
-                entry.version = self._adapters.lease(entry.request.adapter, number)
+                entry.version = self.adapters.lease(entry.request.adapter, number)
             except Exception as refusal:
                 if not isinstance(refusal, LorikeetError):
                     logger.exception("the adapter of a request could not be found")
@@ -408,7 +413,8 @@ class EngineCore:
         self._forget(output.id)
         self._outputs.append(output)
 
-    def _collect(self) -> list[RequestOutput]:
+    def drain(self) -> list[RequestOutput]:
+        """Outputs that need no step: refusals and aborts. Ends worker state with the next step."""
         outputs, self._outputs = self._outputs, []
         for output in self._scheduler.drain():
             if output.finish is not None:
@@ -419,18 +425,18 @@ class EngineCore:
     def _forget(self, number: int) -> None:
         version = self._open.pop(number).version
         if version is not None:
-            self._adapters.release(version, number)
+            self.adapters.release(version, number)
 
     def _load_adapter(self, command: LoadAdapter) -> Future[LoadOutcome]:
         self._check_name(command.name)
         check_name(command.path, "lora_path", most=MAX_PATH)
         source = LoRAPath(command.name, command.path, pinned=command.pinned)
-        return self._adapters.start_load(source, replace=command.replace)
+        return self.adapters.start_load(source, replace=command.replace)
 
     def _load_adapter_from_tensors(self, command: LoadAdapterFromTensors) -> Future[LoadOutcome]:
         self._check_name(command.name)
         weights = Path(command.weights)
-        return self._adapters.load_tensors(
+        return self.adapters.load_tensors(
             command.name, command.config, weights, pinned=command.pinned
         )
 
@@ -444,7 +450,7 @@ class EngineCore:
             self._check_name(name or "")
         except RequestError:
             return None
-        return self._adapters.find(name)
+        return self.adapters.find(name)
 
     def _find_adapter(self, name: str) -> Future[None] | None:
         """Let the resolver look for a name that is not loaded."""

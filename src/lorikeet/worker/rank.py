@@ -54,6 +54,11 @@ class Rank:
     memory: MemorySplit
     lora: LoRAParts | None
 
+    def close(self) -> None:
+        """End all threads and processes."""
+        self.grammars.close()
+        self.worker.close()
+
 
 def build_rank(
     target: Target,
