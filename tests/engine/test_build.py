@@ -7,11 +7,12 @@ import pytest
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.store import AdapterStore
 from lorikeet.config import LoRAPath, ServerConfig
-from lorikeet.engine.build import load_first, resolve_context_length
+from lorikeet.engine.build import load_first
 from lorikeet.errors import AdapterError, ConfigError, LoRADisabledError
 from lorikeet.lora.host_memory import HostMemory
 from lorikeet.lora.reader import AdapterReader
 from lorikeet.models.spec import read_model_spec
+from lorikeet.worker.spec import resolve_context_length
 from tests.support.adapter_rig import Disk
 from tests.support.residency_rig import make
 from tests.support.tiny_models import make_tiny_model

@@ -8,12 +8,12 @@ import pytest
 
 from lorikeet.config import LoRAPath, ServerConfig, resolve
 from lorikeet.core.adapters import AdapterFacts, Origin, ReadOrder
-from lorikeet.engine.build import read_target
 from lorikeet.errors import ConfigError
 from lorikeet.models.spec import read_model_spec
 from lorikeet.parallel.group import SingleRank
 from lorikeet.worker import rank as building
 from lorikeet.worker.rank import Rank, build_rank
+from lorikeet.worker.spec import WorkerSpec
 from tests.support.peft_adapters import make_adapter
 from tests.support.tiny_models import make_tiny_model
 
@@ -33,8 +33,8 @@ def build(model: Path, phases: list[str], *adapters: Path) -> Rank:
     config = ServerConfig(
         model_path=str(model), device="cpu", lora_paths=paths, max_total_tokens=1024
     )
-    target = read_target(resolve(config), read_model_spec(model))
-    return build_rank(target, model, model, SingleRank(), report=phases.append, progress=False)
+    spec = WorkerSpec.resolve(resolve(config), read_model_spec(model))
+    return build_rank(spec, model, model, SingleRank(), report=phases.append, progress=False)
 
 
 def test_without_lora_there_is_no_host_memory(model: Path) -> None:

@@ -29,13 +29,13 @@ from lorikeet.parallel.group import SingleRank
 from lorikeet.scheduler.scheduler import Scheduler, SchedulerLimits
 from lorikeet.worker.memory import MemorySplit
 from lorikeet.worker.rank import Rank, build_rank
-from lorikeet.worker.target import Target, make_attention, resolve_dtype
+from lorikeet.worker.spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: Settings, *, report: Callable[[str], None], progress: bool = True
+    settings: Settings, *, report: Callable[[str], None], progress: bool = True
 ) -> EngineCore:
     """Build the engine of some settings and load its adapters.
 
@@ -46,10 +46,10 @@ def build_engine(
     Raises:
         ConfigError, ModelError, AdapterError: flags or files are wrong, or the device is too small.
     """
-    directory = locate_model(config.model_path, weights=config.load_format != "dummy")
+    directory = locate_model(settings.model_path, weights=settings.load_format != "dummy")
     spec = read_model_spec(directory)
     try:
-        return _build(config, directory, spec, report, progress=progress)
+        return _build(settings, directory, spec, report, progress=progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the device ran out of memory at start: {error}. Lower --context-length, --max-total-tokens, "
@@ -59,49 +59,50 @@ def build_engine(
 
 
 def _build(
-    config: Settings,
+    settings: Settings,
     directory: Path,
     spec: ModelSpec,
     report: Callable[[str], None],
     *,
     progress: bool,
 ) -> EngineCore:
-    defaults = _sampling_defaults(config, directory, spec)
-    target = read_target(config, spec)
+    defaults = _sampling_defaults(settings, directory, spec)
+    worker = WorkerSpec.resolve(settings, spec)
     rank = build_rank(
-        target,
+        worker,
         directory,
-        locate_tokenizer(config.tokenizer_path),
+        locate_tokenizer(settings.tokenizer_path),
         SingleRank(),
         report=report,
         progress=progress,
     )
-
     memory = rank.memory
     kv = KVManager(
-        page_size=memory.page_size, num_pages=memory.num_pages, radix=not config.disable_radix_cache
+        page_size=memory.page_size,
+        num_pages=memory.num_pages,
+        radix=not settings.disable_radix_cache,
     )
-    store = _store(config, rank)
-    load_first(config.lora.lora_paths, store, report)
+    store = _store(settings, rank)
+    load_first(settings.lora.lora_paths, store, report)
     return EngineCore(
-        scheduler=Scheduler(_limits(config, spec, target.context_length), kv, store.residency),
+        scheduler=Scheduler(_limits(settings, spec, worker.context_length), kv, store.residency),
         kv=kv,
         worker=rank.worker,
         adapters=store,
         compile_grammar=rank.grammars.request,
-        seeds=_seed_source(config.random_seed),
-        info=_info(target, memory, rank.lora, defaults),
+        seeds=_seed_source(settings.random_seed),
+        info=_info(worker, memory, rank.lora, defaults),
         on_close=rank.close,
     )
 
 
-def _store(config: Settings, rank: Rank) -> AdapterStore:
+def _store(settings: Settings, rank: Rank) -> AdapterStore:
     residency = Residency.of_pool(
         rank.lora.plan.layout if rank.lora else None,
-        policy=config.lora.lora_eviction_policy,
-        max_host=config.lora.max_loaded_loras,
+        policy=settings.lora.lora_eviction_policy,
+        max_host=settings.lora.max_loaded_loras,
     )
-    can_find = config.lora.lora_resolver_dir is not None
+    can_find = settings.lora.lora_resolver_dir is not None
     return AdapterStore(residency, rank.worker.host, can_find=can_find)
 
 
@@ -115,23 +116,9 @@ def load_first(
             store.load(source)
 
 
-def read_target(config: Settings, spec: ModelSpec) -> Target:
-    """What is served where; raises ConfigError if the options do not fit the model or the device."""
-    context_length = resolve_context_length(config, spec)
-    dtype, device = resolve_dtype(config, spec), torch.device(config.device)
-    return Target(
-        config=config,
-        spec=spec,
-        dtype=dtype,
-        device=device,
-        attention=make_attention(config, spec, dtype, device),
-        context_length=context_length,
-    )
-
-
-def _sampling_defaults(config: Settings, directory: Path, spec: ModelSpec) -> dict[str, float]:
+def _sampling_defaults(settings: Settings, directory: Path, spec: ModelSpec) -> dict[str, float]:
     """What OpenAI requests get that do not say."""
-    if config.sampling_defaults != "model":
+    if settings.sampling_defaults != "model":
         return {}
     defaults = read_sampling_defaults(directory, spec.vocab_size)
     if defaults:
@@ -141,33 +128,16 @@ def _sampling_defaults(config: Settings, directory: Path, spec: ModelSpec) -> di
     return defaults
 
 
-def resolve_context_length(config: Settings, spec: ModelSpec) -> int:
-    """The context that is served: as given, else the model's.
-
-    Raises:
-        ConfigError: more is asked for than the model's positions are made for.
-    """
-    most = spec.max_context_length
-    if config.context_length is None:
-        return most
-    if config.context_length > most:
-        raise ConfigError(
-            f"--context-length {config.context_length} is more than the model's {most} positions; "
-            f"allowed: 1 to {most}"
-        )
-    return config.context_length
-
-
-def _limits(config: Settings, spec: ModelSpec, context_length: int) -> SchedulerLimits:
+def _limits(settings: Settings, spec: ModelSpec, context_length: int) -> SchedulerLimits:
     return SchedulerLimits(
-        max_running=config.max_running_requests,
-        max_step_tokens=config.chunked_prefill_size,
-        max_prefill_tokens=config.max_prefill_tokens,
+        max_running=settings.max_running_requests,
+        max_step_tokens=settings.chunked_prefill_size,
+        max_prefill_tokens=settings.max_prefill_tokens,
         context_length=context_length,
-        max_loras_per_batch=config.lora.max_loras_per_batch,
+        max_loras_per_batch=settings.lora.max_loras_per_batch,
         eos_token_ids=frozenset(spec.eos_token_ids),
-        policy=config.schedule_policy,
-        max_queued=config.max_queued_requests,
+        policy=settings.schedule_policy,
+        max_queued=settings.max_queued_requests,
         vocab_size=spec.vocab_size,
         even_length=_even_length(spec),
     )
@@ -193,24 +163,24 @@ def _seed_source(random_seed: int) -> Callable[[], int]:
 
 
 def _info(
-    target: Target, split: MemorySplit, lora: LoRAParts | None, defaults: dict[str, float]
+    worker: WorkerSpec, split: MemorySplit, lora: LoRAParts | None, defaults: dict[str, float]
 ) -> EngineInfo:
-    spec = target.spec
-    on_gpu = target.device.type == "cuda"
+    spec = worker.model
+    on_gpu = worker.device.type == "cuda"
     return EngineInfo(
         version=lorikeet.__version__,
-        model_path=target.config.model_path,
-        served_model_name=target.config.served_model_name,
+        model_path=worker.settings.model_path,
+        served_model_name=worker.settings.served_model_name,
         architecture=spec.architecture,
-        context_length=target.context_length,
-        max_running_requests=target.max_running,
-        max_queued_requests=target.config.max_queued_requests,
+        context_length=worker.context_length,
+        max_running_requests=worker.max_running,
+        max_queued_requests=worker.settings.max_queued_requests,
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        dtype=str(target.dtype).removeprefix("torch."),
-        device=target.device.type,
-        device_name=torch.cuda.get_device_name(target.device) if on_gpu else None,
-        attention_backend=target.attention.name,
+        dtype=str(worker.dtype).removeprefix("torch."),
+        device=worker.device.type,
+        device_name=torch.cuda.get_device_name(worker.device) if on_gpu else None,
+        attention_backend=worker.attention.name,
         page_size=split.page_size,
         max_total_num_tokens=split.num_tokens,
         weights_bytes=split.weights_bytes,

@@ -21,31 +21,31 @@ from lorikeet.lora.report import adapter_report
 from lorikeet.models.source import locate_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.utils import format_table
-from lorikeet.worker.target import resolve_dtype
+from lorikeet.worker.spec import resolve_dtype
 
 
-def check_adapter(config: Settings, *, base_norms: bool) -> dict[str, object]:
+def check_adapter(settings: Settings, *, base_norms: bool) -> dict[str, object]:
     """The report of the one adapter in ``--lora-paths``, with its path and digest.
 
     Args:
-        config: its limits on rank and modules apply as they would in the server.
+        settings: their limits on rank and modules apply as they would in the server.
         base_norms: also read the base's weights of the changed modules, for the size of the change beside them.
 
     Raises:
         AdapterError: the server would refuse it.
         ConfigError, ModelError: the limits or the base model are wrong.
     """
-    (adapter_path,) = config.lora.lora_paths
-    model_dir = locate_model(config.model_path, weights=base_norms)
+    (adapter_path,) = settings.lora.lora_paths
+    model_dir = locate_model(settings.model_path, weights=base_norms)
     spec = read_model_spec(model_dir)
-    dtype = resolve_dtype(config, spec)
+    dtype = resolve_dtype(settings, spec)
     directory = resolve_source(adapter_path.path)
     limits = resolve_limits(
         spec.lora_sites,
-        max_rank=config.lora.max_lora_rank,
-        targets=config.lora.lora_target_modules,
-        paths=config.lora.lora_paths,
-        sources=SourceOptions.from_config(config.lora).trusted(),
+        max_rank=settings.lora.max_lora_rank,
+        targets=settings.lora.lora_target_modules,
+        paths=settings.lora.lora_paths,
+        sources=SourceOptions.from_config(settings.lora).trusted(),
     )
     layout = PoolLayout.make(
         spec.lora_sites,

@@ -62,9 +62,9 @@ PATIENCE = 0.1
 STATS_INTERVAL_S = 1.0
 
 
-def main(config: Settings, address: EngineAddress, parent: int) -> None:
+def main(settings: Settings, address: EngineAddress, parent: int) -> None:
     """Body of the engine process: serve until told to stop or until process ``parent`` is gone, then exit."""
-    setup_logging(config.log_level)
+    setup_logging(settings.log_level)
     # Files for a while lie in the directory that the parent removes, also if this process is killed.
     if tempfile.gettempdir() == os.path.dirname(address.directory):
         tempfile.tempdir = address.directory
@@ -72,7 +72,7 @@ def main(config: Settings, address: EngineAddress, parent: int) -> None:
     tqdm.set_lock(threading.RLock())
     endpoint = EngineEndpoint(address)
     try:
-        code = _serve(config, endpoint, parent)
+        code = _serve(settings, endpoint, parent)
     finally:
         endpoint.close()
     _exit(code)
@@ -86,9 +86,9 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _serve(config: Settings, endpoint: EngineEndpoint, parent: int) -> int:
+def _serve(settings: Settings, endpoint: EngineEndpoint, parent: int) -> int:
     try:
-        core = build_engine(config, report=lambda phase: endpoint.send(Progress(phase)))
+        core = build_engine(settings, report=lambda phase: endpoint.send(Progress(phase)))
     except Exception as error:
         is_on_purpose = isinstance(error, LorikeetError)
         if not is_on_purpose:

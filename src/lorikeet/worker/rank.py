@@ -17,7 +17,7 @@ from lorikeet.lora.pool_plan import plan_pool
 from lorikeet.models.build import build_model
 from lorikeet.models.decoder import Decoder
 from lorikeet.parallel.group import TPGroup
-from lorikeet.worker.build import make_worker, num_graphs
+from lorikeet.worker.build import make_worker
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.memory import (
     DEFAULT_CPU_FRACTION,
@@ -35,7 +35,7 @@ from lorikeet.worker.profile import (
     graph_bytes,
     measure_step,
 )
-from lorikeet.worker.target import Target
+from lorikeet.worker.spec import WorkerSpec
 from lorikeet.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Rank:
 
 
 def build_rank(
-    target: Target,
+    spec: WorkerSpec,
     directory: Path,
     tokenizer_dir: Path,
     tp: TPGroup,
@@ -80,51 +80,50 @@ def build_rank(
     Raises:
         ConfigError, ModelError, AdapterError: files are wrong, or the device is too small.
     """
-    weights_bytes = target.spec.num_parameters * target.dtype.itemsize
-    check_memory(free_bytes(target.device), {WEIGHTS: weights_bytes})
-    report(f"loading the weights of {target.config.model_path}")
+    weights_bytes = spec.model.num_parameters * spec.dtype.itemsize
+    check_memory(free_bytes(spec.device), {WEIGHTS: weights_bytes})
+    report(f"loading the weights of {spec.settings.model_path}")
     model = build_model(
         directory,
-        target.spec,
-        dtype=target.dtype,
-        device=target.device,
-        load_format=target.config.load_format,
+        spec.model,
+        dtype=spec.dtype,
+        device=spec.device,
+        load_format=spec.settings.load_format,
         tp=tp,
-        attention=target.attention,
+        attention=spec.attention,
         progress=progress,
     )
-    lora = _build_lora(target, directory, model, tp) if target.config.enable_lora else None
-    memory = split(target, model, lora)
+    lora = _build_lora(spec, directory, model, tp) if spec.settings.enable_lora else None
+    memory = split(spec, model, lora)
     logger.info("Memory: %s", memory)
-    spec = target.spec
-    grammars = GrammarCompiler(tokenizer_dir, spec.vocab_size, spec.eos_token_ids)
+    grammars = GrammarCompiler(tokenizer_dir, spec.model.vocab_size, spec.model.eos_token_ids)
     report("preparing the device")
-    storage = target.storage(memory.num_pages)
-    worker = make_worker(target, model, storage, lora, grammars, progress=progress)
+    storage = spec.storage(memory.num_pages)
+    worker = make_worker(spec, model, storage, lora, grammars, progress=progress)
     return Rank(worker, grammars, memory, lora)
 
 
-def _build_lora(target: Target, directory: Path, model: Decoder, tp: TPGroup) -> LoRAParts:
-    config, sites = target.config, target.spec.lora_sites
-    sources = SourceOptions.from_config(config.lora)
+def _build_lora(spec: WorkerSpec, directory: Path, model: Decoder, tp: TPGroup) -> LoRAParts:
+    settings, sites = spec.settings, spec.model.lora_sites
+    sources = SourceOptions.from_config(settings.lora)
     limits = resolve_limits(
         sites,
-        max_rank=config.lora.max_lora_rank,
-        targets=config.lora.lora_target_modules,
-        paths=config.lora.lora_paths,
+        max_rank=settings.lora.max_lora_rank,
+        targets=settings.lora.lora_target_modules,
+        paths=settings.lora.lora_paths,
         sources=sources.trusted(),
     )
     plan = plan_pool(
         model,
         sites,
         limits,
-        max_loras_per_batch=config.lora.max_loras_per_batch,
-        dtype=target.dtype,
+        max_loras_per_batch=settings.lora.max_loras_per_batch,
+        dtype=spec.dtype,
     )
-    free, weights_bytes = free_bytes(target.device), _weights_bytes(model)
+    free, weights_bytes = free_bytes(spec.device), _weights_bytes(model)
     if free is not None:
         check_memory(free + weights_bytes, {WEIGHTS: weights_bytes, POOL: plan.layout.nbytes})
-    backend = config.lora.lora_backend
+    backend = settings.lora.lora_backend
     return LoRAParts(
         plan,
         backend,
@@ -133,17 +132,17 @@ def _build_lora(target: Target, directory: Path, model: Decoder, tp: TPGroup) ->
             plan,
             next(model.parameters()).device,
             backend=backend,
-            deterministic=config.lora.lora_deterministic,
+            deterministic=settings.lora.lora_deterministic,
             rank=tp.rank,
         ),
         build_host_memory(
             plan,
             sources,
-            base_weight=checkpoint_weight(directory) if config.load_format != "dummy" else None,
-            resolver_dir=Path(config.lora.lora_resolver_dir)
-            if config.lora.lora_resolver_dir
+            base_weight=checkpoint_weight(directory) if settings.load_format != "dummy" else None,
+            resolver_dir=Path(settings.lora.lora_resolver_dir)
+            if settings.lora.lora_resolver_dir
             else None,
-            download_seconds=config.lora.lora_download_timeout,
+            download_seconds=settings.lora.lora_download_timeout,
         ),
     )
 
@@ -157,57 +156,65 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-def split(target: Target, model: Decoder, lora: LoRAParts | None) -> MemorySplit:
+def split(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> MemorySplit:
     """Measure what the largest step needs, and divide the memory.
 
     Raises:
         ConfigError: it is not enough, with the numbers and the flags to change.
     """
-    config, spec = target.config, target.spec
     weights_bytes = _weights_bytes(model)
     pool_bytes = lora.pool.nbytes if lora else 0
-    on_gpu = target.device.type == "cuda"
-    reserve = _step_bytes(target, model, lora) if on_gpu else 0
+    on_gpu = spec.device.type == "cuda"
+    reserve = _step_bytes(spec, model, lora) if on_gpu else 0
     if on_gpu:
         torch.cuda.empty_cache()
-    free = free_bytes(target.device)
+    free = free_bytes(spec.device)
     # Weights and pool are allocated already, so they count as available again; of main memory the pool has taken nothing
     # before adapters are written to it.
     if free is None:
         available = available_host_bytes() + weights_bytes
     else:
         available = free + weights_bytes + pool_bytes
-    scale = target.kv_head_dim / spec.head_dim
+    scale = spec.kv_head_dim / spec.model.head_dim
     return split_memory(
         MemoryRequest(
             weights_bytes=weights_bytes,
             pool_bytes=pool_bytes,
-            kv_bytes_per_token=int(spec.kv_bytes_per_token(target.dtype.itemsize) * scale),
-            page_size=target.page_size,
+            kv_bytes_per_token=int(spec.model.kv_bytes_per_token(spec.dtype.itemsize) * scale),
+            page_size=spec.page_size,
             available_bytes=available,
-            useful_tokens=target.max_running * target.context_length,
-            min_tokens=target.context_length,
-            max_total_tokens=config.max_total_tokens,
-            fraction=config.mem_fraction_static,
+            useful_tokens=spec.max_running * spec.context_length,
+            min_tokens=spec.context_length,
+            max_total_tokens=spec.settings.max_total_tokens,
+            fraction=spec.settings.mem_fraction_static,
             default_fraction=1.0 if on_gpu else DEFAULT_CPU_FRACTION,
             reserve_bytes=reserve,
         )
     )
 
 
-def _step_bytes(target: Target, model: Decoder, lora: LoRAParts | None) -> int:
-    config = target.config
-    num_tokens = min(config.chunked_prefill_size, config.max_prefill_tokens)
-    num_rows = target.max_logits_rows
+def _step_bytes(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> int:
+    settings = spec.settings
+    num_tokens = min(settings.chunked_prefill_size, settings.max_prefill_tokens)
+    num_rows = spec.max_logits_rows
     activations = measure_step(
         model,
-        target.attention,
-        target.storage,
+        spec.attention,
+        spec.storage,
         num_tokens=num_tokens,
         num_rows=num_rows,
-        page_size=target.page_size,
-        context_length=target.context_length,
+        page_size=spec.page_size,
+        context_length=spec.context_length,
     )
-    sampling = num_rows * target.spec.vocab_size * SAMPLING_BYTES_PER_LOGIT
-    graphs = graph_bytes(num_graphs(config, lora), target.spec.num_layers)
+    sampling = num_rows * spec.model.vocab_size * SAMPLING_BYTES_PER_LOGIT
+    graphs = graph_bytes(_num_graphs(spec, lora), spec.model.num_layers)
     return activations + sampling + graphs + FIXED_RESERVE_BYTES
+
+
+def _num_graphs(spec: WorkerSpec, lora: LoRAParts | None) -> int:
+    """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
+    tiles beside the graph without."""
+    decode, prompts = len(spec.decode_graphs), len(spec.prompt_graphs)
+    if lora is not None and lora.backend != "torch":
+        decode, prompts = 3 * decode, 2 * prompts
+    return decode * 5 // 4 + prompts
