@@ -11,8 +11,7 @@ from lorikeet.core.plan import DecodeRow, PrefillChunk, SequenceStart, StepPlan
 from lorikeet.core.request import SamplingParams
 from lorikeet.kv.storage import KVStorage
 from lorikeet.worker.graphs import GraphRunner
-from lorikeet.worker.inputs import InputBuilder, StepLayout
-from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.inputs import InputBuilder, Lanes, StepLayout
 
 CPU = torch.device("cpu")
 PAGE = 4

@@ -36,12 +36,7 @@ class Setup:
         self.compiler = GrammarCompiler(directory, vocab_size, (EOS_ID,))
 
     def sampler(self) -> Sampler:
-        return Sampler(
-            vocab_size=self.vocab_size,
-            eos_token_ids=(EOS_ID,),
-            device="cpu",
-            grammars=self.compiler,
-        )
+        return Sampler(grammars=self.compiler, device="cpu")
 
     def logits(self, step: int, seed: int) -> torch.Tensor:
         """Random, with a growing bias to the end of sequence and to what closes, so that open grammars end."""
@@ -493,11 +488,6 @@ def test_without_an_end_of_sequence_token_grammars_are_refused(tmp_path):
 
 def test_requests_without_a_grammar_need_nothing(tmp_path):
     compile_grammar(GrammarCompiler(tmp_path, 10, ()), SamplingParams())
-
-
-def test_sampler_and_compiler_must_agree_on_the_vocabulary(setup):
-    with pytest.raises(ValueError, match="400 tokens"):
-        Sampler(vocab_size=7, eos_token_ids=(), device="cpu", grammars=setup.compiler)
 
 
 def test_compiling_from_several_threads(setup, tmp_path):

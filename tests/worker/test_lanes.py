@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorikeet.errors import EngineFault
-from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.inputs import Lanes
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams
+from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.sampling import state as sampling_state
 from lorikeet.worker.sampling.rules import LogitRules
 from lorikeet.worker.sampling.sampler import Sampler
@@ -23,7 +24,7 @@ EOS = (3, 9)
 
 
 def make_sampler(vocab_size: int = VOCAB) -> Sampler:
-    return Sampler(vocab_size=vocab_size, eos_token_ids=EOS, device="cpu", grammars=None)
+    return Sampler(grammars=GrammarCompiler("none", vocab_size, EOS), device="cpu")
 
 
 def start(seq: int, *, prompt=(1, 2), outputs=(), seed=0, top=-1, logprob_start=-1, **params):
@@ -231,7 +232,7 @@ def test_filters_restrict_what_is_drawn(params, allowed):
 def test_temperature_changes_the_distribution_as_it_should():
     logits_V = torch.tensor([1.0, 0.0, -1.0, -2.0])
     for temperature in (0.5, 1.0, 2.5, 1e30):
-        sampler = Sampler(vocab_size=4, eos_token_ids=(), device="cpu", grammars=None)
+        sampler = Sampler(grammars=GrammarCompiler("none", 4, ()), device="cpu")
         num = 6000
         for seq in range(num):
             sampler.start(start(seq, seed=seq, temperature=temperature))

@@ -46,7 +46,7 @@ def compiler(tmp_path_factory) -> GrammarCompiler:
 
 
 def make_sampler(compiler: GrammarCompiler) -> Sampler:
-    return Sampler(vocab_size=VOCAB, eos_token_ids=(EOS_ID,), device="cpu", grammars=compiler)
+    return Sampler(grammars=compiler, device="cpu")
 
 
 def make_start(seq: int, outputs: list[int], params: dict) -> SequenceStart:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -24,10 +23,8 @@ class AttentionCall:
     window: int | None
 
 
-class Attend(Protocol):
-    """Is called instead of the backend; returns [T, Q, H], contiguous."""
-
-    def __call__(self, call: AttentionCall, /) -> torch.Tensor: ...
+# Is called instead of the backend; returns [T, Q, H], contiguous.
+Attend = Callable[[AttentionCall], torch.Tensor]
 
 
 class CutAttention:

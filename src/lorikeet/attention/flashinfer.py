@@ -126,11 +126,16 @@ class Planned:
 
 
 class RowDecoder(Protocol):
-    """Attention for rows with one query each."""
+    """Attention for rows with one query each: a kernel that takes any number of keys and needs nothing prepared, unless a
+    way of its own says otherwise."""
 
-    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]: ...
+    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
+        """See :class:`lorikeet.attention.base.AttentionBackend`."""
+        del bucket
+        return (longest,)
 
-    def prepare(self, inputs: AttentionInputs) -> None: ...
+    def prepare(self, inputs: AttentionInputs) -> None:
+        """Do what depends on the step but not on the layer."""
 
     def run(
         self,
@@ -251,24 +256,22 @@ class FlashInferBackend:
         return self._decoders[self._path_of(len(inputs.kv_lens) - inputs.num_chunks, num_keys)]
 
 
-class _Prefill:
-    """Prompt chunks: the first ``num_chunks`` sequences of a step."""
+class _PlannedAttention:
+    """Attention by wrappers that hold a plan, which is made once in a step for each window size.
 
-    def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor, backend: str) -> None:
+    Args:
+        workspace: for partial results; all wrappers of a model share one.
+    """
+
+    def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor) -> None:
         self._library = library
         self._shape = shape
         self._workspace = workspace
-        self._backend = backend
         # Two of them take turns: the copy that one has to wait for is a step old, and done by then.
         self._turns = defaultdict[int | None, "itertools.cycle[Planned]"](
             lambda: itertools.cycle((self._new(), self._new()))
         )
         self._ready: dict[int | None, Any] = {}
-        self._pages: Pages | None = None
-
-    def prepare(self) -> None:
-        self._ready.clear()
-        self._pages = None
 
     def run(
         self,
@@ -282,6 +285,26 @@ class _Prefill:
         if wrapper is None:
             wrapper = self._ready[window] = self._plan(inputs, window)
         wrapper.run(q_TQW, kv_BSKW, out=out_TQW)
+
+    def _plan(self, inputs: AttentionInputs, window: int | None) -> Any:
+        """Plan for the step's sequences; returns a wrapper."""
+        raise NotImplementedError
+
+    def _new(self) -> Planned:
+        raise NotImplementedError
+
+
+class _Prefill(_PlannedAttention):
+    """Prompt chunks: the first ``num_chunks`` sequences of a step."""
+
+    def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor, backend: str) -> None:
+        super().__init__(library, shape, workspace)
+        self._backend = backend
+        self._pages: Pages | None = None
+
+    def prepare(self) -> None:
+        self._ready.clear()
+        self._pages = None
 
     def _plan(self, inputs: AttentionInputs, window: int | None) -> Any:
         if self._pages is None:
@@ -302,7 +325,7 @@ class _Prefill:
         return Planned(make(self._workspace, "NHD", backend=self._backend), self._shape)
 
 
-class TritonDecode:
+class TritonDecode(RowDecoder):
     """Rows that decode, by a kernel of our own: where no library comes near the device's bandwidth (docs/decisions/0013)."""
 
     def __init__(self, shape: Shape) -> None:
@@ -311,13 +334,6 @@ class TritonDecode:
 
         self._shape = shape
         self._attend = decode_attention_triton
-
-    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
-        del bucket
-        return (longest,)
-
-    def prepare(self, inputs: AttentionInputs) -> None:
-        del inputs
 
     def run(
         self,
@@ -339,7 +355,7 @@ class TritonDecode:
         )
 
 
-class _XQA:
+class _XQA(RowDecoder):
     """Rows that decode, by a kernel that reads page table and lengths on the device and cuts the work by itself."""
 
     def __init__(self, shape: Shape) -> None:
@@ -361,9 +377,6 @@ class _XQA:
         most_parts = max(1, self._num_blocks // num_blocks)
         lengths = [parts * _XQA_TILE for parts in _XQA_PARTS if parts < most_parts]
         return (*(length for length in lengths if length < longest), longest)
-
-    def prepare(self, inputs: AttentionInputs) -> None:
-        del inputs
 
     def run(
         self,
@@ -392,26 +405,16 @@ class _XQA:
         )
 
 
-class _FA2Decode:
+class _FA2Decode(_PlannedAttention, RowDecoder):
     """Rows that decode, by FlashAttention-2: where XQA does not run.
 
     A captured step keeps using the wrapper that it was captured with, so each bucket and window has its own.
     """
 
     def __init__(self, library: Any, shape: Shape, workspace: torch.Tensor) -> None:
-        self._library = library
-        self._shape = shape
-        self._workspace = workspace
-        # Two of them take turns: the copy that one has to wait for is a step old, and done by then.
-        self._turns = defaultdict[int | None, "itertools.cycle[Planned]"](
-            lambda: itertools.cycle((self._new(), self._new()))
-        )
+        super().__init__(library, shape, workspace)
         self._captured: dict[tuple[int, int | None], Planned] = {}
         self._page_buffer = torch.empty(0, dtype=torch.int32, device=shape.device)
-        self._ready: dict[int | None, Any] = {}
-
-    def graph_kv_lens(self, bucket: int, longest: int) -> tuple[int, ...]:
-        return (longest,)
 
     def prepare(self, inputs: AttentionInputs) -> None:
         self._ready.clear()
@@ -424,28 +427,15 @@ class _FA2Decode:
                 pages = pages or pages_of(inputs, 0, bucket)
                 self._ready[window] = self._plan(inputs, window, pages)
 
-    def run(
-        self,
-        q_NQW: torch.Tensor,
-        kv_BSKW: tuple[torch.Tensor, torch.Tensor],
-        inputs: AttentionInputs,
-        window: int | None,
-        out_NQW: torch.Tensor,
-    ) -> None:
-        wrapper = self._ready.get(window)
-        if wrapper is None:
-            pages = pages_of(inputs, inputs.num_chunks, len(inputs.kv_lens))
-            wrapper = self._ready[window] = self._plan(inputs, window, pages)
-        wrapper.run(q_NQW, kv_BSKW, out=out_NQW)
-
-    def _plan(self, inputs: AttentionInputs, window: int | None, pages: Pages) -> Any:
-        if inputs.bucket is not None:
+    def _plan(self, inputs: AttentionInputs, window: int | None, pages: Pages | None = None) -> Any:
+        pages = pages or pages_of(inputs, inputs.num_chunks, len(inputs.kv_lens))
+        if inputs.bucket is None:
+            planned = next(self._turns[window])
+        else:
             key = (inputs.bucket, window)
             if key not in self._captured:
                 self._captured[key] = self._new_captured(inputs)
             planned = self._captured[key]
-        else:
-            planned = next(self._turns[window])
         return planned.plan(pages.starts, pages.pages_I, pages.last_lens, window=window)
 
     def _new(self, **more: Any) -> Planned:

@@ -22,7 +22,7 @@ class ForwardBatch:
         input_ids_T: tokens of a sequence are consecutive rows. An id below 0 is a token that an earlier step sampled
             and that the host need not know yet: ``sampled_L[-1 - id]``.
         positions_T: of the tokens in their sequences.
-        sampled_L: the newest sampled token of each lane (``worker/lanes.py``); None if every id is known.
+        sampled_L: the newest sampled token of each lane (``worker/inputs.py``); None if every id is known.
         logits_rows_N: rows of T whose logits are wanted, in the order of the result. May repeat. None: all rows.
         pooled_rows_P: rows of T whose states behind the final norm are wanted, for ``Decoder.forward_pooled``.
         lora: which row uses which adapter; None if all rows are the base model's.

@@ -13,8 +13,7 @@ from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS
 from lorikeet.ops.select import select_ops
 from lorikeet.worker.grammar.compiler import GrammarCompiler
 from lorikeet.worker.graphs import GraphRunner
-from lorikeet.worker.inputs import InputBuilder
-from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.inputs import InputBuilder, Lanes
 from lorikeet.worker.profile import (
     warm_up,
     warm_up_draw,
@@ -70,13 +69,7 @@ def make_worker(
         model=model,
         attention=spec.attention,
         inputs=inputs,
-        sampler=Sampler(
-            vocab_size=spec.model.vocab_size,
-            eos_token_ids=spec.model.eos_token_ids,
-            device=device,
-            grammars=grammars,
-            draw=draw,
-        ),
+        sampler=Sampler(grammars=grammars, device=device, draw=draw),
         max_logits_rows=spec.max_logits_rows,
         copier=Copier(lora.pool, lora.host) if lora else None,
         graphs=graphs,

@@ -15,8 +15,7 @@ from lorikeet.core.request import SamplingParams
 from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
 from lorikeet.ops.draw import DrawOp
-from lorikeet.worker.inputs import InputBuilder
-from lorikeet.worker.lanes import Lanes
+from lorikeet.worker.inputs import InputBuilder, Lanes
 from lorikeet.worker.staging import int_type, upload
 
 # Bytes per logit while penalties, sorting and noise are applied: copies in float32, sorted values with int64 indices,

@@ -132,16 +132,16 @@ class GrammarCompiler:
         self.masks = MaskFiller()
         self._tokenizer_file = Path(tokenizer_dir) / "tokenizer.json"
         # An id beyond the vocabulary cannot be produced, so it can never end a sequence.
-        self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
+        self.eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self._backend = GrammarBackend(
-            self._tokenizer_file, vocab_size, self._eos_token_ids, cached=False
+            self._tokenizer_file, vocab_size, self.eos_token_ids, cached=False
         )
         self._sandbox = Sandbox(
             "lorikeet.worker.grammar.work:setup",
             {
                 "tokenizer_file": str(self._tokenizer_file.absolute()),
                 "vocab_size": vocab_size,
-                "eos_token_ids": list(self._eos_token_ids),
+                "eos_token_ids": list(self.eos_token_ids),
             },
             limits=_LIMITS,
             num_workers=2 * _NUM_THREADS,
@@ -196,7 +196,7 @@ class GrammarCompiler:
         Raises:
             RequestError, UnavailableError, EngineFault: as ``request``.
         """
-        return GrammarMatcher(self.request(sampling).result(), self.vocab_size, self._eos_token_ids)
+        return GrammarMatcher(self.request(sampling).result(), self.vocab_size, self.eos_token_ids)
 
     def close(self) -> None:
         """End all threads and processes; what is not compiled yet fails."""
@@ -213,7 +213,7 @@ class GrammarCompiler:
 
     def _checked(self, kind: str, source: str, *, skip_special_tokens: bool) -> _Key:
         """Check what can be checked without reading the grammar; returns its key."""
-        if not self._eos_token_ids:
+        if not self.eos_token_ids:
             raise refuse(kind, "the model has no end-of-sequence token that could end the output")
         check_grammar_length((SAMPLING, kind), source)
         try:

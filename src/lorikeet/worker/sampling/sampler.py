@@ -20,11 +20,10 @@ from torch import Tensor
 
 from lorikeet.core.plan import SequenceStart
 from lorikeet.core.request import SamplingParams, TokenLogprobs
-from lorikeet.errors import SAMPLING, LorikeetError, RequestError
+from lorikeet.errors import LorikeetError
 from lorikeet.ops import sampling as ops
 from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.worker.grammar.compiler import GrammarCompiler, GrammarMatcher
-from lorikeet.worker.grammar.masks import MaskFiller
 from lorikeet.worker.sampling.pending import PendingLogprobs, PendingPrompt, PendingSample
 from lorikeet.worker.sampling.rules import LogitRules
 from lorikeet.worker.sampling.state import SamplingState
@@ -44,34 +43,24 @@ class Sampler:
     features that some rows use are computed for those rows alone.
 
     Args:
-        vocab_size: tokens that exist. Columns of the logits beyond it (padding) are cut off before anything else.
-        eos_token_ids: the model's end-of-sequence tokens; those outside the vocabulary are ignored, since they can
-            not be sampled.
+        grammars: compiler for constrained requests. It knows the tokens that exist (columns of the logits beyond them,
+            padding, are cut off before anything else) and those that end a sequence.
         device: where the logits are.
-        grammars: compiler for constrained requests; None refuses them.
         draw: chooses tokens where greedy decoding and temperature are all that any row asks for.
     """
 
     def __init__(
         self,
         *,
-        vocab_size: int,
-        eos_token_ids: tuple[int, ...],
+        grammars: GrammarCompiler,
         device: torch.device | str,
-        grammars: GrammarCompiler | None,
         draw: DrawOp = draw_tokens_torch,
     ) -> None:
-        if grammars is not None and grammars.vocab_size != vocab_size:
-            raise ValueError(
-                f"the grammar compiler has {grammars.vocab_size} tokens, the sampler {vocab_size}"
-            )
-        self._vocab_size = vocab_size
-        self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
+        self._vocab_size = grammars.vocab_size
         self._device = torch.device(device)
         self._grammars = grammars
         self._draw_tokens = draw
-        masks = MaskFiller() if grammars is None else grammars.masks
-        self._rules = LogitRules(vocab_size, self._device, masks)
+        self._rules = LogitRules(self._vocab_size, self._device, grammars.masks)
         self._states: dict[int, SamplingState] = {}
 
     def start(self, start: SequenceStart) -> None:
@@ -88,7 +77,8 @@ class Sampler:
             raise ValueError(f"sequence {start.seq} is open already")
         matcher, error = None, None
         try:
-            matcher = self._matcher(start.sampling)
+            if start.sampling.grammar is not None:
+                matcher = self._grammars.matcher(start.sampling)
         except LorikeetError as refusal:
             error = str(refusal)
         self._states[start.seq] = self._make_state(start, matcher, error)
@@ -188,7 +178,7 @@ class Sampler:
         make = functools.partial(
             SamplingState,
             vocab_size=self._vocab_size,
-            eos_token_ids=self._eos_token_ids,
+            eos_token_ids=self._grammars.eos_token_ids,
             device=self._device,
         )
         try:
@@ -202,14 +192,6 @@ class Sampler:
             bare = msgspec.structs.replace(start, sampling=SamplingParams())
             error = f"the device has no memory for penalties, logit_bias or stop tokens: {shortage}"
             return make(bare, matcher=None, error=error)
-
-    def _matcher(self, sampling: SamplingParams) -> GrammarMatcher | None:
-        if sampling.grammar is None:
-            return None
-        if self._grammars is None:
-            kind = sampling.grammar[0]
-            raise RequestError.about((SAMPLING, kind), ": grammars are not available here")
-        return self._grammars.matcher(sampling)
 
     def _real_columns(self, logits_NV: Tensor, num_rows: int | None) -> Tensor:
         """The logits without padding columns.
