@@ -70,7 +70,7 @@ class Desk:
         )
         admitted: list[int] = []
         self.admission.note_reads()
-        candidates: Round = self.admission.open_round(budget)
+        candidates = Round(self.admission, budget)
         while (seq := candidates.next()) is not None:
             if seq.version in self.no_room:
                 candidates.refuse(seq)
@@ -263,7 +263,7 @@ def test_preempted_come_first_whatever_the_policy() -> None:
     desk.running.remove(early)
     early.enter(type(early.state).PREEMPTED)
     desk.queue.push_front(early)
-    candidates = desk.admission.open_round(StepBudget(100, 100, 2))
+    candidates = Round(desk.admission, StepBudget(100, 100, 2))
     assert candidates.next() is early
 
 
@@ -280,7 +280,7 @@ def test_longest_prefix_passes_a_bounded_number_of_times() -> None:
     rich = desk.arrive(*[1] * 30)
     desk.lengths = {seq.id: 9 for seq in rich}
     order: list[int] = []
-    candidates = desk.admission.open_round(StepBudget(100, 100, 2))
+    candidates = Round(desk.admission, StepBudget(100, 100, 2))
     while (seq := candidates.next()) is not None:
         order.append(seq.id)
         desk.queue.remove(seq)

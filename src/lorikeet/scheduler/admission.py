@@ -122,9 +122,6 @@ class Admission:
         self.off.discard(version)
         self.queue.offer(version)
 
-    def open_round(self, budget: StepBudget) -> Round:
-        return Round(self, budget)
-
     def draining(self) -> int:
         """The adapter that gives its place to a blocked sequence; chosen again when it has fallen idle."""
         counts = self.running.num_of_version

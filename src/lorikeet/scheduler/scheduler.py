@@ -361,7 +361,7 @@ class Scheduler:
             round_.close()
 
     def _open_round(self, budget: StepBudget) -> Round:
-        round_ = self._admission.open_round(budget)
+        round_ = Round(self._admission, budget)
         headroom, num_changes = self._short_at
         if self._headroom() > headroom or num_changes != self._kv.num_changes:
             self._short_of_pages = []

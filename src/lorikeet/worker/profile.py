@@ -12,17 +12,19 @@ import torch
 from lorikeet.attention.base import AttentionBackend
 from lorikeet.core.plan import PrefillChunk, SequenceStart, StepPlan
 from lorikeet.core.request import SamplingParams
-from lorikeet.kv.storage import KVStorage
 from lorikeet.layers.batch import ForwardBatch
+from lorikeet.lora.build import LoRAParts
+from lorikeet.models.decoder import Decoder
 from lorikeet.ops.draw import DrawOp
 from lorikeet.worker.inputs import InputBuilder, Lanes
+from lorikeet.worker.spec import WorkerSpec
 from lorikeet.worker.staging import int_type, upload
 
 # Bytes per logit while penalties, sorting and noise are applied: copies in float32, sorted values with int64 indices,
 # and the 64-bit hashes behind the noise.
-SAMPLING_BYTES_PER_LOGIT = 36
+_SAMPLING_BYTES_PER_LOGIT = 36
 # Kernels that are loaded when first used, fragments between allocations.
-FIXED_RESERVE_BYTES = 500_000_000
+_FIXED_RESERVE_BYTES = 500_000_000
 # What the driver keeps for one graph of 32 layers, some 400 launches.
 _GRAPH_BYTES, _GRAPH_LAYERS = 40_000_000, 32
 
@@ -32,28 +34,33 @@ def graph_bytes(num_graphs: int, num_layers: int) -> int:
     return num_graphs * _GRAPH_BYTES * num_layers // _GRAPH_LAYERS
 
 
-def measure_step(
-    forward: Callable[[ForwardBatch], torch.Tensor],
-    attention: AttentionBackend,
-    make_storage: Callable[[int], KVStorage],
-    *,
-    num_tokens: int,
-    num_rows: int,
-    page_size: int,
-    context_length: int,
-) -> int:
-    """Peak bytes that a step of ``num_tokens`` prompt tokens allocates, logits of ``num_rows`` rows included.
+def step_bytes(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> int:
+    """Device memory that the largest step needs beside weights, pool and K/V: measured, where a run shows it."""
+    logits = spec.max_logits_rows * spec.model.vocab_size
+    # About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of tiles
+    # beside the graph without.
+    decode, prompts = len(spec.decode_graphs), len(spec.prompt_graphs)
+    if lora is not None and lora.backend != "torch":
+        decode, prompts = 3 * decode, 2 * prompts
+    graphs = graph_bytes(decode * 5 // 4 + prompts, spec.model.num_layers)
+    return (
+        _measure_step(spec, model)
+        + logits * _SAMPLING_BYTES_PER_LOGIT
+        + graphs
+        + _FIXED_RESERVE_BYTES
+    )
 
-    Args:
-        make_storage: K/V of a number of pages; what the run stores there is dropped.
-        context_length: no prompt is longer.
-    """
-    length = min(num_tokens, context_length)
-    pages_each = -(-length // page_size)
+
+def _measure_step(spec: WorkerSpec, model: Decoder) -> int:
+    """Peak bytes that a step of as many prompt tokens as there may be allocates, logits included."""
+    settings, device = spec.settings, spec.device
+    num_tokens = min(settings.chunked_prefill_size, settings.max_prefill_tokens)
+    length = min(num_tokens, spec.context_length)
+    pages_each = -(-length // spec.page_size)
     count = -(-num_tokens // length)
-    kv = make_storage(count * pages_each)
-    device = kv.k[0].device
-    inputs = InputBuilder(kv, page_size, device, None, Lanes(count, pages_each, device))
+    # What the run stores there is dropped.
+    kv = spec.storage(count * pages_each)
+    inputs = InputBuilder(kv, spec.page_size, device, None, Lanes(count, pages_each, device))
     plan = StepPlan(step=0)
     for seq in range(count):
         pages = list(range(seq * pages_each, (seq + 1) * pages_each))
@@ -61,13 +68,13 @@ def measure_step(
     inputs.apply(plan)
     with torch.inference_mode():
         batch, _ = inputs.stage(inputs.lay_out(plan), [])
-        rows = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        rows = torch.zeros(spec.max_logits_rows, dtype=torch.int32, device=device)
         batch = replace(batch, logits_rows_N=rows)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        attention.prepare(batch.attn)
-        forward(batch)
+        spec.attention.prepare(batch.attn)
+        model(batch)
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

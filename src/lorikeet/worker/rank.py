@@ -29,12 +29,7 @@ from lorikeet.worker.memory import (
     check_memory,
     split_memory,
 )
-from lorikeet.worker.profile import (
-    FIXED_RESERVE_BYTES,
-    SAMPLING_BYTES_PER_LOGIT,
-    graph_bytes,
-    measure_step,
-)
+from lorikeet.worker.profile import step_bytes
 from lorikeet.worker.spec import WorkerSpec
 from lorikeet.worker.worker import Worker
 
@@ -165,7 +160,7 @@ def split(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> MemorySpl
     weights_bytes = _weights_bytes(model)
     pool_bytes = lora.pool.nbytes if lora else 0
     on_gpu = spec.device.type == "cuda"
-    reserve = _step_bytes(spec, model, lora) if on_gpu else 0
+    reserve = step_bytes(spec, model, lora) if on_gpu else 0
     if on_gpu:
         torch.cuda.empty_cache()
     free = free_bytes(spec.device)
@@ -191,30 +186,3 @@ def split(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> MemorySpl
             reserve_bytes=reserve,
         )
     )
-
-
-def _step_bytes(spec: WorkerSpec, model: Decoder, lora: LoRAParts | None) -> int:
-    settings = spec.settings
-    num_tokens = min(settings.chunked_prefill_size, settings.max_prefill_tokens)
-    num_rows = spec.max_logits_rows
-    activations = measure_step(
-        model,
-        spec.attention,
-        spec.storage,
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        page_size=spec.page_size,
-        context_length=spec.context_length,
-    )
-    sampling = num_rows * spec.model.vocab_size * SAMPLING_BYTES_PER_LOGIT
-    graphs = graph_bytes(_num_graphs(spec, lora), spec.model.num_layers)
-    return activations + sampling + graphs + FIXED_RESERVE_BYTES
-
-
-def _num_graphs(spec: WorkerSpec, lora: LoRAParts | None) -> int:
-    """About how many passes are captured: some sizes have several lengths, and with adapters there are two numbers of
-    tiles beside the graph without."""
-    decode, prompts = len(spec.decode_graphs), len(spec.prompt_graphs)
-    if lora is not None and lora.backend != "torch":
-        decode, prompts = 3 * decode, 2 * prompts
-    return decode * 5 // 4 + prompts

@@ -69,29 +69,29 @@ class PendingSample:
 
     Args:
         states: of the sequences, by row.
-        chosen: tokens [N] and scores [N, 2], on the device; None without rows.
+        chosen: tokens [N] and scores [N, 2], on the device.
         logprobs: row numbers, how many most likely tokens each wants, and their values.
     """
 
     def __init__(
         self,
         states: Sequence[SamplingState],
-        chosen: tuple[Tensor, Tensor] | None,
+        chosen: tuple[Tensor, Tensor],
         logprobs: list[tuple[list[int], list[int], PendingLogprobs]],
     ) -> None:
         self._states = states
-        self._download = None if chosen is None else Download(*chosen)
+        self._download = Download(*chosen)
         self._logprobs = logprobs
         self._tokens: list[SampledToken] | None = None
 
     def finish(self) -> list[SampledToken]:
         """Wait for the tokens; grammars will advance by them. A second call returns the same."""
         if self._tokens is None:
-            self._tokens = [] if self._download is None else self._read(self._download)
+            self._tokens = self._read()
         return self._tokens
 
-    def _read(self, download: Download) -> list[SampledToken]:
-        tokens_N, scores_N2 = download.wait()
+    def _read(self) -> list[SampledToken]:
+        tokens_N, scores_N2 = self._download.wait()
         logprobs: list[TokenLogprobs | None] = [None] * len(self._states)
         for rows, wanted, pending in self._logprobs:
             for row, num_top, value in zip(rows, wanted, pending.finish(), strict=True):

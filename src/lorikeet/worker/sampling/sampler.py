@@ -123,8 +123,6 @@ class Sampler:
             inputs: :meth:`arrays` on the device.
             sampled_L: receives each row's token at its lane.
         """
-        if not seqs:
-            return PendingSample([], None, [])
         states = [self._states[seq] for seq in seqs]
         real_NV = self._real_columns(logits_NV, len(seqs))
         if all(state.is_plain for state in states):

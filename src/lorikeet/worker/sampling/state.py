@@ -43,11 +43,6 @@ class SamplingState:
         error: why this sequence cannot go on; None while it can.
     """
 
-    __slots__ = (
-        "_one", "banned_E", "bias", "counts_V", "early_stops", "error", "logprob_start", "matcher", "num_outputs",
-        "num_top", "prompt", "sampling", "seed", "seen_V", "seq", "temperature",
-    )  # fmt: skip
-
     def __init__(
         self,
         start: SequenceStart,
@@ -62,7 +57,6 @@ class SamplingState:
         self.seq = start.seq
         self.sampling = sampling
         self.seed = start.seed
-        self.num_outputs = 0
         self.num_top = start.num_top_logprobs
         self.logprob_start = start.logprob_start
         self.prompt = start.token_ids[: start.num_prompt] if start.logprob_start >= 0 else []
@@ -74,7 +68,10 @@ class SamplingState:
         self.counts_V, self.seen_V = _histories(start, outputs, vocab_size, device)
         self.bias = _bias(sampling, device)
         self._one = torch.ones(1, device=device)
-        self._replay(outputs)
+        # Outputs from before a preemption; the histories have them already.
+        self.num_outputs = len(outputs)
+        for token in outputs:
+            self.note(token)
         self.banned_E = None
         if self.is_early and matcher is None:
             self.banned_E = upload(np.asarray(self.early_stops, np.int64), device)
@@ -114,12 +111,6 @@ class SamplingState:
         """Take a token that the host has read; the grammar advances when the next mask is wanted."""
         if self.matcher is not None:
             self.matcher.note(token_id)
-
-    def _replay(self, outputs: list[int]) -> None:
-        """Take the outputs from before a preemption; the histories have them already."""
-        self.num_outputs = len(outputs)
-        for token in outputs if self.matcher is not None else ():
-            self.note(token)
 
 
 def _histories(
