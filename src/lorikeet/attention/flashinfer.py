@@ -144,6 +144,7 @@ class RowDecoder(Protocol):
         inputs: AttentionInputs,
         window: int | None,
         out_NQW: torch.Tensor,
+        /,
     ) -> None: ...
 
 

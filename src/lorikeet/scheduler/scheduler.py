@@ -310,8 +310,6 @@ class Scheduler:
             if self._residency.num_uses(version) != uses[version]:
                 raise AssertionError(f"version {version}: uses are not those of its sequences")
 
-    # -- planning ------------------------------------------------------------------------------------------------
-
     def _plan_rows(self, plan: StepPlan) -> None:
         """One row for each decoding sequence, oldest first, so that victims of a shortage have no row yet."""
         page_size = self._kv.page_size
@@ -462,8 +460,6 @@ class Scheduler:
         else:
             round_.refuse(seq)
 
-    # -- committing ----------------------------------------------------------------------------------------------
-
     def _close(self, plan: StepPlan) -> list[int]:
         """Take the oldest plan off the list of those in flight. Returns the adapters to release."""
         if next(iter(self._in_flight), None) != plan.step:
@@ -505,8 +501,6 @@ class Scheduler:
             self._end(seq, reason, token)
         else:
             self._emit(seq, None, token)
-
-    # -- coming, ending, and what lies between --------------------------------------------------------------------
 
     def _num_cached(self, seq: Sequence) -> int:
         """Tokens of a waiting sequence whose K/V is cached."""
