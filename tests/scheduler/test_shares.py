@@ -6,6 +6,7 @@ import pytest
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.residency import Residency
+from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, SamplingParams
 from lorikeet.core.sequence import Sequence
 from lorikeet.kv.manager import KVManager
@@ -103,7 +104,9 @@ def test_whoever_is_held_back_can_be_aborted() -> None:
     engine.add(0, 100, max_new_tokens=50)
     engine.step()
     for number in range(20, 100):
-        engine.scheduler.abort(number, FinishReason(kind="abort", message="bye"))
+        engine.scheduler.abort(
+            number, FinishReason(kind="abort", failure=Failure("aborted", "bye"))
+        )
         engine.scheduler.check_integrity()
     ended = engine.step()
     assert sorted(ended) == list(range(20, 100))
@@ -114,7 +117,7 @@ def test_a_failed_adapter_ends_those_that_are_held_back() -> None:
     engine = Engine()
     engine.add(0, 100, max_new_tokens=50)
     engine.step()
-    engine.scheduler.fail_version(0, "it broke")
+    engine.scheduler.fail_version(0, Failure("refused", "it broke"))
     assert sorted(engine.step()) == list(range(100))
 
 
