@@ -13,8 +13,8 @@ from benchmarks.serving import overload, watch
 from benchmarks.serving.client import Client
 from benchmarks.serving.target import started
 from lorikeet.config import ServerConfig
-from lorikeet.engine.tokenizer import Tokenizer
 from lorikeet.server.limits import Limits
+from lorikeet.text.tokenizer import Tokenizer
 from tests.support.fake_engine import Knobs
 from tests.support.live_server import LiveServer
 from tests.test_engine_bench import TINY

@@ -117,7 +117,7 @@ def test_a_failed_adapter_ends_those_that_are_held_back() -> None:
     engine = Engine()
     engine.add(0, 100, max_new_tokens=50)
     engine.step()
-    engine.scheduler.fail_version(0, "it broke")
+    engine.scheduler.fail_version(0, Failure("refused", "it broke"))
     assert sorted(engine.step()) == list(range(100))
 
 
