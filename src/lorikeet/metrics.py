@@ -103,7 +103,7 @@ class _Twins(Generic[_M]):
     ) -> None:
         names = ["outcome"] if outcomes else []
         self._model_name = model_name
-        self._series = [(outcome,) for outcome in outcomes] or [()]
+        self._series: list[tuple[str, ...]] = [(outcome,) for outcome in outcomes] or [()]
         whole = kind(f"lorikeet_{name}", text, ["model_name", *names], **options)
         self._whole = {series: whole.labels(model_name, *series) for series in self._series}
         names = ["model_name", "adapter", *names]
