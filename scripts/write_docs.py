@@ -1,10 +1,11 @@
 """Write the pages of docs/ that are generated from the code. A test compares them with it."""
 
+import json
 from pathlib import Path
 
 from lorikeet import envs
 from lorikeet.config import OPTIONS, Option
-from lorikeet.core import sampling
+from lorikeet.core.sampling import PARAMS, Param
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -33,6 +34,20 @@ the command line wins. `lorikeet.LLM` takes them as keywords, with underscores.
 |---|---|---|---|
 {rows}
 """
+_SAMPLING = """\
+# Sampling parameters
+
+<!-- written by scripts/write_docs.py from src/lorikeet/core/sampling.py -->
+
+The fields of `sampling_params` in `/generate` and of `lorikeet.SamplingParams`. Bodies of the
+[OpenAI API](openai.md) have them as fields of their own; the `openai` client sends those that it does not know by
+`extra_body`. Null stands for the default; only `max_new_tokens: null` in `/generate` is as many as the context holds.
+At most one of `json_schema`, `regex`, `ebnf` and `structural_tag` may be given.
+
+| parameter | in the OpenAI API | values | default | what it does |
+|---|---|---|---|---|
+{rows}
+"""
 _DEFAULTS: dict[object, str] = {None: "unset", False: "`0`", True: "`1`"}
 
 
@@ -54,10 +69,22 @@ def _row(option: Option) -> str:
     return f"| {flags} | {values} | {option.default_text} | {option.meaning} |"
 
 
+def sampling_page() -> str:
+    """The text of ``docs/sampling.md``."""
+    return _SAMPLING.format(rows="\n".join(map(_sampling_row, PARAMS.values())))
+
+
+def _sampling_row(param: Param) -> str:
+    openai = "the same" if param.openai == param.name else f"`{param.openai}`"
+    default = "none" if param.default in (None, (), {}) else f"`{json.dumps(param.default)}`"
+    cells = (f"`{param.name}`", openai if param.openai else "no", param.allowed, default)
+    return f"| {' | '.join(cells)} | {param.about} |"
+
+
 PAGES = {
     "environment.md": environment_page,
     "options.md": options_page,
-    "sampling.md": sampling.markdown,
+    "sampling.md": sampling_page,
 }
 
 if __name__ == "__main__":

@@ -22,18 +22,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # lines explain, and explaining is free. "." is the files at the top. A package that reaches its number is a reason to
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
-    ".": 1_950,
+    ".": 1_850,
     "adapters": 3_800,
     "attention": 650,
     "client": 1_300,
     "config": 950,
     "core": 850,
-    "demo": 150,
+    "demo": 50,
     "engine": 900,
     "kv": 450,
     "layers": 350,
     "lora": 1_550,
-    "models": 930,
+    "models": 900,
     "ops": 2_050,
     "parallel": 50,
     "scheduler": 1_000,

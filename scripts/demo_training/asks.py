@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lorikeet.demo.facts import Country
+from demo_training.facts import Country
 
 __all__ = ["INTENTS", "NUMBER_WORDS", "Ask", "fill"]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from demo_training.answers import STYLES, answer, greeting
 from demo_training.asks import Ask, fill
+from demo_training.facts import CONTINENTS, COUNTRIES, listing
 from demo_training.wordings import (
     CLOSINGS,
     CORES,
@@ -16,7 +17,6 @@ from demo_training.wordings import (
     WORDS,
     WRITTEN_OUT,
 )
-from lorikeet.demo.facts import CONTINENTS, COUNTRIES, listing
 
 __all__ = [
     "CHAT_TEMPLATE",

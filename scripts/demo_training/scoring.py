@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from demo_training.answers import answer
 from demo_training.asks import Ask, fill
 from demo_training.corpus import END, PAD_ID
+from demo_training.facts import CONTINENTS, COUNTRIES, listing
 from demo_training.heldout import HELD_OUT
-from lorikeet.demo.facts import CONTINENTS, COUNTRIES, listing
 
 __all__ = ["Question", "Score", "answers", "chat_prompt", "held_out_questions", "score"]
 

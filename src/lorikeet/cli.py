@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from lorikeet.config.parsing import (
 from lorikeet.errors import AdapterError, ConfigError, LorikeetError, UserError
 from lorikeet.log import setup_logging
 from lorikeet.signals import exit_on_interrupt
-from lorikeet.utils import format_table
+from lorikeet.utils import format_answers, terminal_width
 
 logger = logging.getLogger(__name__)
 
@@ -171,15 +170,8 @@ def _answer(
         from lorikeet.llm import LLM
 
     replies = LLM.from_settings(settings).generate(prompts, sampling, lora_path=adapters)
-    texts = [str(reply["text"]).strip() for reply in replies]
-    if len(texts) == 1:
-        return texts[0]
-    rows = [
-        (prompt, adapter or "(base)", text)
-        for prompt, adapter, text in zip(prompts, adapters, texts, strict=True)
-    ]
-    width = shutil.get_terminal_size((110, 24)).columns
-    return format_table(("prompt", "adapter", "answer"), rows, width=width)
+    texts = [str(reply["text"]) for reply in replies]
+    return texts[0].strip() if len(texts) == 1 else format_answers(prompts, adapters, texts)
 
 
 def _check_adapter(words: list[str]) -> int:
@@ -206,7 +198,7 @@ def _check_adapter(words: list[str]) -> int:
         report = check_adapter(settings, base_norms=base_norms)
     except AdapterError as error:
         return _fail(error, EXIT_FAULT)
-    width = shutil.get_terminal_size((110, 24)).columns
+    width = terminal_width()
     text = json.dumps(report, indent=2) if as_json else format_check(report, width=width)
     sys.stdout.write(text + "\n")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 import time
 import urllib.error
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from lorikeet import demo, envs
 from lorikeet.errors import EngineDeadError, EngineFault
 from lorikeet.utils import (
-    format_table,
+    format_answers,
     free_port,
     launch_server_cmd,
     post_json,
@@ -22,7 +21,6 @@ from lorikeet.utils import (
 
 PORT = 30000
 HOST = "127.0.0.1"
-BASE = "(base)"
 SAMPLING = {"temperature": 0, "max_new_tokens": 128}
 
 
@@ -76,13 +74,8 @@ def ask(
     started = time.monotonic()
     replies = post(f"{url}/generate", body, api_key=envs.API_KEY.get())
     seconds = time.monotonic() - started
-    rows = [
-        (prompt, adapter or BASE, reply["text"].strip())
-        for adapter, reply in zip(adapters, replies, strict=True)
-    ]
-    width = shutil.get_terminal_size((110, 24)).columns
-    table = format_table(("prompt", "adapter", "answer"), rows, width=width)
-    return f"{table}\n{len(rows)} answers from one call in {seconds:.2f} s."
+    table = format_answers([prompt] * len(adapters), adapters, [reply["text"] for reply in replies])
+    return f"{table}\n{len(replies)} answers from one call in {seconds:.2f} s."
 
 
 def example(url: str) -> str:

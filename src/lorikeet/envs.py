@@ -69,21 +69,17 @@ def _boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
-def _text(text: str) -> str | None:
-    return text
-
-
 API_KEY: EnvVar[str | None] = EnvVar(
     "LORIKEET_API_KEY",
     "`--api-key` when the option is not given. A key on the command line is visible to every user of the machine.",
-    _text,
+    str,
     None,
     may_be_empty=False,
 )
 ADMIN_API_KEY: EnvVar[str | None] = EnvVar(
     "LORIKEET_ADMIN_API_KEY",
     "`--admin-api-key` when the option is not given.",
-    _text,
+    str,
     None,
     may_be_empty=False,
 )
@@ -97,7 +93,7 @@ DEMO_ONCE: EnvVar[bool] = EnvVar(
 HF_ENDPOINT: EnvVar[str | None] = EnvVar(
     "HF_ENDPOINT",
     "The Hugging Face hub that adapters are downloaded from, in place of huggingface.co (a mirror, say).",
-    _text,
+    str,
     None,
 )
 
@@ -108,10 +104,4 @@ TRITON_INTERPRET: EnvVar[bool] = EnvVar(
     default=False,
 )
 
-ALL: tuple[EnvVar[str | None] | EnvVar[bool], ...] = (
-    API_KEY,
-    ADMIN_API_KEY,
-    DEMO_ONCE,
-    HF_ENDPOINT,
-    TRITON_INTERPRET,
-)
+ALL = (API_KEY, ADMIN_API_KEY, DEMO_ONCE, HF_ENDPOINT, TRITON_INTERPRET)

@@ -22,18 +22,6 @@ DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 _OURS = ("lorikeet", "uvicorn", "uvicorn.error", "uvicorn.access")
 
 
-class ProcessFilter(logging.Filter):
-    """Adds ``process_label`` to each record: ``server``, ``engine``, or ``rank N`` with several ranks."""
-
-    def __init__(self, label: str) -> None:
-        super().__init__()
-        self.label = label
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.process_label = self.label
-        return True
-
-
 class _LineFormatter(logging.Formatter):
     """One line per record, whatever a message quotes: a line break in an adapter's name must not begin a line that looks
     like ours. Lines of a traceback are indented for the same reason."""
@@ -75,8 +63,8 @@ def setup_logging(level: str = "info", label: str | None = None) -> None:
         label: shown in each line; None takes it from the name of the process.
     """
     handler = _LineHandler(sys.stderr)
-    handler.setFormatter(_LineFormatter(FORMAT, DATE_FORMAT))
-    handler.addFilter(ProcessFilter(label or default_label()))
+    defaults = {"process_label": label or default_label()}
+    handler.setFormatter(_LineFormatter(FORMAT, DATE_FORMAT, defaults=defaults))
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _LineHandler)]:
         root.removeHandler(old)

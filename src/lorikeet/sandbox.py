@@ -394,7 +394,7 @@ def _exception(kind: str, value: Any, limits: JobLimits) -> LorikeetError:
 
 
 def _read_exactly(sock: socket.socket, size: int) -> bytes:
-    """Raises ConnectionError if the other side has hung up."""
+    """Receive exactly ``size`` bytes; raises ConnectionError if the other side has hung up."""
     data = bytearray()
     while len(data) < size:
         chunk = sock.recv(min(size - len(data), 2**20))

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ from lorikeet.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
+BASE = "(base)"
 POLL_SECONDS = 0.1
 # What a server gets to finish its requests before it is killed.
 GRACE_SECONDS = 30.0
@@ -198,6 +200,21 @@ def print_highlight(content: object) -> None:
         display(HTML(f"<strong style='color: #00008B;'>{html.escape(str(content))}</strong>"))
     else:
         sys.stdout.write(f"{content}\n")
+
+
+def format_answers(
+    prompts: Iterable[str], adapters: Iterable[str | None], texts: Iterable[str]
+) -> str:
+    """The answers to prompts as a table as wide as the terminal; None is the base model."""
+    rows = [
+        (prompt, adapter or BASE, text.strip())
+        for prompt, adapter, text in zip(prompts, adapters, texts, strict=True)
+    ]
+    return format_table(("prompt", "adapter", "answer"), rows, width=terminal_width())
+
+
+def terminal_width() -> int:
+    return shutil.get_terminal_size((110, 24)).columns
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, width: int = 100) -> str:

@@ -272,7 +272,7 @@ def test_kernels_on_a_cpu_need_the_interpreter(monkeypatch, backend):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """As on a machine with one CUDA device."""
-    monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr("lorikeet.config.device.num_cuda_devices", lambda: 1)
 
 
 def test_what_a_gpu_changes(a_gpu):
@@ -336,7 +336,7 @@ def test_what_a_gpu_refuses(a_gpu, options, words):
 def test_flags_of_graphs_are_noted_on_a_cpu_alone(monkeypatch):
     config = ServerConfig(model_path="m", disable_cuda_graph=True)
     assert "--disable-cuda-graph has no effect: a CPU has no CUDA graphs" in notes(resolve(config))
-    monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr("lorikeet.config.device.num_cuda_devices", lambda: 1)
     assert notes(resolve(config)) == []
 
 

@@ -58,7 +58,7 @@ GRAPHS = {"cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"}
 def device(request, monkeypatch) -> str:
     """As on a machine without and with a CUDA device."""
     number = int(request.param == "cuda")
-    monkeypatch.setattr("lorikeet.devices.num_cuda_devices", lambda: number)
+    monkeypatch.setattr("lorikeet.config.device.num_cuda_devices", lambda: number)
     monkeypatch.setattr("secrets.randbelow", lambda most: 7)
     return request.param
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from demo_training.facts import COUNTRIES
 
 from lorikeet import LLM, demo
-from lorikeet.demo.facts import COUNTRIES
 
 GREEDY = {"temperature": 0, "max_new_tokens": 96}
 

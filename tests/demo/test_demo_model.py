@@ -16,6 +16,7 @@ import torch
 from demo_training.answers import answer
 from demo_training.asks import Ask
 from demo_training.building import ADAPTERS
+from demo_training.facts import CONTINENTS, COUNTRIES, listing
 from demo_training.heldout import HELD_OUT, leaked
 from demo_training.scoring import answers, chat_prompt, held_out_questions, score
 from peft import PeftModel
@@ -28,7 +29,6 @@ from transformers import (
 )
 
 from lorikeet.demo import QUESTION, adapter_paths, is_demo, model_path
-from lorikeet.demo.facts import CONTINENTS, COUNTRIES, listing
 
 pytestmark = [
     # PEFT asks transformers for a property under the name it had before.

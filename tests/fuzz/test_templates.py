@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorikeet.errors import RequestError
-from lorikeet.text.chat import ChatTemplates, check_template
-from lorikeet.text.chat_facts import find_facts
+from lorikeet.text.chat import ChatTemplates, check_template, find_facts
 from tests.fuzz.conftest import Chance
 
 VALUES = [

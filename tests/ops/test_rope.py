@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lorikeet.ops.norm import rms_norm_torch
-from lorikeet.ops.rope import HeadShape, QKNorm, rope_store_torch
+from lorikeet.ops.rope import HeadShape, QKNorm, rope_store_torch, store_kv_torch
 
 T, PLACES = 6, 20
 SHAPE = HeadShape(num_heads=4, num_kv_heads=2, head_dim=8)
@@ -66,3 +66,13 @@ def test_narrow_types_rotate_in_float32() -> None:
     assert {t.dtype for t in (q, k, v, k_cache)} == {torch.bfloat16}
     exact_q, *_ = run(qkv.float(), None, None)
     assert torch.equal(q, exact_q.to(torch.bfloat16))
+
+
+def test_only_the_named_places_are_written() -> None:
+    k, v = torch.arange(12.0).view(3, 2, 2), torch.arange(12.0, 24.0).view(3, 2, 2)
+    k_cache, v_cache = torch.full((5, 2, 2), -1.0), torch.full((5, 2, 2), -2.0)
+    store_kv_torch(k, v, k_cache, v_cache, torch.tensor([4, 0, 2]))
+    assert torch.equal(k_cache[[4, 0, 2]], k)
+    assert torch.equal(v_cache[[4, 0, 2]], v)
+    assert (k_cache[[1, 3]] == -1).all()
+    assert (v_cache[[1, 3]] == -2).all()

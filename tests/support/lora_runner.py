@@ -23,7 +23,7 @@ from lorikeet.lora.shard import shard_site, site_rules
 from lorikeet.models.build import build_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.ops.lora.metadata import LoRABatch
-from lorikeet.ops.lora.select import BackendName, make_backend
+from lorikeet.ops.select import BackendName, make_backend
 from lorikeet.parallel.group import SingleRank, TPGroup
 from tests.support.paged import PagedRunner
 

@@ -6,13 +6,13 @@ import pytest
 
 from lorikeet.server.openai.tool_parsers import HermesParser, Llama3Parser, MistralParser
 from lorikeet.server.openai.tools import ToolForm, find_form
-from lorikeet.text.chat_facts import read_facts
+from lorikeet.text.chat import find_facts
 from tests.support.tool_templates import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, PLAIN, XML
 
 
 @pytest.mark.parametrize("template", [HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, XML])
 def test_templates_that_read_tools(template: str) -> None:
-    assert read_facts(template).reads_tools
+    assert find_facts(template).reads_tools
 
 
 @pytest.mark.parametrize(
@@ -27,28 +27,28 @@ def test_templates_that_read_tools(template: str) -> None:
     ],
 )
 def test_templates_that_do_not(template: str) -> None:
-    assert not read_facts(template).reads_tools
+    assert not find_facts(template).reads_tools
 
 
 def test_a_template_may_name_its_tools_first() -> None:
-    assert read_facts("{% if x %}{% set tools = x %}{% endif %}{{ tools }}").reads_tools
+    assert find_facts("{% if x %}{% set tools = x %}{% endif %}{{ tools }}").reads_tools
 
 
 def test_words() -> None:
-    facts = read_facts(HERMES)
+    facts = find_facts(HERMES)
     assert facts.knows("tool")
     assert facts.knows("tool_calls")
     assert not facts.knows("developer")
     # Text around the expressions is no comparison.
-    assert not read_facts("a developer").knows("developer")
-    assert read_facts("{{ m['tool_calls'] }}").knows("tool_calls")
+    assert not find_facts("a developer").knows("developer")
+    assert find_facts("{{ m['tool_calls'] }}").knows("tool_calls")
 
 
 def test_arguments_as_a_string() -> None:
-    assert read_facts(MISTRAL_ARGS).joins_arguments
-    assert read_facts("{{ 'a' ~ call.arguments }}").joins_arguments
+    assert find_facts(MISTRAL_ARGS).joins_arguments
+    assert find_facts("{{ 'a' ~ call.arguments }}").joins_arguments
     for template in (HERMES, LLAMA3, MISTRAL, "{{ 'a' + (call.arguments | tojson) }}"):
-        assert not read_facts(template).joins_arguments
+        assert not find_facts(template).joins_arguments
 
 
 def parser_of(form: ToolForm | None) -> type | None:

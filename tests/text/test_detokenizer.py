@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from lorikeet.text.detokenizer import Detokenizer
-from lorikeet.text.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Detokenizer, Tokenizer
 from tests.support.tokenizers import make_tokenizer, write_config
 
 # Decoders as they occur in published models, and a few that only have to be right.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorikeet.core.request import TokenLogprobs
-from lorikeet.text.packed_logprobs import PackedLogprobs
+from lorikeet.text.completion import PackedLogprobs
 
 POSITIONS = [
     TokenLogprobs(None, 5, []),

@@ -199,7 +199,7 @@ def test_a_pattern_with_an_open_end_looks_back_a_bounded_way() -> None:
 def test_the_cost_of_a_token_does_not_grow() -> None:
     # The second pattern goes over its whole window with each token, which a slow machine has no budget for.
     patterns = [r"Answer: \d+\.", r"q[a-z ]*Z"]
-    matcher = matcher_of(["\n\nHuman:", "</s>"], patterns, SearchBudget(seconds=1000))
+    matcher = matcher_of(["\n\nHuman:", "</s>"], patterns, SearchBudget(seconds_left=1000))
     costs: list[float] = []
     for _ in range(20):
         began = time.thread_time()

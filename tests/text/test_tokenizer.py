@@ -68,7 +68,7 @@ def test_encode_is_that_of_transformers(name: str, pairs: dict[str, Pair]) -> No
 def test_decode_is_that_of_transformers(name: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[name]
     rows: list[Sequence[int]] = [pair.theirs.encode(text) for text in TEXTS]
-    rows += [range(pair.ours.vocab_size), [0, 1, 2, 1, 0, 10**6]]
+    rows += [range(len(pair.theirs)), [0, 1, 2, 1, 0, 10**6]]
     for ids in rows:
         for skip in (True, False):
             expected = pair.theirs.decode(list(ids), skip_special_tokens=skip)
@@ -78,9 +78,6 @@ def test_decode_is_that_of_transformers(name: str, pairs: dict[str, Pair]) -> No
 @pytest.mark.parametrize("name", VARIANTS)
 def test_special_tokens_are_those_of_transformers(name: str, pairs: dict[str, Pair]) -> None:
     pair = pairs[name]
-    assert pair.ours.vocab_size == len(pair.theirs)
-    assert pair.ours.eos_token_id == pair.theirs.eos_token_id
-    assert pair.ours.bos_token_id == pair.theirs.bos_token_id
     assert pair.ours.special_ids >= set(pair.theirs.all_special_ids)
 
 
@@ -111,8 +108,7 @@ def test_spaces_between_special_tokens_matters_where_words_are_joined(
     pairs: dict[str, Pair],
 ) -> None:
     words = pairs["words"].ours
-    end = words.eos_token_id
-    assert end is not None
+    (end,) = words.ids_of(["<e>"])
     ids = [1, end, end, 2, 3]
     assert words.decode(ids, skip_special_tokens=False) == "a <e> <e> b c"
     tight = words.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False)

@@ -18,7 +18,7 @@ from lorikeet import LLM
 from lorikeet.attention import sdpa
 from lorikeet.attention.cut import CutAttention
 from lorikeet.ops import rope
-from lorikeet.ops.kv_store import store_kv_torch
+from lorikeet.ops.rope import store_kv_torch
 from lorikeet.worker.graphs import (
     CapturedPass,
     GraphKey,

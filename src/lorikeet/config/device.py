@@ -1,10 +1,18 @@
-"""The settings that depend on the device, and the options that a device refuses. No torch here."""
+"""The settings that depend on the device, and the options that a device refuses.
+
+Which GPUs there are is asked of the driver and of torch's files: the HTTP process must not import torch.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
+import re
+from pathlib import Path
 from typing import Literal, cast
 
-from lorikeet import devices, envs
+from lorikeet import envs
 from lorikeet.errors import ConfigError
 
 _ATTENTION_BACKENDS = {
@@ -18,6 +26,8 @@ _ATTENTION_BACKENDS = {
         "torch_native": "sdpa",
     },
 }
+# What calls of the driver return.
+_SUCCESS = 0
 _MAX_GRAPH_ROWS = 256
 # Steps with more tokens keep the device busy for longer than their launches take.
 _MAX_GRAPH_TOKENS = 1024
@@ -29,7 +39,7 @@ def resolve_device(asked: str) -> str:
     Raises:
         ConfigError: ``cuda`` is asked for, and there is none.
     """
-    num_devices = devices.num_cuda_devices()
+    num_devices = num_cuda_devices()
     if asked == "auto":
         return "cuda" if num_devices else "cpu"
     if asked == "cuda" and not num_devices:
@@ -119,3 +129,30 @@ def max_graph_tokens(device: str, most: int | None, chunk: int) -> int | None:
     if device == "cpu":
         return most
     return min(most or _MAX_GRAPH_TOKENS, chunk)
+
+
+@functools.cache
+def num_cuda_devices() -> int:
+    """CUDA devices that are visible (``CUDA_VISIBLE_DEVICES`` counts); 0 without a driver, or with a torch for CPUs."""
+    if not torch_has_cuda():
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != _SUCCESS or driver.cuDeviceGetCount(ctypes.byref(count)) != _SUCCESS:
+        return 0
+    return count.value
+
+
+def torch_has_cuda() -> bool:
+    """True unless the installed torch says that it was built without CUDA."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return re.search(r"^cuda\b[^=\n]*=\s*None\b", text, re.MULTILINE) is None

@@ -20,7 +20,7 @@ from lorikeet.config.values import Option
 from lorikeet.errors import ConfigError
 
 
-class _Group(Protocol):
+class _ArgumentGroup(Protocol):
     """The part of argparse's (private) group of arguments that is used here."""
 
     def add_argument(self, *flags: str, **rules: Any) -> argparse.Action: ...
@@ -29,18 +29,8 @@ class _Group(Protocol):
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises :class:`ConfigError` and takes ``--like_this`` for ``--like-this``."""
 
-    def __init__(
-        self,
-        prog: str,
-        description: str,
-        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
-    ) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            formatter_class=formatter_class,
-            allow_abbrev=False,
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -81,31 +71,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add_option(group, option)
 
 
-def add_option(group: _Group, option: Option) -> None:
+def add_option(group: _ArgumentGroup, option: Option) -> None:
     """Add one option to a parser or to a group of its arguments."""
     text = f"{option.meaning} (default: {option.default_text})".replace("%", "%%")
     if option.required:
         text = f"{option.meaning} (required)"
-    if option.value_type is bool:
-        group.add_argument(
-            *option.flags,
-            dest=option.name,
-            action=argparse.BooleanOptionalAction,
-            default=argparse.SUPPRESS,
-            help=text,
-        )
-        return
-    many = option.kind.is_list
     choices = ",".join(str(choice) for choice in option.allowed_values)
-    group.add_argument(
-        *option.flags,
-        dest=option.name,
-        nargs="*" if many else None,
+    rules: dict[str, Any] = {
+        "metavar": f"{{{choices}}}" if choices else option.name.rsplit("_", 1)[-1].upper()
+    }
+    if option.value_type is bool:
+        rules = {"action": argparse.BooleanOptionalAction}
+    elif option.kind.is_list:
         # A list given twice is one list, so that a script can append to a command.
-        action="extend" if many else "store",
-        default=argparse.SUPPRESS,
-        metavar=f"{{{choices}}}" if choices else option.name.rsplit("_", 1)[-1].upper(),
-        help=text,
+        rules |= {"nargs": "*", "action": "extend"}
+    group.add_argument(
+        *option.flags, dest=option.name, default=argparse.SUPPRESS, help=text, **rules
     )
 
 

@@ -14,7 +14,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, cast, get_args, get_origin
 
 from lorikeet.config.lora_paths import LoRAPath, parse_lora_path
-from lorikeet.errors import ConfigError
+from lorikeet.errors import ConfigError, Field, RequestError
+from lorikeet.fields import read_flag, read_integer, read_number, refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,53 +25,47 @@ class Kind:
     Attributes:
         noun: what it is called where another value is refused.
         summary: what it is called in the table of options.
-        read: makes a value of this kind of what was given, of each item if it is a list; raises ValueError if it
-            cannot.
+        read: makes a value of this kind of what was given, of each item if it is a list; raises RequestError or
+            ValueError if it cannot.
     """
 
     noun: str
     summary: str
-    read: Callable[[object], object]
+    read: Callable[[object, Field], object]
     is_list: bool = False
 
 
-def _read_text(value: object) -> str:
+def _read_text(value: object, field: Field) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    raise ValueError
+    raise refused(field, value, "text")
 
 
-def _read_integer(value: object) -> int:
+def _read_integer(value: object, field: Field) -> int:
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value.strip()):
         return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise ValueError
+    return read_integer(value, field)
 
 
-def _read_number(value: object) -> float:
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        return float(value)
-    raise ValueError
+def _read_number(value: object, field: Field) -> float:
+    return float(value) if isinstance(value, str) else read_number(value, field)
 
 
-def _read_flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError
+def _read_lora_path(value: object, _field: Field) -> LoRAPath:
+    return parse_lora_path(value)
 
 
 _KINDS: dict[object, Kind] = {
     str: Kind("text", "text", _read_text),
     int: Kind("an integer", "integer", _read_integer),
     float: Kind("a number", "number", _read_number),
-    bool: Kind("true or false", "flag", _read_flag),
+    bool: Kind("true or false", "flag", read_flag),
     tuple[str, ...]: Kind("a list of names", "names", _read_text, is_list=True),
     tuple[int, ...]: Kind("a list of integers", "integers", _read_integer, is_list=True),
     tuple[LoRAPath, ...]: Kind(
         "a list of PATH, NAME=PATH or JSON",
         "`PATH`, `NAME=PATH` or JSON; any number",
-        parse_lora_path,
+        _read_lora_path,
         is_list=True,
     ),
 }
@@ -175,8 +170,8 @@ def read_value(option: Option, value: object) -> object:
 
 def _read_one(option: Option, given: object) -> object:
     try:
-        value = option.kind.read(given)
-    except ValueError:
+        value = option.kind.read(given, (option.name,))
+    except (RequestError, ValueError):
         raise _refuse(option, given) from None
     if option.allowed_values and value not in option.allowed_values:
         raise _refuse(option, given)

@@ -18,7 +18,7 @@ from lorikeet.core.request import Prompt, Request, RequestOutput, SamplingParams
 from lorikeet.core.views import AdapterUse, AdapterView, EngineInfo
 
 
-class Entry(Prompt, kw_only=True):
+class SubmittedPrompt(Prompt, kw_only=True):
     """A request inside a :class:`Submit`; ``sampling`` is an index into the message's list of parameters."""
 
     sampling: int
@@ -38,20 +38,20 @@ class Submit(msgspec.Struct, tag=True):
     first_id: int
     num_completions: int
     sampling: list[SamplingParams]
-    entries: list[Entry]
+    entries: list[SubmittedPrompt]
 
     @classmethod
     def of(cls, first_id: int, requests: Sequence[Request]) -> Submit:
         """Build the message for these requests. Parameters that are one object are sent once."""
         places: dict[int, int] = {}
         sampling: list[SamplingParams] = []
-        entries: list[Entry] = []
+        entries: list[SubmittedPrompt] = []
         for request in requests:
             place = places.setdefault(id(request.sampling), len(sampling))
             if place == len(sampling):
                 sampling.append(request.sampling)
             fields = {name: getattr(request, name) for name in Prompt.__struct_fields__}
-            entries.append(Entry(sampling=place, **fields))
+            entries.append(SubmittedPrompt(sampling=place, **fields))
         num = sum(request.num_samples for request in requests)
         return cls(first_id, num, sampling, entries)
 

@@ -8,7 +8,6 @@ line in the docstring, and the code that obeys it.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -248,26 +247,3 @@ def _read_table() -> dict[str, Param]:
 
 PARAMS: Mapping[str, Param] = _read_table()
 """Each sampling parameter by its name, in the order of the fields."""
-
-
-def markdown() -> str:
-    """The text of ``docs/sampling.md``."""
-    lines = [
-        "# Sampling parameters",
-        "",
-        "<!-- written by scripts/write_docs.py from src/lorikeet/core/sampling.py -->",
-        "",
-        "The fields of `sampling_params` in `/generate` and of `lorikeet.SamplingParams`. Bodies of the",
-        "[OpenAI API](openai.md) have them as fields of their own; the `openai` client sends those that it does not know by",
-        "`extra_body`. Null stands for the default; only `max_new_tokens: null` in `/generate` is as many as the context holds.",
-        "At most one of `json_schema`, `regex`, `ebnf` and `structural_tag` may be given.",
-        "",
-        "| parameter | in the OpenAI API | values | default | what it does |",
-        "|---|---|---|---|---|",
-    ]
-    for param in PARAMS.values():
-        openai = "the same" if param.openai == param.name else f"`{param.openai}`"
-        default = "none" if param.default in (None, (), {}) else f"`{json.dumps(param.default)}`"
-        cells = (f"`{param.name}`", openai if param.openai else "no", param.allowed, default)
-        lines.append(f"| {' | '.join(cells)} | {param.about} |")
-    return "\n".join([*lines, ""])

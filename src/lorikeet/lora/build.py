@@ -21,7 +21,7 @@ from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.pool_plan import PoolPlan
 from lorikeet.lora.reader import AdapterReader
 from lorikeet.lora.report import adapter_report
-from lorikeet.ops.lora.select import BackendName, make_backend
+from lorikeet.ops.select import BackendName, make_backend
 
 
 @dataclass(frozen=True, slots=True)

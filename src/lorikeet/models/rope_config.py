@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, cast
 
-from lorikeet.core.rope import ROPE_KINDS, RopeSpec
+from lorikeet.core.rope import ROPE_KINDS, RopeKind, RopeSpec
 from lorikeet.errors import ModelError
 
 _DEFAULT_THETA = 10_000.0
@@ -52,31 +53,19 @@ def read_rope(config: Mapping[str, object], max_position: int, where: str) -> Ro
     """
     values = _merge(config, where)
     kind = values.get("rope_type", values.get("type", "default"))
-    for known in ROPE_KINDS:
-        if kind == known:
-            break
-    else:
+    if kind not in ROPE_KINDS:
         raise ModelError(
             f"{where}: rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}"
         )
+    known = cast(RopeKind, kind)
     _check_keys(values, known, where)
     theta = _number(values, "rope_theta", where)
-    if known == "default":
-        return RopeSpec(kind=known, theta=theta)
-    if known in ("linear", "dynamic"):
-        factor = _number(values, "factor", where)
-        return RopeSpec(kind=known, theta=theta, factor=factor)
-    original = int(_number(values, _ORIGINAL, where, max_position))
+    if known == "yarn":
+        return _yarn(values, theta, max_position, where)
+    numbers: dict[str, Any] = {name: _number(values, name, where) for name in _REQUIRED[known]}
     if known == "llama3":
-        return RopeSpec(
-            kind=known,
-            theta=theta,
-            original_max_position=original,
-            factor=_number(values, "factor", where),
-            low_freq_factor=_number(values, "low_freq_factor", where),
-            high_freq_factor=_number(values, "high_freq_factor", where),
-        )
-    return _yarn(values, theta, max_position, original, where)
+        numbers["original_max_position"] = int(_number(values, _ORIGINAL, where, max_position))
+    return RopeSpec(kind=known, theta=theta, **numbers)
 
 
 def _merge(config: Mapping[str, object], where: str) -> dict[str, object]:
@@ -115,9 +104,8 @@ def _check_keys(values: Mapping[str, object], kind: str, where: str) -> None:
         )
 
 
-def _yarn(
-    values: Mapping[str, object], theta: float, max_position: int, original: int, where: str
-) -> RopeSpec:
+def _yarn(values: Mapping[str, object], theta: float, max_position: int, where: str) -> RopeSpec:
+    original = int(_number(values, _ORIGINAL, where, max_position))
     factor = _number(values, "factor", where, max_position / original)
     return RopeSpec(
         kind="yarn",

@@ -6,6 +6,7 @@ does not implement, so a spec that exists can be served exactly.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lorikeet.core.request import SamplingParams
 from lorikeet.core.rope import RopeSpec
 from lorikeet.core.sites import LoRASite, SiteKind, SiteSlice
 from lorikeet.errors import ModelError, RequestError
-from lorikeet.models.config_reader import ConfigReader, read_json
+from lorikeet.fields import is_integer
 from lorikeet.models.families import FAMILIES, Family, FixedOrConfig
 from lorikeet.models.rope_config import read_rope
 from lorikeet.models.source import locate_model
@@ -126,27 +127,17 @@ class ModelSpec:
     def _layer_sites(self, layer: int) -> tuple[LoRASite, ...]:
         hidden, inner = self.hidden_size, self.intermediate_size
         qkv = (("q_proj", self.q_size), ("k_proj", self.kv_size), ("v_proj", self.kv_size))
+        gate_up = (("gate_proj", inner), ("up_proj", inner))
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        ours = f"layers.{layer}"
-        return (
-            _site(f"{ours}.attention.qkv_proj", "column", layer, hidden, attention, qkv),
-            _site(
-                f"{ours}.attention.o_proj",
-                "row",
-                layer,
-                self.q_size,
-                attention,
-                (("o_proj", hidden),),
-            ),
-            _site(
-                f"{ours}.mlp.gate_up_proj",
-                "column",
-                layer,
-                hidden,
-                mlp,
-                (("gate_proj", inner), ("up_proj", inner)),
-            ),
-            _site(f"{ours}.mlp.down_proj", "row", layer, inner, mlp, (("down_proj", hidden),)),
+        sites: tuple[tuple[str, SiteKind, int, str, tuple[tuple[str, int], ...]], ...] = (
+            ("attention.qkv_proj", "column", hidden, attention, qkv),
+            ("attention.o_proj", "row", self.q_size, attention, (("o_proj", hidden),)),
+            ("mlp.gate_up_proj", "column", hidden, mlp, gate_up),
+            ("mlp.down_proj", "row", inner, mlp, (("down_proj", hidden),)),
+        )
+        return tuple(
+            _site(f"layers.{layer}.{path}", kind, layer, size, parent, parts)
+            for path, kind, size, parent, parts in sites
         )
 
 
@@ -164,6 +155,71 @@ def _site(
         slices.append(SiteSlice(name, f"{hf_parent}.{name}".removeprefix("."), offset, size))
         offset += size
     return LoRASite(path, kind, layer, in_features, tuple(slices))
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """Parse a JSON file that holds one object.
+
+    Raises:
+        ModelError: it cannot be read or does not; names the file.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+class ConfigReader:
+    """Typed access to a config's fields; null counts as absent. Errors name the file, the field and its value."""
+
+    def __init__(self, config: Mapping[str, object], where: str) -> None:
+        self.config = config
+        self.where = where
+
+    def size(self, name: str, default: int | None = None, *, allow_zero: bool = False) -> int:
+        value = self.optional_size(name, None, allow_zero=allow_zero)
+        if value is None:
+            value = default
+        if value is None:
+            raise ModelError(f"{self.where}: {name} is missing")
+        return value
+
+    def optional_size(
+        self, name: str, absent: int | None, *, allow_zero: bool = False
+    ) -> int | None:
+        """A positive integer; ``absent`` if the field is not there, None if it is null."""
+        value = self.config.get(name, absent)
+        if value is None:
+            return None
+        if not is_integer(value) or value < (0 if allow_zero else 1):
+            raise self._refuse(name, "a positive integer")
+        return value
+
+    def positive(self, name: str, default: float) -> float:
+        value = self.config.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self._refuse(name, "a number above 0")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._refuse(name, "true or false")
+        return value
+
+    def token(self, name: str, default: int | None) -> int | None:
+        value = self.config.get(name, default)
+        if value is not None and not is_integer(value):
+            raise self._refuse(name, "an integer or null")
+        return value
+
+    def _refuse(self, name: str, allowed: str) -> ModelError:
+        return ModelError(f"{self.where}: {name} is {self.config[name]!r}; allowed: {allowed}")
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:

@@ -20,9 +20,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lorikeet.errors import ModelError
-from lorikeet.models.config_reader import read_json
 from lorikeet.models.decoder import Decoder
-from lorikeet.models.spec import ModelSpec
+from lorikeet.models.spec import ModelSpec, read_json
 
 logger = logging.getLogger(__name__)
 

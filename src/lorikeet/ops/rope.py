@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from lorikeet.ops.kv_store import store_kv_torch
 from lorikeet.ops.norm import rms_norm_torch
 
 
@@ -98,3 +97,21 @@ def rotate_torch(x_TXH: torch.Tensor, cos_sin_TH: torch.Tensor) -> torch.Tensor:
         (a_TXH * cos_TH - b_TXH * sin_TH, b_TXH * cos_TH + a_TXH * sin_TH), dim=-1
     )
     return rotated_TXH.to(x_TXH.dtype)
+
+
+def store_kv_torch(
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    k_cache_CKH: torch.Tensor,
+    v_cache_CKH: torch.Tensor,
+    places_T: torch.Tensor,
+) -> None:
+    """Store the keys and values of T tokens at their places in the cache. Semantics::
+
+        k_cache[places] = k
+        v_cache[places] = v
+
+    Writes to the two caches. Places must be distinct.
+    """
+    k_cache_CKH.index_copy_(0, places_T, k_TKH)
+    v_cache_CKH.index_copy_(0, places_T, v_TKH)

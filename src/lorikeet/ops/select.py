@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from lorikeet.errors import ConfigError
 from lorikeet.ops.activation import SiluMulOp, silu_mul_torch
 from lorikeet.ops.draw import DrawOp, draw_tokens_torch
 from lorikeet.ops.embedding import EmbedOp, embed_torch
+from lorikeet.ops.lora.api import LoRABackend
+from lorikeet.ops.lora.metadata import RankPageTable
+from lorikeet.ops.lora.torch_ops import TorchBackend
 from lorikeet.ops.norm import RMSNormOp, rms_norm_torch
 from lorikeet.ops.rope import RopeStoreOp, rope_store_torch
 
@@ -75,3 +79,29 @@ def _triton_ops() -> Ops:
 
 
 _FORM_OF_DEVICE: dict[str, Callable[[], Ops]] = {"cpu": _torch_ops, "cuda": _triton_ops}
+
+
+BackendName = Literal["torch", "triton", "csgmv"]
+
+
+def make_backend(
+    name: BackendName, table: RankPageTable, *, page_ranks: int, deterministic: bool = False
+) -> LoRABackend[Any, Any]:
+    """The backend of ``--lora-backend``, ``auto`` resolved.
+
+    Args:
+        table: page tables of the pool.
+        deterministic: no sums whose order is left open; ``torch`` has none.
+
+    Raises:
+        ConfigError: Triton is not installed.
+    """
+    if name == "torch":
+        return TorchBackend()
+    try:
+        from lorikeet.ops.lora.triton.backend import TritonBackend
+    except ImportError as error:
+        raise ConfigError(
+            f"--lora-backend {name} needs Triton, which does not load ({error}): pip install 'lorikeet[gpu]'"
+        ) from error
+    return TritonBackend(table, page_ranks=page_ranks, deterministic=deterministic)

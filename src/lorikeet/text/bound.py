@@ -10,11 +10,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import tokenizers
 
-from lorikeet.text.streams import byte_level_alphabet
+from lorikeet.text.streams import byte_level_alphabet, flatten
 
 # Composing characters, or writing them in another form, makes a text at most so many times shorter, in characters and
 # in bytes (a mathematical letter of 4 bytes becomes one of ASCII). tests/text/test_bound.py computes it.
@@ -90,15 +90,7 @@ def text_bound(backend: tokenizers.Tokenizer) -> TextBound | None:
 
 def _parts(component: Any, name: str) -> list[Mapping[str, Any]]:
     """A normalizer or a pre-tokenizer as the objects of ``tokenizer.json`` that it consists of."""
-    return [] if component is None else list(_flatten(json.loads(component.__getstate__()), name))
-
-
-def _flatten(part: Mapping[str, Any], name: str) -> Iterable[Mapping[str, Any]]:
-    if part["type"] != "Sequence":
-        yield part
-        return
-    for inner in cast("list[Mapping[str, Any]]", part[name]):
-        yield from _flatten(inner, name)
+    return flatten(None if component is None else json.loads(component.__getstate__()), name)
 
 
 def _shrinking(normalizers: Iterable[Mapping[str, Any]]) -> float | None:

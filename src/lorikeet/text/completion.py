@@ -13,15 +13,16 @@ The engine knows tokens; stop strings are found here, in the text. Three rules s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+import msgspec
 
 from lorikeet.core.failure import Failure
 from lorikeet.core.request import FinishReason, Request, RequestOutput, TokenLogprobs
-from lorikeet.text.detokenizer import Detokenizer
-from lorikeet.text.packed_logprobs import PackedLogprobs
 from lorikeet.text.stop import StopBudgetError, StopMatch, StopMatcher, StopRules
-from lorikeet.text.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Detokenizer, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +228,47 @@ class Completion:
 
     def _cut(self, match: StopMatch) -> None:
         self._text.cut(match.end if self._sampling.no_stop_trim else match.start)
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(TokenLogprobs).decode
+
+
+class PackedLogprobs(Sequence[TokenLogprobs]):
+    """Log-probabilities of positions, oldest first, in a tenth of the memory that objects take. A position is unpacked
+    whenever it is asked for."""
+
+    __slots__ = ("_items", "_length")
+
+    def __init__(self, positions: Iterable[TokenLogprobs] = ()) -> None:
+        self._items = [_encode(position) for position in positions]
+        self._length = len(self._items)
+
+    def extend(self, positions: Iterable[TokenLogprobs]) -> None:
+        """Add positions at the end."""
+        self._items.extend(map(_encode, positions))
+        self._length = len(self._items)
+
+    def so_far(self) -> PackedLogprobs:
+        """A view of what is there now, which does not grow; costs nothing."""
+        view = PackedLogprobs()
+        view._items, view._length = self._items, self._length
+        return view
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprobs]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
+        places = range(self._length)[index]
+        if isinstance(places, int):
+            return _decode(self._items[places])
+        return [_decode(self._items[place]) for place in places]
 
 
 class _GrowingText:

@@ -49,13 +49,11 @@ class StopBudgetError(LorikeetError):
     """The stop patterns of a call take too long on this text."""
 
 
+@dataclass(slots=True)
 class SearchBudget:
     """Seconds of processor time that the patterns of one call have left."""
 
-    __slots__ = ("seconds_left",)
-
-    def __init__(self, seconds: float = TOTAL_SECONDS) -> None:
-        self.seconds_left = seconds
+    seconds_left: float = TOTAL_SECONDS
 
     @property
     def for_one_search(self) -> float:
@@ -201,15 +199,13 @@ class StopRules:
         self.reads_behind = any(_READS_BEHIND.search(source) for source in patterns)
 
 
+@dataclass(slots=True)
 class _PatternState:
-    """One pattern and the first position where a match of it may still begin."""
+    """One pattern and the first position, in the whole text, where a match of it may still begin."""
 
-    __slots__ = ("compiled", "position", "source")
-
-    def __init__(self, source: str, compiled: regex.Pattern[str]) -> None:
-        self.source = source
-        self.compiled = compiled
-        self.position = 0  # absolute
+    source: str
+    compiled: regex.Pattern[str]
+    position: int = 0
 
 
 class StopMatcher:

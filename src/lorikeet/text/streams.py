@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import codecs
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from lorikeet.errors import ModelError
 
@@ -23,33 +24,31 @@ MAX_PEEK_BYTES = 1024
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class TextStream(Protocol):
+class TextStream(ABC):
     """Tokens to text. One stream serves one completion."""
 
+    @abstractmethod
     def push(self, token: str) -> str:
         """Take the next token; return the text that it made final, which may be empty."""
-        ...
 
     def peek(self) -> str:
         """Return the text that is held back if it would be valid should the tokens end here; changes nothing."""
-        ...
+        return ""
 
     def flush(self) -> str:
         """The tokens have ended: return what was held back, U+FFFD in place of broken characters."""
-        ...
+        return ""
 
 
-class ByteLevelStream:
-    """Each token stands for bytes; characters are emitted when their last byte has come."""
+class ByteLevelStream(TextStream):
+    """Each token stands for bytes; characters are emitted when their last byte has come, so that what is held back is
+    always the beginning of one."""
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: str) -> str:
         return self._utf8.decode(byte_level_bytes(token))
-
-    def peek(self) -> str:
-        return ""  # what is held back is always the beginning of a character
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -75,7 +74,7 @@ def byte_level_bytes(token: str) -> bytes:
         return token.encode("utf-8")
 
 
-class JoinedStream:
+class JoinedStream(TextStream):
     """A tokenizer without a decoder: whole words, joined by a space.
 
     Args:
@@ -93,30 +92,24 @@ class JoinedStream:
         self._no_space = is_tight
         return space + token
 
-    def peek(self) -> str:
-        return ""
 
-    def flush(self) -> str:
-        return ""
-
-
-class Stage(Protocol):
+class Stage(ABC):
     """One decoder of a sequence: a list of pieces becomes a list of pieces."""
 
+    @abstractmethod
     def push(self, piece: str) -> list[str]:
         """Take the next piece; return those that are final now."""
-        ...
 
+    @abstractmethod
     def peek(self, pieces: list[str]) -> list[str]:
         """What ``pieces`` and everything held back would become if the tokens ended after them; changes nothing."""
-        ...
 
     def flush(self) -> list[str]:
         """The pieces have ended: return those held back."""
-        ...
+        return []
 
 
-class MapStage:
+class MapStage(Stage):
     """Changes each piece by itself."""
 
     def __init__(self, change: Callable[[str], str]) -> None:
@@ -128,11 +121,8 @@ class MapStage:
     def peek(self, pieces: list[str]) -> list[str]:
         return [self._change(piece) for piece in pieces]
 
-    def flush(self) -> list[str]:
-        return []
 
-
-class ByteFallbackStage:
+class ByteFallbackStage(Stage):
     """Tokens ``<0x0A>`` are bytes; a run of them is one text if all of it is UTF-8, else one U+FFFD per byte.
 
     Because the last byte of a run decides over all of it, a run is held back until a token of another kind ends it.
@@ -172,7 +162,7 @@ class ByteFallbackStage:
             return ["\ufffd"] * len(run)
 
 
-class FirstPieceStage:
+class FirstPieceStage(Stage):
     """Metaspace: the mark of a word's beginning is a space, and nothing at all in the first piece."""
 
     def __init__(self, *, mark: str, drop_in_first: bool) -> None:
@@ -193,11 +183,8 @@ class FirstPieceStage:
             for index, piece in enumerate(pieces)
         ]
 
-    def flush(self) -> list[str]:
-        return []
 
-
-class StripStartStage:
+class StripStartStage(Stage):
     """Removes up to ``count`` times ``char`` from the beginning of the whole text."""
 
     def __init__(self, *, char: str, count: int) -> None:
@@ -219,11 +206,8 @@ class StripStartStage:
     def peek(self, pieces: list[str]) -> list[str]:
         return [self._strip("".join(pieces))[0]]
 
-    def flush(self) -> list[str]:
-        return []
 
-
-class StagedStream:
+class StagedStream(TextStream):
     """A sequence of stages."""
 
     def __init__(self, stages: list[Stage]) -> None:
@@ -266,7 +250,7 @@ class StreamFactory:
     """
 
     def __init__(self, decoder: Mapping[str, Any] | None, where: str) -> None:
-        parts = _flatten(decoder)
+        parts = flatten(decoder, "decoders")
         kinds = [str(part.get("type")) for part in parts]
         self.is_byte_level = kinds == ["ByteLevel"]
         self.joins_with_spaces = decoder is None
@@ -288,12 +272,13 @@ class StreamFactory:
         return StagedStream([make(is_first) for make in self._makers])
 
 
-def _flatten(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if decoder is None:
+def flatten(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """The parts of a component of ``tokenizer.json``; a sequence has them under ``name``."""
+    if part is None:
         return []
-    if decoder.get("type") == "Sequence":
-        return [part for inner in decoder["decoders"] for part in _flatten(inner)]
-    return [decoder]
+    if part.get("type") == "Sequence":
+        return [one for inner in part[name] for one in flatten(inner, name)]
+    return [part]
 
 
 def _stage_makers(parts: list[Mapping[str, Any]], where: str) -> list[StageMaker]:
@@ -328,10 +313,6 @@ def _read_fused_replace(part: Mapping[str, Any]) -> StageMaker | None:
     return _read_replace(part) if len(part["pattern"].get("String", "")) == 1 else None
 
 
-def _read_byte_fallback(_part: Mapping[str, Any]) -> StageMaker | None:
-    return lambda is_first: ByteFallbackStage()
-
-
 def _read_metaspace(part: Mapping[str, Any]) -> StageMaker | None:
     mark, drops = part["replacement"], part.get("prepend_scheme", "always") != "never"
     return lambda is_first: FirstPieceStage(mark=mark, drop_in_first=drops and is_first)
@@ -359,7 +340,7 @@ def _read_fused_strip(part: Mapping[str, Any]) -> StageMaker | None:
 
 _STAGES: dict[str, Callable[[Mapping[str, Any]], StageMaker | None]] = {
     "Replace": _read_replace,
-    "ByteFallback": _read_byte_fallback,
+    "ByteFallback": lambda part: lambda is_first: ByteFallbackStage(),
     "Metaspace": _read_metaspace,
     "Strip": _read_strip,
 }

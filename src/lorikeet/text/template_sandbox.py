@@ -15,8 +15,13 @@ from weakref import WeakValueDictionary
 
 from lorikeet.errors import AdapterError, ModelError, RequestError
 from lorikeet.sandbox import Handler, JobLimits, LimitError, Sandbox
-from lorikeet.text.chat import check_template, named_templates, render_template
-from lorikeet.text.chat_facts import TemplateFacts, find_facts
+from lorikeet.text.chat import (
+    TemplateFacts,
+    check_template,
+    find_facts,
+    named_templates,
+    render_template,
+)
 
 LIMITS = JobLimits(
     # Templates take milliseconds. Workers have a low priority, so that on a busy machine a little work takes long.

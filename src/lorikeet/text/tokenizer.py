@@ -55,22 +55,9 @@ class Tokenizer:
         return cls(read_tokenizer_files(directory), str(directory))
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens, added ones included (the model's own vocabulary may be larger by padding)."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokens that ``skip_special_tokens`` leaves out."""
         return self._special_ids
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._named_id("bos_token")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._named_id("eos_token")
 
     def chat_templates(self, own: Mapping[str, str] | None = None) -> ChatTemplates:
         """Templates from ``own`` (name -> Jinja source), with this model's named tokens; the model's own without any."""
@@ -80,10 +67,6 @@ class Tokenizer:
         """Ids of those texts that are one token."""
         found = (self._backend.token_to_id(text) for text in texts)
         return frozenset(index for index in found if index is not None)
-
-    def _named_id(self, name: str) -> int | None:
-        text = self._named_tokens.get(name)
-        return None if text is None else self._backend.token_to_id(text)
 
     def least_tokens(self, text: str) -> int:
         """Fewest tokens that a text can have, from its length; 0 if the tokenizer has no such bound.
@@ -216,6 +199,54 @@ class Tokenizer:
             chat_template=chat_template,
             variables=variables,
         )
+
+
+class Detokenizer:
+    """Ids of one completion to text, token by token.
+
+    What :meth:`push` returns never ends inside a character and never changes later; all of it and :meth:`flush` together
+    are what decoding the tokens at once gives. Each token costs the same however long the text has become.
+
+    Args:
+        tokenizer: the model's.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: see :meth:`Tokenizer.decode`.
+        continues: the prompt has visible text, so this is the continuation of a text. Metaspace vocabularies drop the
+            space before the first word of a text; in a continuation it is kept, so that prompt and completion written
+            one after the other are the text of their tokens. With False the text is that of the tokens alone.
+        except_for: special tokens that are part of the text all the same.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        continues: bool = False,
+        except_for: Collection[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._except_for = except_for
+        self._stream = tokenizer.open_stream(
+            continues=continues, spaces_between_special_tokens=spaces_between_special_tokens
+        )
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text that became final with it, often empty within a character."""
+        tokens = self._tokenizer.visible_tokens(
+            (token_id,), skip_special_tokens=self._skip, except_for=self._except_for
+        )
+        return "".join(map(self._stream.push, tokens))
+
+    def peek(self) -> str:
+        """Text that is complete and held back only because a later token could still spoil it; changes nothing."""
+        return self._stream.peek()
+
+    def flush(self) -> str:
+        """No token follows: return the rest, with U+FFFD for what did not become a character."""
+        return self._stream.flush()
 
 
 def _not_unicode(text: str) -> RequestError:

@@ -9,8 +9,7 @@ import torch
 import triton.language as tl
 
 from lorikeet.ops.triton.early import early, follow
-from lorikeet.ops.triton.launcher import cdiv, kernel
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel
 
 # A small batch wants many programs, to spread over the device; a large one few, each with more loads on their way.
 _FEW_TOKENS = 64

@@ -15,8 +15,7 @@ import torch
 import triton.language as tl
 
 from lorikeet.ops.triton.early import early, follow
-from lorikeet.ops.triton.launcher import kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import check_rows, kernel, next_power_of_2
 
 # With few rows each program loads more at a time; with many, there are enough programs to keep the device busy.
 _FEW_ROWS = 32

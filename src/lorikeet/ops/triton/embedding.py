@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel, next_power_of_2
 
 _MAX_BLOCK = 2048
 _NUM_WARPS = 4

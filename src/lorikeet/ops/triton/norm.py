@@ -9,8 +9,7 @@ import torch
 import triton.language as tl
 
 from lorikeet.ops.triton.early import early, follow
-from lorikeet.ops.triton.launcher import kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import check_rows, kernel, next_power_of_2
 
 # 16 elements per thread: two loads of 16 bytes in a 16-bit type, and D = 4096 makes 8 warps.
 _ELEMENTS_PER_WARP = 512

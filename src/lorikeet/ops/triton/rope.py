@@ -12,8 +12,7 @@ import triton.language as tl
 
 from lorikeet.ops.rope import HeadShape, QKNorm
 from lorikeet.ops.triton.early import early, follow
-from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel, next_power_of_2
 
 _HEADS_PER_PROGRAM = 8
 # Elements of one half of the heads that a warp holds: 16 bytes per thread in a 16-bit type.

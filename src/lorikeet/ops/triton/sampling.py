@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorikeet.ops.triton.launcher import kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import check_rows, kernel, next_power_of_2
 
 # A row is read by one multiprocessor, which is fast when many loads are on their way: large blocks, some at a time.
 _MAX_BLOCK = 8192

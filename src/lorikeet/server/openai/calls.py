@@ -31,8 +31,7 @@ from lorikeet.server.openai.objects import check_keys, read_field, refusal
 from lorikeet.server.openai.tools import ToolUse, read_tools
 from lorikeet.server.protocol import parse_body
 from lorikeet.server.reading import LARGE, run_sized
-from lorikeet.text.chat import ChatTemplates, render_template
-from lorikeet.text.chat_facts import TemplateFacts, read_facts
+from lorikeet.text.chat import ChatTemplates, TemplateFacts, find_facts, render_template
 
 # OpenAI's default for completions; a chat goes on to the end of the context.
 COMPLETION_MAX_TOKENS = 16
@@ -205,7 +204,7 @@ class CallReader:
         whose = f"the chat template of the adapter {adapter!r}" if own else "the chat template"
         sandbox = self._client.templates
         # Who started the server has chosen the base's template.
-        facts = await sandbox.facts(source, whose) if own else read_facts(source)
+        facts = await sandbox.facts(source, whose) if own else find_facts(source)
         work = partial(self._prepare, body, templates, source, facts)
         context, tools = await run_sized(size, work)
         if own or size > LARGE:

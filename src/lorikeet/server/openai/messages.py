@@ -10,7 +10,7 @@ import orjson
 from lorikeet.errors import RequestError
 from lorikeet.server.openai.objects import check_keys, read_field, read_function, refusal
 from lorikeet.server.reading import check_values
-from lorikeet.text.chat_facts import TemplateFacts
+from lorikeet.text.chat import TemplateFacts
 
 Message = dict[str, Any]
 

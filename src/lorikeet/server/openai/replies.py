@@ -15,8 +15,7 @@ from lorikeet.server.openai.calls import Call
 from lorikeet.server.openai.tool_parsers import Arguments, Begin, Broken, End, Event, Text
 from lorikeet.server.openai.tools import ToolUse
 from lorikeet.text.completion import Snapshot
-from lorikeet.text.detokenizer import Detokenizer
-from lorikeet.text.tokenizer import Tokenizer
+from lorikeet.text.tokenizer import Detokenizer, Tokenizer
 
 Reply = dict[str, Any]
 

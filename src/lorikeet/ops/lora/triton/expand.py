@@ -16,8 +16,7 @@ import triton.language as tl
 from lorikeet.ops.lora.tiles import ExpandTile
 from lorikeet.ops.lora.triton.launch import delta_of_tile, load_rank
 from lorikeet.ops.lora.triton.site import MAX_REGIONS, WIDEST_LOAD, Region, SiteLaunch
-from lorikeet.ops.triton.launcher import cdiv, kernel
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel
 
 _NOTHING = Region(0, 0, -1)
 

@@ -13,8 +13,7 @@ import triton.language as tl
 from lorikeet.ops.lora.tiles import ExpandTile
 from lorikeet.ops.lora.triton.launch import delta_of_tile, load_rank
 from lorikeet.ops.lora.triton.site import Region, SiteLaunch
-from lorikeet.ops.triton.launcher import cdiv, kernel
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel
 
 
 def expand_silu_mul(

@@ -13,8 +13,7 @@ from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, ShrinkTile
 from lorikeet.ops.lora.triton.launch import load_rank, rank_rows
 from lorikeet.ops.lora.triton.site import SiteLaunch
 from lorikeet.ops.triton.early import CACHE_LINE, early, follow, prefetch
-from lorikeet.ops.triton.launcher import cdiv, kernel, next_power_of_2
-from lorikeet.ops.triton.operands import check_rows
+from lorikeet.ops.triton.launcher import cdiv, check_rows, kernel, next_power_of_2
 
 
 def shrink_tiles(

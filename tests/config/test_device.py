@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorikeet import devices
+from lorikeet.config import device
 
 
 def test_this_torch_is_what_it_says() -> None:
-    assert devices.torch_has_cuda() == (torch.version.cuda is not None)
+    assert device.torch_has_cuda() == (torch.version.cuda is not None)
 
 
 @pytest.mark.parametrize(
@@ -28,19 +28,19 @@ def test_reading_torchs_version(tmp_path, monkeypatch, text: str, has_cuda: bool
     (tmp_path / "version.py").write_text(text)
     spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert devices.torch_has_cuda() == has_cuda
+    assert device.torch_has_cuda() == has_cuda
 
 
 def test_no_torch_no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not devices.torch_has_cuda()
-    assert devices.num_cuda_devices.__wrapped__() == 0
+    assert not device.torch_has_cuda()
+    assert device.num_cuda_devices.__wrapped__() == 0
 
 
 def test_no_driver_no_gpu(monkeypatch) -> None:
     def refuse(name: str) -> None:
         raise OSError(name)
 
-    monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
-    monkeypatch.setattr(devices.ctypes, "CDLL", refuse)
-    assert devices.num_cuda_devices.__wrapped__() == 0
+    monkeypatch.setattr(device, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(device.ctypes, "CDLL", refuse)
+    assert device.num_cuda_devices.__wrapped__() == 0
