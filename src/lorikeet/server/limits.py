@@ -84,11 +84,11 @@ class BodyLimits:
         if scope["type"] == "http":
             is_large = scope["path"] in self._adapter_paths
             most = self._limits.adapter_bytes if is_large else self._limits.body_bytes
-            receive = _Body(receive, scope, self._limits, most).receive
+            receive = _BoundedBody(receive, scope, self._limits, most).receive
         await self._app(scope, receive, send)
 
 
-class _Body:
+class _BoundedBody:
     """The body of one request as it comes."""
 
     def __init__(self, receive: Receive, scope: Scope, limits: Limits, most: int) -> None:

@@ -335,7 +335,7 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
     try:
         return await client.submit(call.batch, markers=markers)
     except RequestError as error:
-        # The engine says why, not which field: it may be the adapter, or a grammar.
+        # Whatever the engine says of an adapter that is not there: ``model`` names no model then.
         if call.adapter is None or client.adapters.path(call.adapter) is not None:
             error.rename(call.names)
             raise
