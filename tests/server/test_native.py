@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from lorikeet.server import native
-from lorikeet.server.sse import frame
+from lorikeet.server.replies import frame
 from tests.server.conftest import Api, MakeApi
 
 pytestmark = pytest.mark.anyio
@@ -214,9 +214,7 @@ async def test_the_refused_field_is_named_apart(api: Api) -> None:
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_stream_is_cumulative(
-    make_api: MakeApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stream_is_cumulative(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = threading.Semaphore(1)
 
     def next_step(content: object) -> bytes:

@@ -23,10 +23,8 @@ from prometheus_client import CollectorRegistry
 from lorikeet.adapters.views import AdapterViews
 from lorikeet.client.commands import Commands
 from lorikeet.client.intake import Intake, RequestBatch
-from lorikeet.client.open_request import OpenCall, OpenRequest
-from lorikeet.client.silence import Silence
-from lorikeet.client.stream import CompletionStream
-from lorikeet.client.transport import ClientTransport, ProcessHandle
+from lorikeet.client.stream import CompletionStream, OpenCall, OpenRequest
+from lorikeet.client.transport import ClientTransport, ProcessHandle, Silence
 from lorikeet.client.turns import TURN_S
 from lorikeet.core.commands import Command, R
 from lorikeet.core.failure import Failure

@@ -32,8 +32,6 @@ from lorikeet.text.completion import Completion
 from lorikeet.text.stop import SearchBudget, StopRules
 from lorikeet.text.tokenizer import Tokenizer
 
-__all__ = ["Intake", "RequestBatch", "parse_sampling"]
-
 _Item = TypeVar("_Item")
 
 

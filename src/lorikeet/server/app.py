@@ -21,7 +21,6 @@ from lorikeet.engine.spawn import spawn_engine
 from lorikeet.models.source import locate_tokenizer
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
-from lorikeet.server.drain import Drain, DrainGate
 from lorikeet.server.health import HealthRoutes, metrics_router
 from lorikeet.server.lifecycle import (
     HTTPServer,
@@ -32,7 +31,15 @@ from lorikeet.server.lifecycle import (
     run_server,
 )
 from lorikeet.server.limits import BodyLimits, Limits
-from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
+from lorikeet.server.middleware import (
+    AccessLog,
+    ApiKeys,
+    Drain,
+    DrainGate,
+    KeyRules,
+    OriginRules,
+    Origins,
+)
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
 from lorikeet.text.tokenizer import Tokenizer

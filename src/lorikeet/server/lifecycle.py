@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from lorikeet import signals
 from lorikeet.client.client import EngineClient
 from lorikeet.errors import ConfigError, UnavailableError
-from lorikeet.server.drain import MESSAGE, Drain
 from lorikeet.server.limits import MAX_HEAD, Connection, Limits
+from lorikeet.server.middleware import SHUTTING_DOWN, Drain
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ async def _serve(
 async def _cut_off(server: HTTPServer, client: EngineClient) -> None:
     """End everything now: whoever waits is told, as far as it takes no time."""
     server.drain.begin()
-    client.cut_off(UnavailableError(MESSAGE))
+    client.cut_off(UnavailableError(SHUTTING_DOWN))
     for _ in range(2):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_REPLIES_S):
@@ -242,7 +242,7 @@ async def _drain(
     waiting = asyncio.ensure_future(_first(drain.idle(), *ends))
     _, too_long = await asyncio.wait((waiting,), timeout=drain.timeout)
     if too_long:
-        num_cut = client.cut_off(UnavailableError(MESSAGE))
+        num_cut = client.cut_off(UnavailableError(SHUTTING_DOWN))
         logger.warning("%d requests were cut off after %g s", num_cut, drain.timeout)
         _, unread = await asyncio.wait((waiting,), timeout=FLUSH_S)
         if unread:

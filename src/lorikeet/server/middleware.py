@@ -1,10 +1,12 @@
-"""What happens to every request before and after its route: the access line, who may call from where, the API key.
+"""What happens to every request before and after its route: the access line, who may call from where, the API key, and
+the refusal while the server shuts down.
 
-Both are plain ASGI, so that a client's disconnect still reaches the route.
+All are plain ASGI, so that a client's disconnect still reaches the route.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -16,10 +18,12 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorikeet.server.errors import error_response
+from lorikeet.server.errors import RETRY_AFTER, error_response
 from lorikeet.server.replies import JSONReply
 
 logger = logging.getLogger("lorikeet.access")
+
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class AccessLog:
@@ -228,6 +232,69 @@ _REFUSAL = error_response(
     401,
     headers={"WWW-Authenticate": "Bearer"},
 )
+
+
+class Drain:
+    """Counts the requests that run, and knows when no more are taken. For one asyncio loop.
+
+    Args:
+        timeout: seconds that running requests may take to finish.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.has_begun = False
+        self.num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """Take no more requests."""
+        self.has_begun = True
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        await self._idle.wait()
+
+    def enter(self) -> None:
+        self.num_running += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_running -= 1
+        if not self.num_running:
+            self._idle.set()
+
+
+class DrainGate:
+    """Plain ASGI around the routes: 503 for what comes after ``drain`` has begun, on whatever connection.
+
+    Args:
+        open_paths: what may still be asked then.
+    """
+
+    def __init__(self, app: ASGIApp, *, drain: Drain, open_paths: Collection[str]) -> None:
+        self._app = app
+        self._drain = drain
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._drain.has_begun and scope["path"] not in self._open_paths:
+            await _DRAINING(scope, receive, send)
+            return
+        self._drain.enter()
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            # The loop ends, and whoever still waits there has been told and hung up; there is nobody left to tell.
+            if not self._drain.has_begun:
+                raise
+        finally:
+            self._drain.leave()
+
+
+# The connection's next request would be refused as well: close it, so that the client looks for another server.
+_DRAINING = error_response(SHUTTING_DOWN, 503, headers={**RETRY_AFTER, "Connection": "close"})
 
 
 def _bearer(scope: Scope) -> bytes:

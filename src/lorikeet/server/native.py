@@ -15,8 +15,15 @@ from lorikeet.client.stream import CompletionStream
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
-from lorikeet.server.replies import LARGE_REPLY, JSONReply, build_reply, until_disconnect
-from lorikeet.server.sse import DONE, EventStream, frame
+from lorikeet.server.replies import (
+    DONE,
+    LARGE_REPLY,
+    EventStream,
+    JSONReply,
+    build_reply,
+    frame,
+    until_disconnect,
+)
 from lorikeet.text.completion import Snapshot
 
 

@@ -25,9 +25,11 @@ from lorikeet.server.openai.bodies import (
     CompletionBody,
     EmbeddingBody,
     OpenAIBody,
+    check_keys,
+    read_field,
+    refusal,
 )
 from lorikeet.server.openai.messages import plain_messages
-from lorikeet.server.openai.objects import check_keys, read_field, refusal
 from lorikeet.server.openai.tools import ToolUse, read_tools
 from lorikeet.server.protocol import parse_body
 from lorikeet.server.reading import LARGE, run_sized

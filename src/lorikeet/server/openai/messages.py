@@ -8,7 +8,7 @@ from typing import Any, cast
 import orjson
 
 from lorikeet.errors import RequestError
-from lorikeet.server.openai.objects import check_keys, read_field, read_function, refusal
+from lorikeet.server.openai.bodies import check_keys, read_field, read_function, refusal
 from lorikeet.server.reading import check_values
 from lorikeet.text.chat_facts import TemplateFacts
 

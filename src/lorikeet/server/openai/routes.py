@@ -43,8 +43,15 @@ from lorikeet.server.openai.replies import (
     MakeChoice,
 )
 from lorikeet.server.protocol import body_schema, parse_body, read_large
-from lorikeet.server.replies import JSONReply, build_reply, list_body, until_disconnect
-from lorikeet.server.sse import DONE, EventStream, frame
+from lorikeet.server.replies import (
+    DONE,
+    EventStream,
+    JSONReply,
+    build_reply,
+    frame,
+    list_body,
+    until_disconnect,
+)
 from lorikeet.text.completion import Completion, Snapshot
 
 Card = dict[str, Any]
