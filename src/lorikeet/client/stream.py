@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
+from lorikeet.core.request import FinishReason
 from lorikeet.errors import EngineFault, UserError
 from lorikeet.metrics import RequestTimer
 from lorikeet.text.completion import Completion
@@ -50,6 +51,15 @@ class CompletionStream:
         if completion.finish is not None:
             self._num_unfinished -= 1
         return index, completion
+
+    async def finished(self, check: Callable[[FinishReason], None]) -> list[Completion]:
+        """The completions in their order, once all have finished; each is checked when it has, so that one may raise."""
+        found: dict[int, Completion] = {}
+        async for index, completion in self:
+            if completion.finish is not None:
+                check(completion.finish)
+                found[index] = completion
+        return [found[index] for index in sorted(found)]
 
     def close(self) -> None:
         """Nobody follows any more: what still runs is aborted. Harmless after the end."""
