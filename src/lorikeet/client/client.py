@@ -85,7 +85,14 @@ class EngineClient:
         model_name: label of those metrics.
         max_lora: adapters that fit into one batch; None if LoRA is off.
         watchdog_timeout: seconds of silence after which an engine that somebody waits for is given up.
+
+    Attributes:
+        info: what the engine says of itself; only after :meth:`start`.
+        intake: makes requests of prompts, with the limits of this engine; only after :meth:`start`.
     """
+
+    info: EngineInfo
+    intake: Intake
 
     def __init__(
         self,
@@ -114,8 +121,6 @@ class EngineClient:
         self._next_id = 0
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
-        self._info: EngineInfo | None = None
-        self._intake: Intake | None = None
         self._started = asyncio.Event()
         self._died = asyncio.Event()  # nothing more is expected of the engine
         self._ended = asyncio.Event()  # its process is gone
@@ -167,23 +172,9 @@ class EngineClient:
         self.templates.close()
 
     @property
-    def info(self) -> EngineInfo:
-        """What the engine says of itself; only after :meth:`start`."""
-        if self._info is None:
-            raise AssertionError("the engine is not ready yet")
-        return self._info
-
-    @property
     def uploads(self) -> Path:
         """A directory that both processes can read, for adapters that clients send. It goes with the server."""
         return self._transport.address.uploads
-
-    @property
-    def intake(self) -> Intake:
-        """Makes requests of prompts, with the limits of this engine; only after :meth:`start`."""
-        if self._intake is None:
-            raise AssertionError("the engine is not ready yet")
-        return self._intake
 
     @property
     def stats(self) -> Mapping[str, float]:
@@ -448,8 +439,8 @@ class EngineClient:
                 entry.call.accept(entry)
 
     def _ready(self, info: EngineInfo) -> None:
-        self._info = info
-        self._intake = Intake(
+        self.info = info
+        self.intake = Intake(
             self.tokenizer,
             vocab_size=info.vocab_size,
             context_length=info.context_length,

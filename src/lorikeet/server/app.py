@@ -33,12 +33,11 @@ from lorikeet.server.lifecycle import (
 from lorikeet.server.limits import BodyLimits, Limits
 from lorikeet.server.middleware import (
     AccessLog,
-    ApiKeys,
     Drain,
     DrainGate,
+    Gate,
     KeyRules,
     OriginRules,
-    Origins,
 )
 from lorikeet.server.native import NativeRoutes
 from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
@@ -95,9 +94,9 @@ def make_app(
     )
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost, so requests that are refused have an access line, too.
-    app.add_middleware(ApiKeys, rules=rules)
+    app.add_middleware(Gate, refusal=rules.refusal)
     origins = OriginRules.of(http.host, http.allowed_origins, http.allowed_hosts, paths=ADMIN_PATHS)
-    app.add_middleware(Origins, rules=origins)
+    app.add_middleware(Gate, refusal=origins.refusal)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
     if http.allowed_origins:
         app.add_middleware(

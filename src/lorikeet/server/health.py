@@ -83,15 +83,13 @@ class HealthRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["server"])
-        router.add_api_route("/health", self.health, methods=["GET"])
-        router.add_api_route("/health_generate", self.health_generate, methods=["GET"])
+        router.get("/health")(self.health)
+        router.get("/health_generate")(self.health_generate)
         for path in ("/model_info", "/get_model_info"):
-            router.add_api_route(path, self.model_info, methods=["GET"])
+            router.get(path)(self.model_info)
         for path in ("/server_info", "/get_server_info"):
-            router.add_api_route(path, self.server_info, methods=["GET"])
-        router.add_api_route(
-            "/flush_cache", self.flush_cache, methods=["POST"], openapi_extra=TIMEOUT
-        )
+            router.get(path)(self.server_info)
+        router.post("/flush_cache", openapi_extra=TIMEOUT)(self.flush_cache)
         return router
 
     async def health(self) -> Response:
@@ -182,7 +180,7 @@ def metrics_router(registry: CollectorRegistry) -> APIRouter:
         return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     router = APIRouter(tags=["server"])
-    router.add_api_route("/metrics", metrics, methods=["GET"])
+    router.get("/metrics")(metrics)
     return router
 
 

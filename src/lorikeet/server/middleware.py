@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
@@ -89,6 +89,12 @@ class KeyRules:
         if path in self.admin_paths and self.admin_api_key is not None:
             return self.admin_api_key
         return self.api_key
+
+    def refusal(self, scope: Scope) -> JSONReply | None:
+        """The answer to a request without its key, which stands in ``Authorization: Bearer KEY``; or None."""
+        key = self.key_of(scope["path"])
+        has_key = key is None or hmac.compare_digest(_bearer(scope), key.encode())
+        return None if has_key else _NO_KEY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,15 +191,19 @@ def _is_json(content_type: str) -> bool:
     )
 
 
-class Origins:
-    """Refuses, by ``rules``, what a web page of somebody else may have sent."""
+class Gate:
+    """Plain ASGI around the routes that answers what is refused.
 
-    def __init__(self, app: ASGIApp, *, rules: OriginRules) -> None:
+    Args:
+        refusal: the answer to a request that is not taken, or None.
+    """
+
+    def __init__(self, app: ASGIApp, *, refusal: Callable[[Scope], JSONReply | None]) -> None:
         self._app = app
-        self._rules = rules
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._rules.refusal(scope) if scope["type"] == "http" else None
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
 
@@ -211,23 +221,7 @@ _NO_JSON = error_response(
 )
 
 
-class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY``, by ``rules``."""
-
-    def __init__(self, app: ASGIApp, *, rules: KeyRules) -> None:
-        self._app = app
-        self._rules = rules
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app if scope["type"] != "http" or self._allows(scope) else _REFUSAL
-        await app(scope, receive, send)
-
-    def _allows(self, scope: Scope) -> bool:
-        key = self._rules.key_of(scope["path"])
-        return key is None or hmac.compare_digest(_bearer(scope), key.encode())
-
-
-_REFUSAL = error_response(
+_NO_KEY = error_response(
     "a valid key is needed: send the header 'Authorization: Bearer KEY'",
     401,
     headers={"WWW-Authenticate": "Bearer"},

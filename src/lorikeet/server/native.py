@@ -43,9 +43,7 @@ class NativeRoutes:
         )
         for method in ("POST", "PUT"):
             router.add_api_route("/generate", self.generate, methods=[method], openapi_extra=body)
-        router.add_api_route(
-            "/abort_request", self.abort, methods=["POST"], openapi_extra=body_schema(AbortBody)
-        )
+        router.post("/abort_request", openapi_extra=body_schema(AbortBody))(self.abort)
         return router
 
     async def generate(self, request: Request) -> Response:

@@ -67,9 +67,9 @@ class ModelRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route("/models", self.models, methods=["GET"])
+        router.get("/models")(self.models)
         # An id may be a path or a hub id, so it may contain slashes.
-        router.add_api_route("/models/{model_id:path}", self.model, methods=["GET"])
+        router.get("/models/{model_id:path}")(self.model)
         return router
 
     async def models(self) -> Response:
@@ -127,15 +127,8 @@ class CompletionRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route(
-            "/completions",
-            self.complete,
-            methods=["POST"],
-            openapi_extra=body_schema(CompletionBody),
-        )
-        router.add_api_route(
-            "/chat/completions", self.chat, methods=["POST"], openapi_extra=body_schema(ChatBody)
-        )
+        router.post("/completions", openapi_extra=body_schema(CompletionBody))(self.complete)
+        router.post("/chat/completions", openapi_extra=body_schema(ChatBody))(self.chat)
         return router
 
     async def complete(self, request: Request) -> Response:
@@ -227,9 +220,7 @@ class EmbeddingRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route(
-            "/embeddings", self.embed, methods=["POST"], openapi_extra=body_schema(EmbeddingBody)
-        )
+        router.post("/embeddings", openapi_extra=body_schema(EmbeddingBody))(self.embed)
         return router
 
     async def embed(self, request: Request) -> Response:
