@@ -21,10 +21,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from lorikeet.adapters.views import AdapterViews
-from lorikeet.client.commands import Commands
 from lorikeet.client.intake import Intake, RequestBatch
 from lorikeet.client.stream import CompletionStream, OpenCall, OpenRequest
-from lorikeet.client.transport import ClientTransport, ProcessHandle, Silence
+from lorikeet.client.transport import ClientTransport, Commands, ProcessHandle, Silence
 from lorikeet.client.turns import TURN_S
 from lorikeet.core.commands import Command, R
 from lorikeet.core.failure import Failure

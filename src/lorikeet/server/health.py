@@ -13,17 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from lorikeet import __version__
 from lorikeet.client.client import EngineClient
-from lorikeet.client.intake import RequestBatch
 from lorikeet.config import Settings
 from lorikeet.core.commands import FlushCache
-from lorikeet.core.request import Request as EngineRequest
-from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.masking import mask_all
 from lorikeet.server.errors import error_response
 from lorikeet.server.protocol import quote
 from lorikeet.server.replies import JSONReply, until_disconnect
-from lorikeet.text.stop import StopRules
 
 # How often a flush that found the engine busy is tried again within its timeout.
 FLUSH_RETRY_S = 0.05
@@ -111,14 +107,9 @@ class HealthRoutes:
         return JSONReply(Status())
 
     async def _generate_one(self) -> None:
-        probe = EngineRequest(
-            prompt_token_ids=[0],
-            sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
-        )
-        batch = RequestBatch(
-            requests=[probe], stops=[StopRules()], rids=["health"], labels={}, is_list=False
-        )
-        stream = await self._client.submit(batch)
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        probe = {"input_ids": [0], "sampling_params": sampling}
+        stream = await self._client.submit(self._client.intake.make_requests(probe))
         try:
             async for _ in stream:
                 pass

@@ -292,11 +292,8 @@ _DRAINING = error_response(SHUTTING_DOWN, 503, headers={**RETRY_AFTER, "Connecti
 
 
 def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = value.partition(b" ")
-            return key.strip() if kind.lower() == b"bearer" else b""
-    return b""
+    kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    return key.encode("latin-1").strip() if kind.lower() == "bearer" else b""
 
 
 def _client(scope: Scope) -> str:
