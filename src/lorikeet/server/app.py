@@ -21,7 +21,7 @@ from lorikeet.engine.spawn import spawn_engine
 from lorikeet.models.source import locate_tokenizer
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
-from lorikeet.server.health import HealthRoutes, metrics_router
+from lorikeet.server.health import HealthRoutes
 from lorikeet.server.lifecycle import (
     HTTPServer,
     StopSignals,
@@ -78,10 +78,9 @@ def make_app(
     app.include_router(CompletionRoutes(settings, client).router())
     app.include_router(EmbeddingRoutes(settings.served_model_name, client).router())
     app.include_router(ModelRoutes(settings, client).router())
-    app.include_router(HealthRoutes(settings, client, generate_timeout=health_timeout).router())
+    health = HealthRoutes(settings, client, registry, generate_timeout=health_timeout)
+    app.include_router(health.router())
     http = settings.http
-    if http.enable_metrics:
-        app.include_router(metrics_router(registry))
     errors.install(app)
     rules = KeyRules(
         api_key=http.api_key,
@@ -146,30 +145,7 @@ async def _run(
     stop = StopSignals()
     stop.install()
     process = spawn(settings, address)
-    try:
-        await _run_with(settings, tokenizer, address, process, listener, stop)
-    finally:
-        await end_process(process, stop)
-
-
-async def _run_with(
-    settings: Settings,
-    tokenizer: Tokenizer,
-    address: EngineAddress,
-    process: BaseProcess,
-    listener: socket.socket,
-    stop: StopSignals,
-) -> None:
     registry = CollectorRegistry()
-    client = EngineClient(
-        transport=ClientTransport(address),
-        process=process,
-        tokenizer=tokenizer,
-        registry=registry,
-        model_name=settings.served_model_name,
-        max_lora=settings.lora.max_loras_per_batch if settings.enable_lora else None,
-        watchdog_timeout=settings.http.watchdog_timeout,
-    )
 
     def make_server() -> HTTPServer:
         drain = Drain(settings.http.shutdown_timeout)
@@ -177,7 +153,19 @@ async def _run_with(
         ready_line = _ready_line(settings, client)
         return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
-    await run_server(client, process, listener, make_server, stop)
+    try:
+        client = EngineClient(
+            transport=ClientTransport(address),
+            process=process,
+            tokenizer=tokenizer,
+            registry=registry,
+            model_name=settings.served_model_name,
+            max_lora=settings.lora.max_loras_per_batch if settings.enable_lora else None,
+            watchdog_timeout=settings.http.watchdog_timeout,
+        )
+        await run_server(client, process, listener, make_server, stop)
+    finally:
+        await end_process(process, stop)
 
 
 def _ready_line(settings: Settings, client: EngineClient) -> str:

@@ -62,6 +62,7 @@ class HealthRoutes:
     """The routes of this module.
 
     Args:
+        registry: shown at ``/metrics`` if the settings say so.
         generate_timeout: seconds that ``/health_generate`` waits for its token.
     """
 
@@ -69,10 +70,12 @@ class HealthRoutes:
         self,
         settings: Settings,
         client: EngineClient,
+        registry: CollectorRegistry,
         *,
         generate_timeout: float,
     ) -> None:
         self._settings = settings
+        self._registry = registry
         self._client = client
         self._generate_timeout = generate_timeout
         self._flushing = asyncio.Lock()
@@ -86,6 +89,8 @@ class HealthRoutes:
         for path in ("/server_info", "/get_server_info"):
             router.get(path)(self.server_info)
         router.post("/flush_cache", openapi_extra=TIMEOUT)(self.flush_cache)
+        if self._settings.http.enable_metrics:
+            router.get("/metrics")(self.metrics)
         return router
 
     async def health(self) -> Response:
@@ -152,6 +157,10 @@ class HealthRoutes:
             400,
         )
 
+    async def metrics(self) -> Response:
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return Response(generate_latest(self._registry), headers=headers)
+
     async def _flush(self, deadline: float) -> bool:
         """Flush before ``deadline``, as soon as the engine is idle; False if it never was."""
         while True:
@@ -162,17 +171,6 @@ class HealthRoutes:
                 if time.monotonic() + FLUSH_RETRY_S > deadline:
                     return False
                 await asyncio.sleep(FLUSH_RETRY_S)
-
-
-def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """``GET /metrics`` in the text format of Prometheus."""
-
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    router = APIRouter(tags=["server"])
-    router.get("/metrics")(metrics)
-    return router
 
 
 def _seconds(request: Request, name: str, most: float) -> float:

@@ -11,9 +11,8 @@ from typing import Any, cast
 
 import orjson
 
-from lorikeet.client.call_limits import MAX_TEXT
 from lorikeet.client.client import EngineClient
-from lorikeet.client.intake import RequestBatch
+from lorikeet.client.intake import MAX_TEXT, RequestBatch
 from lorikeet.client.stream import CompletionStream
 from lorikeet.core.request import FinishReason, Pooling
 from lorikeet.errors import LorikeetError, RequestError
