@@ -40,7 +40,7 @@ from lorikeet.server.middleware import (
     OriginRules,
 )
 from lorikeet.server.native import NativeRoutes
-from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
+from lorikeet.server.openai.routes import CompletionRoutes, ModelRoutes
 from lorikeet.text.tokenizer import Tokenizer
 
 SpawnEngine = Callable[[Settings, EngineAddress], BaseProcess]
@@ -76,7 +76,6 @@ def make_app(
     app.include_router(NativeRoutes(client).router())
     app.include_router(AdapterRoutes(settings.served_model_name, client).router())
     app.include_router(CompletionRoutes(settings, client).router())
-    app.include_router(EmbeddingRoutes(settings.served_model_name, client).router())
     app.include_router(ModelRoutes(settings, client).router())
     health = HealthRoutes(settings, client, registry, generate_timeout=health_timeout)
     app.include_router(health.router())

@@ -53,6 +53,9 @@ from lorikeet.text.completion import Snapshot
 
 Card = dict[str, Any]
 
+# Native names of fields of an embedding -> the client's.
+_FIELD_NAMES = {"text": "input", "input_ids": "input"}
+
 
 class ModelRoutes:
     """Lists models: the base and its adapters."""
@@ -118,7 +121,7 @@ class ModelRoutes:
 
 
 class CompletionRoutes:
-    """Answers completions and chats, whole or streamed."""
+    """Answers completions and chats, whole or streamed, and makes embeddings, by the base or an adapter."""
 
     def __init__(self, settings: Settings, client: EngineClient) -> None:
         self._client = client
@@ -129,6 +132,7 @@ class CompletionRoutes:
         router = APIRouter(prefix="/v1", tags=["openai"])
         router.post("/completions", openapi_extra=body_schema(CompletionBody))(self.complete)
         router.post("/chat/completions", openapi_extra=body_schema(ChatBody))(self.chat)
+        router.post("/embeddings", openapi_extra=body_schema(EmbeddingBody))(self.embed)
         return router
 
     async def complete(self, request: Request) -> Response:
@@ -207,32 +211,16 @@ class CompletionRoutes:
             yield frame(describe(error)[1])
         yield DONE
 
-
-_FIELD_NAMES = {"text": "input", "input_ids": "input"}
-
-
-class EmbeddingRoutes:
-    """Makes embeddings, by the base or an adapter."""
-
-    def __init__(self, base: str, client: EngineClient) -> None:
-        self._client = client
-        self._base = base
-
-    def router(self) -> APIRouter:
-        router = APIRouter(prefix="/v1", tags=["openai"])
-        router.post("/embeddings", openapi_extra=body_schema(EmbeddingBody))(self.embed)
-        return router
-
     async def embed(self, request: Request) -> Response:
         """Turn prompts into vectors."""
         data = await request.body()
 
         async def work() -> dict[str, Any]:
-            return await self._answer(*await read_large(data, self._read))
+            return await self._vectors(*await read_large(data, self._read_embedding))
 
         return JSONReply(await until_disconnect(request.receive, work()))
 
-    def _read(self, data: bytes) -> tuple[EmbeddingBody, Call]:
+    def _read_embedding(self, data: bytes) -> tuple[EmbeddingBody, Call]:
         body = parse_body(EmbeddingBody, data)
         self._check_dimensions(body.dimensions)
         native = {prompt_field(body.input): body.input, "sampling_params": {"max_new_tokens": 0}}
@@ -249,7 +237,7 @@ class EmbeddingRoutes:
                 "dimensions",
             )
 
-    async def _answer(self, body: EmbeddingBody, call: Call) -> dict[str, Any]:
+    async def _vectors(self, body: EmbeddingBody, call: Call) -> dict[str, Any]:
         """The reply once every vector is there. One that fails fails the call, and the others are aborted."""
         stream = await submit(self._client, call)
         try:
