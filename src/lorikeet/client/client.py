@@ -218,7 +218,7 @@ class EngineClient:
             completion = batch.completion(index, self.tokenizer, markers=markers)
             timer = self._metrics.begin(completion.request.adapter)
             entry = OpenRequest(call, first_id + index, index, completion, timer)
-            call.add(entry)
+            call.entries.append(entry)
             self._open[entry.number] = entry
         self._next_id += batch.num_completions
         self._transport.send(Submit.of(first_id, batch.requests))
@@ -284,7 +284,7 @@ class EngineClient:
                     "rid",
                 )
         accepted = asyncio.get_running_loop().create_future()
-        call = OpenCall(None, labels, accepted)
+        call = OpenCall(None, labels, accepted, num_completions, num_completions)
         call.stream = CompletionStream(num_completions, partial(self._abandon, call))
         self._labels.update(dict.fromkeys(labels, call))
         return call

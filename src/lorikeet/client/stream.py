@@ -82,21 +82,16 @@ class OpenCall:
         stream: who follows them; None once nobody does.
         labels: the caller's names for them; claimed for as long as somebody follows.
         accepted: resolved when the engine has accepted every one, or refused one.
+        num_unaccepted, num_running: completions that the engine has not accepted, and that have not finished.
         entries: one per completion, in the order of the reply; none once nobody follows.
-        num_running: of those, how many have not finished.
     """
 
     stream: CompletionStream | None
     labels: Mapping[str, list[int]]
     accepted: asyncio.Future[None]
+    num_unaccepted: int
+    num_running: int
     entries: list[OpenRequest] = field(default_factory=list["OpenRequest"])
-    num_unaccepted: int = 0
-    num_running: int = 0
-
-    def add(self, entry: OpenRequest) -> None:
-        self.entries.append(entry)
-        self.num_unaccepted += 1
-        self.num_running += 1
 
     def accept(self, entry: OpenRequest) -> None:
         """The engine has taken a completion, or has ended it in a way that is no error."""
