@@ -305,7 +305,7 @@ async def test_the_end_of_a_call_looks_at_nobody_elses(tokenizer: Tokenizer) -> 
 
 async def test_a_full_queue_is_known_before_anything_is_made(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, hold_accept=True) as made:
-        made.client._info = replace(made.client.info, max_running_requests=2, max_queued_requests=5)
+        made.client.info = replace(made.client.info, max_running_requests=2, max_queued_requests=5)
         many = {"text": "a", "sampling_params": {"n": 30}}
         made.client.intake.make_requests(many)  # nobody waits: a call of any size
         waiting = asyncio.create_task(made.client.submit(group("a", 4)))
