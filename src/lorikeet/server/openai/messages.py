@@ -128,7 +128,7 @@ def _text_of(content: object, where: str) -> str:
     if not isinstance(content, list):
         raise refusal(where, content, "a string or a list of text parts")
     texts: list[str] = []
-    for index, item in enumerate(cast(list[object], content)):
+    for index, item in enumerate(cast(list[dict[str, object]], content)):
         match item:
             case {"type": "text", "text": str(text), **others} if not others:
                 texts.append(text)
