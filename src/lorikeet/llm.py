@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import msgspec
 
 from lorikeet.adapters.files import write_atomically
-from lorikeet.client.call_limits import OWN
-from lorikeet.client.intake import Intake, RequestBatch
+from lorikeet.client.intake import OWN, Intake, RequestBatch
 from lorikeet.client.reply import native_reply, vector_floats
 from lorikeet.client.uploads import Uploads
 from lorikeet.config import LoRAPath, ServerConfig, Settings, resolve

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from lorikeet.client.call_limits import (
+from lorikeet.client.intake import (
     MAX_COMPLETIONS,
     MAX_TEXT,
     MAX_TEXTS,
     OWN,
     SERVED,
     CallLimits,
+    Intake,
     num_prompt_logprobs,
 )
-from lorikeet.client.intake import Intake
 from lorikeet.core.request import Request, SamplingParams
 from lorikeet.errors import ContextLengthError, RequestError, UnavailableError
 from lorikeet.text.tokenizer import Tokenizer

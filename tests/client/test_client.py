@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -148,10 +149,12 @@ async def test_a_request_from_submission_to_its_end(tokenizer: Tokenizer) -> Non
 
 
 async def test_a_stream_grows_and_ends_with_the_finished_completion(tokenizer: Tokenizer) -> None:
-    async with session(tokenizer, step_s=0.01) as made:
+    steps = threading.Semaphore(1)
+    async with session(tokenizer, steps=steps) as made:
         stream = await made.client.submit(one("r", max_new_tokens=6))
         texts, finishes = [], []
         async for _, completion in stream:
+            steps.release()  # the next token comes when this one was seen
             texts.append(completion.text)
             finishes.append(completion.finish is not None)
         assert texts[-1] == "ababab"
@@ -302,7 +305,7 @@ async def test_the_end_of_a_call_looks_at_nobody_elses(tokenizer: Tokenizer) -> 
 
 async def test_a_full_queue_is_known_before_anything_is_made(tokenizer: Tokenizer) -> None:
     async with session(tokenizer, hold_accept=True) as made:
-        made.client._info = replace(made.client.info, max_running_requests=2, max_queued_requests=5)
+        made.client.info = replace(made.client.info, max_running_requests=2, max_queued_requests=5)
         many = {"text": "a", "sampling_params": {"n": 30}}
         made.client.intake.make_requests(many)  # nobody waits: a call of any size
         waiting = asyncio.create_task(made.client.submit(group("a", 4)))

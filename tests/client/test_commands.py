@@ -6,8 +6,7 @@ import asyncio
 
 import pytest
 
-from lorikeet.client.commands import Commands
-from lorikeet.client.transport import ClientTransport
+from lorikeet.client.transport import ClientTransport, Commands
 from lorikeet.core.commands import (
     Command,
     FlushCache,

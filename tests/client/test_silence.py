@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorikeet.client.silence import Silence
+from lorikeet.client.transport import Silence
 
 
 class Clock:

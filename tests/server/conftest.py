@@ -17,7 +17,7 @@ from lorikeet.client.client import EngineClient
 from lorikeet.client.transport import ClientTransport
 from lorikeet.config import ServerConfig, Settings, resolve
 from lorikeet.server.app import make_app
-from lorikeet.server.drain import Drain
+from lorikeet.server.middleware import Drain
 from lorikeet.text.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import save_byte_tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine

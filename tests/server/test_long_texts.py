@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorikeet.client.call_limits import MAX_TEXT, MAX_TEXTS, OWN, SERVED
-from lorikeet.client.intake import Intake
+from lorikeet.client.intake import MAX_TEXT, MAX_TEXTS, OWN, SERVED, Intake
 from lorikeet.errors import RequestError
 from lorikeet.text.tokenizer import Tokenizer
 from tests.server.conftest import Api

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import httpx
 import orjson
 import pytest
 
+from lorikeet.server import native
+from lorikeet.server.replies import frame
 from tests.server.conftest import Api, MakeApi
 
 pytestmark = pytest.mark.anyio
@@ -211,8 +214,15 @@ async def test_the_refused_field_is_named_apart(api: Api) -> None:
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_stream_is_cumulative(make_api: MakeApi) -> None:
-    api: Api = await make_api(step_s=0.01)
+async def test_a_stream_is_cumulative(make_api: MakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = threading.Semaphore(1)
+
+    def next_step(content: object) -> bytes:
+        steps.release()  # the next token comes when this one is written
+        return frame(content)
+
+    monkeypatch.setattr(native, "frame", next_step)
+    api: Api = await make_api(steps=steps)
     reply = await api.generate(text="ab", sampling_params={"max_new_tokens": 6}, stream=True)
     seen = events(reply)
     assert len(seen) >= 3

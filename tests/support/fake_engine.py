@@ -68,7 +68,8 @@ class Knobs:
 
     Attributes:
         step_s: seconds between two tokens of a request.
-        is_stuck: reads messages, answers nothing.
+        is_stuck: hears nothing but its end; what was sent meanwhile is handled afterwards.
+        steps: where there is one, each step takes one permit, so that a test tells when the next token comes.
         has_pulse: tells that it lives.
         hold_accept: takes requests and neither accepts nor refuses them.
         die_after: dies after so many steps that produced tokens; None never.
@@ -92,6 +93,7 @@ class Knobs:
     adapters: dict[str, str] = field(default_factory=lambda: {"json": "/a/json", "sql": "/a/sql"})
     step_s: float = 0.0
     is_stuck: bool = False
+    steps: threading.Semaphore | None = None
     has_pulse: bool = True
     hold_accept: bool = False
     die_after: int | None = None
@@ -139,6 +141,7 @@ class FakeEngine:
         self.max_running = 0
         self.commands: list[Ask] = []
         self.cancelled: list[int] = []
+        self._unheard: list[ToEngine | Unreadable] = []
         self._loading: dict[int, tuple[float, LoadAdapter | LoadAdapterFromTensors]] = {}
         self._told: dict[str, tuple[str, AdapterState | None]] = {}
 
@@ -178,8 +181,9 @@ class FakeEngine:
                 if knobs.last_words is not None:
                     endpoint.send(Failed(Failure("failed", knobs.last_words)))
                 return 3
-            for message in endpoint.recv(0 if self._running else 5):
-                self._handle(message)
+            is_busy = self._running and not knobs.is_stuck
+            self._unheard += endpoint.recv(0 if is_busy else 5)
+            self._hear()
             self._finish_loads()
             self._tell_changes()
             self._step()
@@ -205,9 +209,15 @@ class FakeEngine:
                 )
         return self._deadline is not None and not self._running
 
+    def _hear(self) -> None:
+        messages, self._unheard = self._unheard, []
+        for message in messages:
+            if self.knobs.is_stuck and not isinstance(message, Shutdown):
+                self._unheard.append(message)
+            else:
+                self._handle(message)
+
     def _handle(self, message: ToEngine | Unreadable) -> None:
-        if self.knobs.is_stuck and not isinstance(message, Shutdown):
-            return
         match message:
             case Submit():
                 self._begin(message)
@@ -283,7 +293,7 @@ class FakeEngine:
             case UnloadAdapter(name):
                 return self._unload(name, number)
             case ListAdapters():
-                raise NotImplementedError  # nobody asks: the client knows
+                return Reply(number, [])  # the client knows better
 
     def _unload(self, name: str, number: int) -> Reply:
         path = self.knobs.adapters.pop(name, None)
@@ -359,6 +369,8 @@ class FakeEngine:
 
     def _step(self) -> None:
         if not self._running or self.knobs.hold_accept or self.knobs.is_stuck:
+            return
+        if self.knobs.steps is not None and not self.knobs.steps.acquire(timeout=0.005):
             return
         if self.knobs.step_s:
             self._must_die.wait(self.knobs.step_s)

@@ -17,9 +17,9 @@ from lorikeet.client.client import EngineClient
 from lorikeet.client.transport import ClientTransport
 from lorikeet.config import ServerConfig, resolve
 from lorikeet.server.app import LIMITS, make_app
-from lorikeet.server.drain import Drain
 from lorikeet.server.lifecycle import HTTPServer, bind
 from lorikeet.server.limits import Limits
+from lorikeet.server.middleware import Drain
 from lorikeet.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine, Knobs, ThreadEngine
 

@@ -21,12 +21,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from lorikeet.adapters.views import AdapterViews
-from lorikeet.client.commands import Commands
 from lorikeet.client.intake import Intake, RequestBatch
-from lorikeet.client.open_request import OpenCall, OpenRequest
-from lorikeet.client.silence import Silence
-from lorikeet.client.stream import CompletionStream
-from lorikeet.client.transport import ClientTransport, ProcessHandle
+from lorikeet.client.stream import CompletionStream, OpenCall, OpenRequest
+from lorikeet.client.transport import ClientTransport, Commands, ProcessHandle, Silence
 from lorikeet.client.turns import TURN_S
 from lorikeet.core.commands import Command, R
 from lorikeet.core.failure import Failure
@@ -87,7 +84,14 @@ class EngineClient:
         model_name: label of those metrics.
         max_lora: adapters that fit into one batch; None if LoRA is off.
         watchdog_timeout: seconds of silence after which an engine that somebody waits for is given up.
+
+    Attributes:
+        info: what the engine says of itself; only after :meth:`start`.
+        intake: makes requests of prompts, with the limits of this engine; only after :meth:`start`.
     """
+
+    info: EngineInfo
+    intake: Intake
 
     def __init__(
         self,
@@ -116,8 +120,6 @@ class EngineClient:
         self._next_id = 0
         self._commands = Commands(transport)
         self._fault: LorikeetError | None = None
-        self._info: EngineInfo | None = None
-        self._intake: Intake | None = None
         self._started = asyncio.Event()
         self._died = asyncio.Event()  # nothing more is expected of the engine
         self._ended = asyncio.Event()  # its process is gone
@@ -169,23 +171,9 @@ class EngineClient:
         self.templates.close()
 
     @property
-    def info(self) -> EngineInfo:
-        """What the engine says of itself; only after :meth:`start`."""
-        if self._info is None:
-            raise AssertionError("the engine is not ready yet")
-        return self._info
-
-    @property
     def uploads(self) -> Path:
         """A directory that both processes can read, for adapters that clients send. It goes with the server."""
         return self._transport.address.uploads
-
-    @property
-    def intake(self) -> Intake:
-        """Makes requests of prompts, with the limits of this engine; only after :meth:`start`."""
-        if self._intake is None:
-            raise AssertionError("the engine is not ready yet")
-        return self._intake
 
     @property
     def stats(self) -> Mapping[str, float]:
@@ -230,7 +218,7 @@ class EngineClient:
             completion = batch.completion(index, self.tokenizer, markers=markers)
             timer = self._metrics.begin(completion.request.adapter)
             entry = OpenRequest(call, first_id + index, index, completion, timer)
-            call.add(entry)
+            call.entries.append(entry)
             self._open[entry.number] = entry
         self._next_id += batch.num_completions
         self._transport.send(Submit.of(first_id, batch.requests))
@@ -296,7 +284,7 @@ class EngineClient:
                     "rid",
                 )
         accepted = asyncio.get_running_loop().create_future()
-        call = OpenCall(None, labels, accepted)
+        call = OpenCall(None, labels, accepted, num_completions, num_completions)
         call.stream = CompletionStream(num_completions, partial(self._abandon, call))
         self._labels.update(dict.fromkeys(labels, call))
         return call
@@ -450,8 +438,8 @@ class EngineClient:
                 entry.call.accept(entry)
 
     def _ready(self, info: EngineInfo) -> None:
-        self._info = info
-        self._intake = Intake(
+        self.info = info
+        self.intake = Intake(
             self.tokenizer,
             vocab_size=info.vocab_size,
             context_length=info.context_length,

@@ -9,18 +9,25 @@ read is handed on as such (:class:`lorikeet.core.messages.Unreadable`).
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import zmq
 import zmq.asyncio
 
+from lorikeet.core.commands import AnyCommand, Command, R
 from lorikeet.core.messages import (
+    Ask,
+    Cancel,
     Pulse,
+    Reply,
     ToClient,
     ToEngine,
     Unreadable,
@@ -28,6 +35,7 @@ from lorikeet.core.messages import (
     decode_to_engine,
     encode,
 )
+from lorikeet.errors import EngineFault, UnavailableError
 from lorikeet.scratch import ScratchDir
 
 # A Unix socket's path must fit 107 bytes (sockaddr_un); the longest name below is 14.
@@ -40,6 +48,8 @@ LINGER_MS = 2000
 PULSE_S = 1.0
 # A burst is handed on in parts, so that other coroutines of the HTTP process get their turn.
 MAX_BATCH = 64
+# A longer pause between two looks says nothing of the engine: this process was stopped, the machine asleep or overloaded.
+MAX_TICKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +141,105 @@ class ClientTransport:
         self._pull.close(linger=0)
         self._push.close(linger=0)
         self._context.term()
+
+
+class Commands:
+    """The commands of one client, for one asyncio loop.
+
+    Args:
+        transport: sends them; the caller hands the replies to :meth:`reply`.
+    """
+
+    def __init__(self, transport: ClientTransport) -> None:
+        self._transport = transport
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._num = 0
+        self._is_dead = False
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def run(self, command: Command[R], *, timeout: float | None = None) -> R:
+        """Send a command and wait for its result, at most ``timeout`` seconds.
+
+        If the caller is cancelled, the engine is told; it drops what it can still undo (a load that is not complete).
+
+        Raises:
+            UserError, EngineFault: the answer was an error.
+            EngineFault: it was given up meanwhile (:meth:`fail`).
+            UnavailableError: there was no answer in time.
+        """
+        self._num += 1
+        number = self._num
+        future = self._waiting[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._transport.send(Ask(number, cast("AnyCommand", command)))
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise UnavailableError(
+                f"the engine has not answered within {timeout:g} seconds; try again later"
+            ) from None
+        except asyncio.CancelledError:
+            if not self._is_dead:
+                self._transport.send(Cancel(number))
+            raise
+        finally:
+            del self._waiting[number]
+
+    def reply(self, reply: Reply) -> None:
+        """Take in an answer; that of a command whose caller has gone is dropped."""
+        future = self._waiting.get(reply.id)
+        if future is None or future.done():
+            return
+        if reply.failure is None:
+            future.set_result(reply.result)
+        else:
+            future.set_exception(reply.failure.error())
+
+    def fail(self, fault: EngineFault) -> None:
+        """No answer will come: the engine is lost, or told to end."""
+        self._is_dead = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(fault)
+
+
+class Silence:
+    """Seconds without news, counted only while this process looks.
+
+    A clock alone would call the engine silent when it is this process that was suspended, or that has not come to read
+    what is there.
+
+    Args:
+        tick: seconds between two looks.
+    """
+
+    def __init__(self, tick: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = MAX_TICKS * tick
+        self._clock = clock
+        self._looked = clock()
+        self.turn = 0.0
+        self.pulse = 0.0
+
+    def heard(self, *, is_pulse: bool = False) -> None:
+        """There is news: from the engine's loop, or only that its process lives."""
+        self.pulse = 0.0
+        if not is_pulse:
+            self.turn = 0.0
+
+    def tick(self) -> None:
+        """Look at the clock."""
+        now = self._clock()
+        passed = min(now - self._looked, self._most)
+        self._looked = now
+        self.turn += passed
+        self.pulse += passed
+
+    def exceeds(self, seconds: float) -> bool:
+        """True if the loop has said nothing for so long, whether or not its process lives."""
+        return self.turn > seconds
 
 
 class EngineEndpoint:

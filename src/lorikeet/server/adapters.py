@@ -79,10 +79,10 @@ class AdapterRoutes:
             ("/v1/load_lora_adapter", self.load_inplace, InplaceLoadBody),
             ("/v1/unload_lora_adapter", self.unload_named, NamedAdapterBody),
         ):
-            router.add_api_route(path, route, methods=["POST"], openapi_extra=body_schema(body))
-        router.add_api_route("/v1/adapters", self.adapters, methods=["GET"])
+            router.post(path, openapi_extra=body_schema(body))(route)
+        router.get("/v1/adapters")(self.adapters)
         # A name may be a path or a hub id, so it may contain slashes.
-        router.add_api_route("/v1/adapters/{name:path}", self.adapter, methods=["GET"])
+        router.get("/v1/adapters/{name:path}")(self.adapter)
         return router
 
     async def load(self, request: Request) -> Response:

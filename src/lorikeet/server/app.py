@@ -21,8 +21,7 @@ from lorikeet.engine.spawn import spawn_engine
 from lorikeet.models.source import locate_tokenizer
 from lorikeet.server import adapters, document, errors
 from lorikeet.server.adapters import AdapterRoutes
-from lorikeet.server.drain import Drain, DrainGate
-from lorikeet.server.health import HealthRoutes, metrics_router
+from lorikeet.server.health import HealthRoutes
 from lorikeet.server.lifecycle import (
     HTTPServer,
     StopSignals,
@@ -32,9 +31,16 @@ from lorikeet.server.lifecycle import (
     run_server,
 )
 from lorikeet.server.limits import BodyLimits, Limits
-from lorikeet.server.middleware import AccessLog, ApiKeys, KeyRules, OriginRules, Origins
+from lorikeet.server.middleware import (
+    AccessLog,
+    Drain,
+    DrainGate,
+    Gate,
+    KeyRules,
+    OriginRules,
+)
 from lorikeet.server.native import NativeRoutes
-from lorikeet.server.openai.routes import CompletionRoutes, EmbeddingRoutes, ModelRoutes
+from lorikeet.server.openai.routes import CompletionRoutes, ModelRoutes
 from lorikeet.text.tokenizer import Tokenizer
 
 SpawnEngine = Callable[[Settings, EngineAddress], BaseProcess]
@@ -70,12 +76,10 @@ def make_app(
     app.include_router(NativeRoutes(client).router())
     app.include_router(AdapterRoutes(settings.served_model_name, client).router())
     app.include_router(CompletionRoutes(settings, client).router())
-    app.include_router(EmbeddingRoutes(settings.served_model_name, client).router())
     app.include_router(ModelRoutes(settings, client).router())
-    app.include_router(HealthRoutes(settings, client, generate_timeout=health_timeout).router())
+    health = HealthRoutes(settings, client, registry, generate_timeout=health_timeout)
+    app.include_router(health.router())
     http = settings.http
-    if http.enable_metrics:
-        app.include_router(metrics_router(registry))
     errors.install(app)
     rules = KeyRules(
         api_key=http.api_key,
@@ -88,9 +92,9 @@ def make_app(
     )
     app.add_middleware(BodyLimits, limits=limits, adapter_paths=adapters.LARGE_PATHS)
     # The last one added is the outermost, so requests that are refused have an access line, too.
-    app.add_middleware(ApiKeys, rules=rules)
+    app.add_middleware(Gate, refusal=rules.refusal)
     origins = OriginRules.of(http.host, http.allowed_origins, http.allowed_hosts, paths=ADMIN_PATHS)
-    app.add_middleware(Origins, rules=origins)
+    app.add_middleware(Gate, refusal=origins.refusal)
     app.add_middleware(DrainGate, drain=drain, open_paths=DRAIN_PATHS)
     if http.allowed_origins:
         app.add_middleware(
@@ -140,30 +144,7 @@ async def _run(
     stop = StopSignals()
     stop.install()
     process = spawn(settings, address)
-    try:
-        await _run_with(settings, tokenizer, address, process, listener, stop)
-    finally:
-        await end_process(process, stop)
-
-
-async def _run_with(
-    settings: Settings,
-    tokenizer: Tokenizer,
-    address: EngineAddress,
-    process: BaseProcess,
-    listener: socket.socket,
-    stop: StopSignals,
-) -> None:
     registry = CollectorRegistry()
-    client = EngineClient(
-        transport=ClientTransport(address),
-        process=process,
-        tokenizer=tokenizer,
-        registry=registry,
-        model_name=settings.served_model_name,
-        max_lora=settings.lora.max_loras_per_batch if settings.enable_lora else None,
-        watchdog_timeout=settings.http.watchdog_timeout,
-    )
 
     def make_server() -> HTTPServer:
         drain = Drain(settings.http.shutdown_timeout)
@@ -171,7 +152,19 @@ async def _run_with(
         ready_line = _ready_line(settings, client)
         return HTTPServer(app, drain=drain, ready_line=ready_line, limits=LIMITS)
 
-    await run_server(client, process, listener, make_server, stop)
+    try:
+        client = EngineClient(
+            transport=ClientTransport(address),
+            process=process,
+            tokenizer=tokenizer,
+            registry=registry,
+            model_name=settings.served_model_name,
+            max_lora=settings.lora.max_loras_per_batch if settings.enable_lora else None,
+            watchdog_timeout=settings.http.watchdog_timeout,
+        )
+        await run_server(client, process, listener, make_server, stop)
+    finally:
+        await end_process(process, stop)
 
 
 def _ready_line(settings: Settings, client: EngineClient) -> str:

@@ -21,7 +21,6 @@ from lorikeet.server.health import Flushed, ModelInfo, Status
 Schema = dict[str, Any]
 
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
-_METHODS = ("get", "post", "put")
 
 
 def _schema(kind: str) -> Schema:
@@ -155,14 +154,13 @@ def install(
             # No route has FastAPI check its bodies: what it says of 422 is not so.
             document["components"] = {"schemas": _components()}
             for path, methods in document["paths"].items():
-                for method in _METHODS:
-                    if method in methods:
-                        refusals = _refusals(path, methods[method])
-                        if needs_key(path):
-                            refusals.add("401")
-                        if method == "post":
-                            refusals |= {"403", "415"} if path in changing_paths else {"403"}
-                        methods[method]["responses"] = _responses(path, refusals)
+                for method, operation in methods.items():
+                    refusals = _refusals(path, operation)
+                    if needs_key(path):
+                        refusals.add("401")
+                    if method == "post":
+                        refusals |= {"403", "415"} if path in changing_paths else {"403"}
+                    operation["responses"] = _responses(path, refusals)
             app.openapi_schema = document
         return app.openapi_schema
 

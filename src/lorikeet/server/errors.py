@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -72,27 +71,22 @@ def install(app: FastAPI) -> None:
 
     The handlers are coroutines, or Starlette would give each refusal to its pool of threads.
     """
-    app.add_exception_handler(UserError, _on_own)
-    app.add_exception_handler(EngineFault, _on_own)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(RequestValidationError, _on_validation)
-    app.add_exception_handler(RecursionError, _on_recursion)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.exception_handler(UserError)(_on_own)
+    app.exception_handler(EngineFault)(_on_own)
+    app.exception_handler(HTTPException)(_on_http)
+    app.exception_handler(RecursionError)(_on_recursion)
+    app.exception_handler(ClientDisconnect)(_on_disconnect)
     # Starlette's outermost layer calls this one and then raises the exception again, so uvicorn logs its traceback.
-    app.add_exception_handler(Exception, _on_unexpected)
+    app.exception_handler(Exception)(_on_unexpected)
 
 
-async def _on_own(request: Request, error: Exception) -> Response:
-    if not isinstance(error, UserError | EngineFault):
-        raise error
+async def _on_own(request: Request, error: UserError | EngineFault) -> Response:
     status, body = describe(error)
     headers = RETRY_AFTER if isinstance(error, UnavailableError) else None
     return JSONReply(body, status_code=status, headers=headers)
 
 
-async def _on_http(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        raise error
+async def _on_http(request: Request, error: HTTPException) -> Response:
     message, headers = error.detail, error.headers
     if error.status_code == 404:
         message = f"there is no {shortened(request.url.path, MAX_SHOWN_PATH)}"
@@ -103,14 +97,6 @@ async def _on_http(request: Request, error: Exception) -> Response:
         path = request.url.path[:MAX_SHOWN_PATH]
         message = f"{request.method} {path} is not allowed; allowed: {allowed}"
     return error_response(message, error.status_code, headers=headers)
-
-
-async def _on_validation(request: Request, error: Exception) -> Response:
-    if not isinstance(error, RequestValidationError):
-        raise error
-    first = error.errors()[0]
-    name = str(first["loc"][-1])
-    return JSONReply(error_body(f"{name}: {first['msg']}", 400, param=name), status_code=400)
 
 
 async def _on_recursion(request: Request, error: Exception) -> Response:

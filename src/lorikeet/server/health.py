@@ -13,17 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from lorikeet import __version__
 from lorikeet.client.client import EngineClient
-from lorikeet.client.intake import RequestBatch
 from lorikeet.config import Settings
 from lorikeet.core.commands import FlushCache
-from lorikeet.core.request import Request as EngineRequest
-from lorikeet.core.request import SamplingParams
 from lorikeet.errors import RequestError, UnavailableError
 from lorikeet.masking import mask_all
 from lorikeet.server.errors import error_response
 from lorikeet.server.protocol import quote
 from lorikeet.server.replies import JSONReply, until_disconnect
-from lorikeet.text.stop import StopRules
 
 # How often a flush that found the engine busy is tried again within its timeout.
 FLUSH_RETRY_S = 0.05
@@ -66,6 +62,7 @@ class HealthRoutes:
     """The routes of this module.
 
     Args:
+        registry: shown at ``/metrics`` if the settings say so.
         generate_timeout: seconds that ``/health_generate`` waits for its token.
     """
 
@@ -73,25 +70,27 @@ class HealthRoutes:
         self,
         settings: Settings,
         client: EngineClient,
+        registry: CollectorRegistry,
         *,
         generate_timeout: float,
     ) -> None:
         self._settings = settings
+        self._registry = registry
         self._client = client
         self._generate_timeout = generate_timeout
         self._flushing = asyncio.Lock()
 
     def router(self) -> APIRouter:
         router = APIRouter(tags=["server"])
-        router.add_api_route("/health", self.health, methods=["GET"])
-        router.add_api_route("/health_generate", self.health_generate, methods=["GET"])
+        router.get("/health")(self.health)
+        router.get("/health_generate")(self.health_generate)
         for path in ("/model_info", "/get_model_info"):
-            router.add_api_route(path, self.model_info, methods=["GET"])
+            router.get(path)(self.model_info)
         for path in ("/server_info", "/get_server_info"):
-            router.add_api_route(path, self.server_info, methods=["GET"])
-        router.add_api_route(
-            "/flush_cache", self.flush_cache, methods=["POST"], openapi_extra=TIMEOUT
-        )
+            router.get(path)(self.server_info)
+        router.post("/flush_cache", openapi_extra=TIMEOUT)(self.flush_cache)
+        if self._settings.http.enable_metrics:
+            router.get("/metrics")(self.metrics)
         return router
 
     async def health(self) -> Response:
@@ -113,14 +112,9 @@ class HealthRoutes:
         return JSONReply(Status())
 
     async def _generate_one(self) -> None:
-        probe = EngineRequest(
-            prompt_token_ids=[0],
-            sampling=SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True),
-        )
-        batch = RequestBatch(
-            requests=[probe], stops=[StopRules()], rids=["health"], labels={}, is_list=False
-        )
-        stream = await self._client.submit(batch)
+        sampling = {"max_new_tokens": 1, "temperature": 0.0, "ignore_eos": True}
+        probe = {"input_ids": [0], "sampling_params": sampling}
+        stream = await self._client.submit(self._client.intake.make_requests(probe))
         try:
             async for _ in stream:
                 pass
@@ -163,6 +157,10 @@ class HealthRoutes:
             400,
         )
 
+    async def metrics(self) -> Response:
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return Response(generate_latest(self._registry), headers=headers)
+
     async def _flush(self, deadline: float) -> bool:
         """Flush before ``deadline``, as soon as the engine is idle; False if it never was."""
         while True:
@@ -173,17 +171,6 @@ class HealthRoutes:
                 if time.monotonic() + FLUSH_RETRY_S > deadline:
                     return False
                 await asyncio.sleep(FLUSH_RETRY_S)
-
-
-def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """``GET /metrics`` in the text format of Prometheus."""
-
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    router = APIRouter(tags=["server"])
-    router.add_api_route("/metrics", metrics, methods=["GET"])
-    return router
 
 
 def _seconds(request: Request, name: str, most: float) -> float:

@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from lorikeet import signals
 from lorikeet.client.client import EngineClient
 from lorikeet.errors import ConfigError, UnavailableError
-from lorikeet.server.drain import MESSAGE, Drain
 from lorikeet.server.limits import MAX_HEAD, Connection, Limits
+from lorikeet.server.middleware import SHUTTING_DOWN, Drain
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +138,16 @@ class HTTPServer(uvicorn.Server):
 
 
 class StopSignals:
-    """Signals to stop: the first one asks for the end, the second one forces it."""
+    """Signals to stop: the first one asks for the end, the second one forces it.
+
+    Attributes:
+        on_asked: called with the first signal, before the log says what happens now.
+    """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.forced = asyncio.Event()
+        self.on_asked: Callable[[], None] = lambda: None
 
     def install(self) -> None:
         """Listen to the signals in the running loop (of the main thread)."""
@@ -154,8 +159,9 @@ class StopSignals:
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self.asked.is_set():
-            logger.info("%s: finishing what runs; send it again to stop at once", name)
             self.asked.set()
+            self.on_asked()
+            logger.info("%s: finishing what runs; send it again to stop at once", name)
         else:
             logger.warning("%s: stopping at once", name)
             self.forced.set()
@@ -198,6 +204,7 @@ async def _serve(
     listener: socket.socket,
     stop: StopSignals,
 ) -> None:
+    stop.on_asked = server.drain.begin
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     death = asyncio.ensure_future(client.died())
     forced = asyncio.ensure_future(stop.forced.wait())
@@ -219,7 +226,7 @@ async def _serve(
 async def _cut_off(server: HTTPServer, client: EngineClient) -> None:
     """End everything now: whoever waits is told, as far as it takes no time."""
     server.drain.begin()
-    client.cut_off(UnavailableError(MESSAGE))
+    client.cut_off(UnavailableError(SHUTTING_DOWN))
     for _ in range(2):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_REPLIES_S):
@@ -230,13 +237,12 @@ async def _cut_off(server: HTTPServer, client: EngineClient) -> None:
 async def _drain(
     server: HTTPServer, client: EngineClient, *ends: asyncio.Future[Any] | Coroutine[Any, Any, Any]
 ) -> None:
-    """Refuse what is new until nothing runs any more, or one of ``ends`` is done; cut off what takes too long."""
+    """Wait until nothing runs any more, or one of ``ends`` is done; cut off what takes too long."""
     drain = server.drain
-    drain.begin()
     waiting = asyncio.ensure_future(_first(drain.idle(), *ends))
     _, too_long = await asyncio.wait((waiting,), timeout=drain.timeout)
     if too_long:
-        num_cut = client.cut_off(UnavailableError(MESSAGE))
+        num_cut = client.cut_off(UnavailableError(SHUTTING_DOWN))
         logger.warning("%d requests were cut off after %g s", num_cut, drain.timeout)
         _, unread = await asyncio.wait((waiting,), timeout=FLUSH_S)
         if unread:

@@ -49,24 +49,20 @@ class Limits:
     head_seconds: int = 30
 
 
-class BodyError(RequestError):
-    """A body that is not read to its end."""
-
-
-class BodyTooLargeError(BodyError):
-    """It is larger than the limit."""
+class BodyTooLargeError(RequestError):
+    """A body that is larger than the limit, and not read to its end."""
 
     kind = "too_large"
 
 
-class BodyTimeoutError(BodyError):
-    """It came too slowly."""
+class BodyTimeoutError(RequestError):
+    """A body that came too slowly, and is not read to its end."""
 
     kind = "too_slow"
 
 
 class BodyLimits:
-    """Raises a :class:`BodyError` where a route reads the body, so that each endpoint answers in its own form.
+    """Raises an error where a route reads a body that is too large or too slow, so that each endpoint answers in its own form.
 
     A length that is declared is refused before anything is read. What a client sends after a refusal is thrown away:
     if the connection were closed instead, many clients would see that and not the answer.
@@ -84,11 +80,11 @@ class BodyLimits:
         if scope["type"] == "http":
             is_large = scope["path"] in self._adapter_paths
             most = self._limits.adapter_bytes if is_large else self._limits.body_bytes
-            receive = _Body(receive, scope, self._limits, most).receive
+            receive = _BoundedBody(receive, scope, self._limits, most).receive
         await self._app(scope, receive, send)
 
 
-class _Body:
+class _BoundedBody:
     """The body of one request as it comes."""
 
     def __init__(self, receive: Receive, scope: Scope, limits: Limits, most: int) -> None:

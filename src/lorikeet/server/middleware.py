@@ -1,14 +1,16 @@
-"""What happens to every request before and after its route: the access line, who may call from where, the API key.
+"""What happens to every request before and after its route: the access line, who may call from where, the API key, and
+the refusal while the server shuts down.
 
-Both are plain ASGI, so that a client's disconnect still reaches the route.
+All are plain ASGI, so that a client's disconnect still reaches the route.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
@@ -16,10 +18,12 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorikeet.server.errors import error_response
+from lorikeet.server.errors import RETRY_AFTER, error_response
 from lorikeet.server.replies import JSONReply
 
 logger = logging.getLogger("lorikeet.access")
+
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class AccessLog:
@@ -85,6 +89,12 @@ class KeyRules:
         if path in self.admin_paths and self.admin_api_key is not None:
             return self.admin_api_key
         return self.api_key
+
+    def refusal(self, scope: Scope) -> JSONReply | None:
+        """The answer to a request without its key, which stands in ``Authorization: Bearer KEY``; or None."""
+        key = self.key_of(scope["path"])
+        has_key = key is None or hmac.compare_digest(_bearer(scope), key.encode())
+        return None if has_key else _NO_KEY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,15 +191,19 @@ def _is_json(content_type: str) -> bool:
     )
 
 
-class Origins:
-    """Refuses, by ``rules``, what a web page of somebody else may have sent."""
+class Gate:
+    """Plain ASGI around the routes that answers what is refused.
 
-    def __init__(self, app: ASGIApp, *, rules: OriginRules) -> None:
+    Args:
+        refusal: the answer to a request that is not taken, or None.
+    """
+
+    def __init__(self, app: ASGIApp, *, refusal: Callable[[Scope], JSONReply | None]) -> None:
         self._app = app
-        self._rules = rules
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._rules.refusal(scope) if scope["type"] == "http" else None
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
 
@@ -207,35 +221,79 @@ _NO_JSON = error_response(
 )
 
 
-class ApiKeys:
-    """Asks for ``Authorization: Bearer KEY``, by ``rules``."""
-
-    def __init__(self, app: ASGIApp, *, rules: KeyRules) -> None:
-        self._app = app
-        self._rules = rules
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app if scope["type"] != "http" or self._allows(scope) else _REFUSAL
-        await app(scope, receive, send)
-
-    def _allows(self, scope: Scope) -> bool:
-        key = self._rules.key_of(scope["path"])
-        return key is None or hmac.compare_digest(_bearer(scope), key.encode())
-
-
-_REFUSAL = error_response(
+_NO_KEY = error_response(
     "a valid key is needed: send the header 'Authorization: Bearer KEY'",
     401,
     headers={"WWW-Authenticate": "Bearer"},
 )
 
 
+class Drain:
+    """Counts the requests that run, and knows when no more are taken. For one asyncio loop.
+
+    Args:
+        timeout: seconds that running requests may take to finish.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.has_begun = False
+        self.num_running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """Take no more requests."""
+        self.has_begun = True
+
+    async def idle(self) -> None:
+        """Wait until nothing runs."""
+        await self._idle.wait()
+
+    def enter(self) -> None:
+        self.num_running += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_running -= 1
+        if not self.num_running:
+            self._idle.set()
+
+
+class DrainGate:
+    """Plain ASGI around the routes: 503 for what comes after ``drain`` has begun, on whatever connection.
+
+    Args:
+        open_paths: what may still be asked then.
+    """
+
+    def __init__(self, app: ASGIApp, *, drain: Drain, open_paths: Collection[str]) -> None:
+        self._app = app
+        self._drain = drain
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._drain.has_begun and scope["path"] not in self._open_paths:
+            await _DRAINING(scope, receive, send)
+            return
+        self._drain.enter()
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            # The loop ends, and whoever still waits there has been told and hung up; there is nobody left to tell.
+            if not self._drain.has_begun:
+                raise
+        finally:
+            self._drain.leave()
+
+
+# The connection's next request would be refused as well: close it, so that the client looks for another server.
+_DRAINING = error_response(SHUTTING_DOWN, 503, headers={**RETRY_AFTER, "Connection": "close"})
+
+
 def _bearer(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            kind, _, key = value.partition(b" ")
-            return key.strip() if kind.lower() == b"bearer" else b""
-    return b""
+    kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+    return key.encode("latin-1").strip() if kind.lower() == "bearer" else b""
 
 
 def _client(scope: Scope) -> str:

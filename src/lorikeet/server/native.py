@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -12,11 +12,19 @@ from lorikeet.client.client import EngineClient
 from lorikeet.client.intake import RequestBatch
 from lorikeet.client.reply import TokenText, native_reply
 from lorikeet.client.stream import CompletionStream
+from lorikeet.core.request import FinishReason
 from lorikeet.errors import EngineFault, RequestError, UnavailableError
 from lorikeet.server.errors import describe
 from lorikeet.server.protocol import AbortBody, GenerateBody, body_schema, parse_body, read_large
-from lorikeet.server.replies import LARGE_REPLY, JSONReply, build_reply, until_disconnect
-from lorikeet.server.sse import DONE, EventStream, frame
+from lorikeet.server.replies import (
+    DONE,
+    LARGE_REPLY,
+    EventStream,
+    JSONReply,
+    build_reply,
+    frame,
+    until_disconnect,
+)
 from lorikeet.text.completion import Snapshot
 
 
@@ -35,9 +43,7 @@ class NativeRoutes:
         )
         for method in ("POST", "PUT"):
             router.add_api_route("/generate", self.generate, methods=[method], openapi_extra=body)
-        router.add_api_route(
-            "/abort_request", self.abort, methods=["POST"], openapi_extra=body_schema(AbortBody)
-        )
+        router.post("/abort_request", openapi_extra=body_schema(AbortBody))(self.abort)
         return router
 
     async def generate(self, request: Request) -> Response:
@@ -75,23 +81,20 @@ class NativeRoutes:
         One of a list that fails is an entry whose finish reason says so, and the others go on. A call for one completion
         fails with it, and so does any call that an engine which is not available cuts off.
         """
-        finished: dict[int, Snapshot] = {}
-        async for index, completion in stream:
-            if completion.finish is None:
-                continue
-            error = completion.finish.error()
+
+        def check(finish: FinishReason) -> None:
+            error = finish.error()
             if error is not None and (not batch.is_list or isinstance(error, UnavailableError)):
                 raise error
-            finished[index] = completion.snapshot()
-        num_logprobs = sum(snapshot.num_logprobs for snapshot in finished.values())
-        return await build_reply(num_logprobs, partial(self._reply, finished, batch))
 
-    def _reply(self, finished: Mapping[int, Snapshot], batch: RequestBatch) -> JSONReply:
-        replies = [
-            native_reply(finished[index], token_text=self._token_text(batch))
-            for index in range(batch.num_completions)
-        ]
-        return JSONReply(replies if batch.is_list else replies[0])
+        snapshots = [completion.snapshot() for completion in await stream.finished(check)]
+
+        def reply() -> JSONReply:
+            token_text = self._token_text(batch)
+            replies = [native_reply(item, token_text=token_text) for item in snapshots]
+            return JSONReply(replies if batch.is_list else replies[0])
+
+        return await build_reply(sum(item.num_logprobs for item in snapshots), reply)
 
     async def _events(
         self, stream: CompletionStream, batch: RequestBatch

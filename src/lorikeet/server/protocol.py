@@ -116,30 +116,30 @@ class AbortBody(Body):
     abort_all: bool = Field(default=False, description="true or false")
 
 
-NAME = "a string that is not empty"
+class NamedAdapterBody(Body):
+    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
+
+    lora_name: str = Field(min_length=1, description="a string that is not empty")
 
 
-class LoadAdapterBody(Body):
+class LoadAdapterBody(NamedAdapterBody):
     """``POST /load_lora_adapter``."""
 
-    lora_name: str = Field(min_length=1, description=NAME)
     lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
     pinned: bool = Field(default=False, description="true or false")
 
 
-class UnloadAdapterBody(Body):
+class UnloadAdapterBody(NamedAdapterBody):
     """``POST /unload_lora_adapter``."""
 
-    lora_name: str = Field(min_length=1, description=NAME)
     timeout: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="a number of seconds, at least 0"
     )
 
 
-class LoadTensorsBody(Body):
+class LoadTensorsBody(NamedAdapterBody):
     """``POST /load_lora_adapter_from_tensors``."""
 
-    lora_name: str = Field(min_length=1, description=NAME)
     config_dict: dict[str, Any] = Field(description="the object of an adapter_config.json")
     tensors: str = Field(
         min_length=1,
@@ -151,21 +151,14 @@ class LoadTensorsBody(Body):
     )
 
 
-class InplaceLoadBody(Body):
+class InplaceLoadBody(NamedAdapterBody):
     """``POST /v1/load_lora_adapter``, as vLLM has it."""
 
-    lora_name: str = Field(min_length=1, description=NAME)
     lora_path: str = Field(min_length=1, description="a directory, a hub id or a URL")
     load_inplace: bool = Field(default=False, description="true or false")
     is_3d_lora_weight: Literal[False] | None = Field(
         None, description="false or left out: such weights are not supported"
     )
-
-
-class NamedAdapterBody(Body):
-    """``POST /v1/unload_lora_adapter``, as vLLM has it."""
-
-    lora_name: str = Field(min_length=1, description=NAME)
 
 
 def parse_body(model: type[_Model], data: bytes) -> _Model:

@@ -11,11 +11,10 @@ from typing import Any, cast
 
 import orjson
 
-from lorikeet.client.call_limits import MAX_TEXT
 from lorikeet.client.client import EngineClient
-from lorikeet.client.intake import RequestBatch
+from lorikeet.client.intake import MAX_TEXT, RequestBatch
 from lorikeet.client.stream import CompletionStream
-from lorikeet.core.request import FinishReason
+from lorikeet.core.request import FinishReason, Pooling
 from lorikeet.errors import LorikeetError, RequestError
 from lorikeet.names import check_name
 from lorikeet.server.errors import ModelNotFoundError
@@ -25,9 +24,11 @@ from lorikeet.server.openai.bodies import (
     CompletionBody,
     EmbeddingBody,
     OpenAIBody,
+    check_keys,
+    read_field,
+    refusal,
 )
 from lorikeet.server.openai.messages import plain_messages
-from lorikeet.server.openai.objects import check_keys, read_field, refusal
 from lorikeet.server.openai.tools import ToolUse, read_tools
 from lorikeet.server.protocol import parse_body
 from lorikeet.server.reading import LARGE, run_sized
@@ -51,7 +52,7 @@ _CHAT_NAMES = _NAMES | {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCall:
+class Call:
     """One call for a model, checked.
 
     Attributes:
@@ -60,6 +61,9 @@ class ModelCall:
         adapter: the adapter of every request; None is the base.
         named_by_model: ``model`` names the adapter, not ``lora_path``.
         names: native name of a field -> the client's.
+        is_stream: the reply comes in chunks; ``has_usage``: of which the last one counts tokens.
+        echo: the text of each prompt, if the choices begin with it.
+        tools: what the choices may call.
     """
 
     id: str
@@ -68,29 +72,10 @@ class ModelCall:
     adapter: str | None
     named_by_model: bool
     names: Mapping[str, str]
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Special tokens that are seen in the text although those are skipped."""
-        return ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call(ModelCall):
-    """One call for completions, checked.
-
-    Attributes:
-        echo: the text of each prompt, if the choices begin with it.
-        tools: what the choices may call.
-    """
-
-    body: OpenAIBody
+    is_stream: bool = False
+    has_usage: bool = False
     echo: list[str] | None = None
     tools: ToolUse | None = None
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        return tuple(self.tools.form.markers) if self.tools else ()
 
     @property
     def num_samples(self) -> int:
@@ -104,48 +89,66 @@ def prompt_field(value: str | list[Any]) -> str:
     return "text" if is_text else "input_ids"
 
 
-class ModelNames:
-    """Finds out which adapter a body means.
+def find_adapter(base: str, body: OpenAIBody | EmbeddingBody) -> tuple[str | None, bool]:
+    """The adapter that a body names, None if it is the base, and whether it is ``model`` that names it.
+
+    Whether the adapter exists is the engine's to say.
+
+    Raises:
+        RequestError: ``model`` is empty, or no name.
+    """
+    if not body.model:
+        raise RequestError("model is empty; allowed: the name of a model", "model")
+    name = "" if body.model == base else body.model.removeprefix(f"{base}:")
+    return (check_name(name, "model"), True) if name else (body.lora_path, False)
+
+
+def make_call(
+    base: str,
+    client: EngineClient,
+    body: OpenAIBody | EmbeddingBody,
+    kind: str,
+    native: Mapping[str, Any],
+    names: Mapping[str, str],
+    pooling: Pooling | None = None,
+) -> Call:
+    """The call of a body.
 
     Args:
         base: the base's name.
+        kind: what the id of the reply begins with.
+        native: fields of the native API.
+        names: native name of a field -> the client's.
+
+    Raises:
+        RequestError: names the field as the client does.
     """
-
-    def __init__(self, base: str) -> None:
-        self._base = base
-
-    def adapter_of(self, body: OpenAIBody | EmbeddingBody) -> str | None:
-        """The adapter that a body names, None if it is the base. Whether it exists is the engine's to say.
-
-        Raises:
-            RequestError: ``model`` is empty, or no name.
-        """
-        by_model = self.named_by_model(body.model)
-        return body.lora_path if by_model is None else by_model
-
-    def named_by_model(self, model: str) -> str | None:
-        """The adapter that ``model`` names; None if it is the base."""
-        if model == self._base:
-            return None
-        if not model:
-            raise RequestError("model is empty; allowed: the name of a model", "model")
-        name = model.removeprefix(f"{self._base}:")
-        return check_name(name, "model") if name else None
+    adapter, named_by_model = find_adapter(base, body)
+    call_id = f"{kind}-{uuid.uuid4().hex}"
+    with named(names):
+        fields = {"lora_path": adapter, "rid": call_id, **native}
+        batch = client.intake.make_requests(fields, pooling)
+    return Call(
+        id=call_id,
+        model=body.model,
+        batch=batch,
+        adapter=adapter,
+        named_by_model=named_by_model,
+        names=names,
+    )
 
 
 class CallReader:
     """Reads bodies.
 
     Args:
-        names: of the models.
+        base: the base's name.
         client: knows the tokenizer and the limits of the engine.
         tool_call_parser: the value of ``--tool-call-parser``.
     """
 
-    def __init__(
-        self, names: ModelNames, client: EngineClient, tool_call_parser: str | None
-    ) -> None:
-        self._names = names
+    def __init__(self, base: str, client: EngineClient, tool_call_parser: str | None) -> None:
+        self._base = base
         self._client = client
         self._tool_call_parser = tool_call_parser
 
@@ -197,7 +200,7 @@ class CallReader:
 
     async def _render(self, body: ChatBody, size: int) -> tuple[str, ToolUse | None]:
         """Render the messages and the tools as text."""
-        adapter = self._names.adapter_of(body)
+        adapter, _ = find_adapter(self._base, body)
         own = None if adapter is None else self._client.adapter_templates.get(adapter)
         templates = self._client.tokenizer.chat_templates(own)
         source = templates.pick(has_tools=bool(body.tools))
@@ -247,20 +250,11 @@ class CallReader:
             raise RequestError(f"best_of is {body.best_of}; allowed: n ({num_samples})", "best_of")
         sampling = {**self._client.info.sampling_defaults, **sampling}
         sampling |= read_response_format(sampling.pop("json_schema", None))
-        by_model, adapter = self._names.named_by_model(body.model), self._names.adapter_of(body)
-        call_id = f"{kind}-{uuid.uuid4().hex}"
-        fields = {"sampling_params": sampling, "lora_path": adapter, "rid": call_id} | native
-        with named(names):
-            batch = self._client.intake.make_requests(fields)
-        return Call(
-            body=body,
-            id=call_id,
-            model=body.model,
-            batch=batch,
-            adapter=adapter,
-            named_by_model=by_model is not None,
-            names=names,
-        )
+        native = {"sampling_params": sampling, **native}
+        call = make_call(self._base, self._client, body, kind, native, names)
+        options = body.stream_options
+        has_usage = bool(options and options.include_usage)
+        return replace(call, is_stream=bool(body.stream), has_usage=has_usage)
 
     def _with_echo(self, call: Call, body: CompletionBody) -> Call:
         if isinstance(body.prompt, str):
@@ -322,7 +316,7 @@ def read_response_format(value: Mapping[str, Any] | None) -> dict[str, Any]:
         raise RequestError(f"{where}.schema cannot be used: {error}", f"{where}.schema") from error
 
 
-async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
+async def submit(client: EngineClient, call: Call) -> CompletionStream:
     """Start the requests of a call, all of them or none. The caller closes the stream.
 
     Raises:
@@ -330,11 +324,12 @@ async def submit(client: EngineClient, call: ModelCall) -> CompletionStream:
         RequestError: the engine refused a request, in the client's own words.
         EngineFault: the engine failed, or has no room.
     """
-    markers = client.tokenizer.ids_of(call.markers)
+    # Special tokens that are seen in the text although those are skipped.
+    markers = client.tokenizer.ids_of(call.tools.form.markers if call.tools else ())
     try:
         return await client.submit(call.batch, markers=markers)
     except RequestError as error:
-        # The engine says why, not which field: it may be the adapter, or a grammar.
+        # Whatever the engine says of an adapter that is not there: ``model`` names no model then.
         if call.adapter is None or client.adapters.path(call.adapter) is not None:
             error.rename(call.names)
             raise

@@ -8,7 +8,7 @@ from typing import Any, cast
 import orjson
 
 from lorikeet.errors import RequestError
-from lorikeet.server.openai.objects import check_keys, read_field, read_function, refusal
+from lorikeet.server.openai.bodies import check_keys, read_field, read_function, refusal
 from lorikeet.server.reading import check_values
 from lorikeet.text.chat import TemplateFacts
 
@@ -128,20 +128,10 @@ def _text_of(content: object, where: str) -> str:
     if not isinstance(content, list):
         raise refusal(where, content, "a string or a list of text parts")
     texts: list[str] = []
-    for index, item in enumerate(cast(list[object], content)):
-        text = _text_part(item)
-        if text is None:
-            raise refusal(f"{where}[{index}]", item, '{"type": "text", "text": a string}')
-        texts.append(text)
+    for index, item in enumerate(cast(list[dict[str, object]], content)):
+        match item:
+            case {"type": "text", "text": str(text), **others} if not others:
+                texts.append(text)
+            case _:
+                raise refusal(f"{where}[{index}]", item, '{"type": "text", "text": a string}')
     return "\n".join(texts)
-
-
-def _text_part(part: object) -> str | None:
-    """The text of a content's part; None if it is another kind of part."""
-    if not isinstance(part, Mapping):
-        return None
-    fields = cast(Mapping[str, object], part)
-    text = fields.get("text")
-    if set(fields) != {"type", "text"} or fields["type"] != "text" or not isinstance(text, str):
-        return None
-    return text

@@ -7,8 +7,8 @@ choice told in one piece, so the pieces of a stream always add up to it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 from lorikeet.core.request import Request, TokenLogprobs
 from lorikeet.server.openai.calls import Call
@@ -23,58 +23,36 @@ Reply = dict[str, Any]
 MIN_LOGPROB = -9999.0
 
 
-class Choice(Protocol):
-    """One completion of a call."""
-
-    def whole(self, snapshot: Snapshot) -> Reply:
-        """The choice of a reply, from a finished completion."""
-        ...
-
-    def chunks(self, snapshot: Snapshot) -> list[Reply]:
-        """The choices of the chunks that tell what is new."""
-        ...
-
-
-MakeChoice = Callable[[int, Call, Tokenizer], Choice]
-
-
 class Envelope:
     """The fields around the choices of a reply.
 
     Args:
-        kind: ``object`` of a whole reply; ``chunk_kind`` that of a chunk.
+        make_choice: whose kind of reply it is.
     """
 
-    def __init__(self, call: Call, *, kind: str, chunk_kind: str) -> None:
+    def __init__(self, call: Call, make_choice: type[Choice]) -> None:
         self._call = call
-        self._kind = kind
-        self._chunk_kind = chunk_kind
+        self._made_by = make_choice
         self._created = int(time.time())
 
     def whole(self, choices: list[Reply], snapshots: Sequence[Snapshot]) -> Reply:
         usage = count_usage(snapshots, self._call.num_samples)
-        return self._object(self._kind, choices) | {"usage": usage}
+        return self._object(self._made_by.kind, choices) | {"usage": usage}
 
     def chunk(self, choice: Reply) -> Reply:
-        reply = self._object(self._chunk_kind, [choice])
-        return reply | {"usage": None} if self.has_usage else reply
+        reply = self._object(self._made_by.chunk_kind, [choice])
+        return reply | {"usage": None} if self._call.has_usage else reply
 
     def usage_chunk(self, snapshots: Sequence[Snapshot]) -> Reply:
         usage = count_usage(snapshots, self._call.num_samples)
-        return self._object(self._chunk_kind, []) | {"usage": usage}
-
-    @property
-    def has_usage(self) -> bool:
-        """The stream ends with a chunk that counts tokens."""
-        options = self._call.body.stream_options
-        return bool(options and options.include_usage)
+        return self._object(self._made_by.chunk_kind, []) | {"usage": usage}
 
     def _object(self, kind: str, choices: list[Reply]) -> Reply:
         return {
             "id": self._call.id,
             "object": kind,
             "created": self._created,
-            "model": self._call.body.model,
+            "model": self._call.model,
             "choices": choices,
         }
 
@@ -106,27 +84,19 @@ class Speech:
         return [delta for event in self._read(snapshot) if (delta := self._delta(event))]
 
     def message(self, snapshot: Snapshot) -> Reply:
-        """The content and the tool calls of a completion that has finished."""
+        """The content and the tool calls of a completion that has finished: what its deltas add up to."""
         content: list[str] = []
         calls: list[Reply] = []
-        for event in self._read(snapshot):
-            match event:
-                case Text(text):
-                    content.append(text)
-                case Begin(name):
-                    calls.append(self._new_call(name))
-                case Arguments(text):
-                    calls[-1]["function"]["arguments"] += text
-                case End() | Broken():
-                    pass
+        for delta in self.deltas(snapshot):
+            content.append(delta.get("content", ""))
+            for call in delta.get("tool_calls", ()):
+                if "id" in call:
+                    calls.append({name: item for name, item in call.items() if name != "index"})
+                else:
+                    calls[-1]["function"]["arguments"] += call["function"]["arguments"]
         if not calls:
             return {"content": "".join(content)}
         return {"content": "".join(content) or None, "tool_calls": calls}
-
-    def _new_call(self, name: str) -> Reply:
-        assert self._tools is not None
-        call = {"id": self._tools.form.make_id(), "type": "function"}
-        return call | {"function": {"name": name, "arguments": ""}}
 
     def _read(self, snapshot: Snapshot) -> list[Event]:
         if self._parser is None:
@@ -142,8 +112,10 @@ class Speech:
             case Text(text):
                 return {"content": text}
             case Begin(name):
+                assert self._tools is not None
                 self._num_begun += 1
-                return self._call(self._new_call(name))
+                call = {"id": self._tools.form.make_id(), "type": "function"}
+                return self._call(call | {"function": {"name": name, "arguments": ""}})
             case Arguments(text):
                 return self._call({"function": {"arguments": text}})
             case End() | Broken():
@@ -154,7 +126,12 @@ class Speech:
 
 
 class ChatChoice:
-    """One choice of a chat completion."""
+    """One choice of a chat completion.
+
+    A choice is told by ``whole`` from a finished completion, or by ``chunks``, each time with what is new.
+    """
+
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer) -> None:
         self._index = index
@@ -226,6 +203,8 @@ class ChatChoice:
 class CompletionChoice:
     """One choice of a completion. With ``echo`` its text and its log-probabilities begin with the prompt's."""
 
+    kind = chunk_kind = "text_completion"
+
     def __init__(self, index: int, call: Call, tokenizer: Tokenizer) -> None:
         request = call.batch.request_of(index)
         self._index = index
@@ -256,6 +235,9 @@ class CompletionChoice:
             "finish_reason": None if snapshot.finish is None else finish_reason(snapshot),
         }
         return piece, not new_text and not has_tokens and snapshot.finish is None
+
+
+Choice = ChatChoice | CompletionChoice
 
 
 class _OffsetLogprobs:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
-import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -29,25 +27,34 @@ from lorikeet.server.openai.bodies import ChatBody, CompletionBody, EmbeddingBod
 from lorikeet.server.openai.calls import (
     Call,
     CallReader,
-    ModelCall,
-    ModelNames,
     check_finish,
-    named,
+    find_adapter,
+    make_call,
     prompt_field,
     submit,
 )
 from lorikeet.server.openai.replies import (
     ChatChoice,
+    Choice,
     CompletionChoice,
     Envelope,
-    MakeChoice,
 )
 from lorikeet.server.protocol import body_schema, parse_body, read_large
-from lorikeet.server.replies import JSONReply, build_reply, list_body, until_disconnect
-from lorikeet.server.sse import DONE, EventStream, frame
-from lorikeet.text.completion import Completion, Snapshot
+from lorikeet.server.replies import (
+    DONE,
+    EventStream,
+    JSONReply,
+    build_reply,
+    frame,
+    list_body,
+    until_disconnect,
+)
+from lorikeet.text.completion import Snapshot
 
 Card = dict[str, Any]
+
+# Native names of fields of an embedding -> the client's.
+_FIELD_NAMES = {"text": "input", "input_ids": "input"}
 
 
 class ModelRoutes:
@@ -63,9 +70,9 @@ class ModelRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route("/models", self.models, methods=["GET"])
+        router.get("/models")(self.models)
         # An id may be a path or a hub id, so it may contain slashes.
-        router.add_api_route("/models/{model_id:path}", self.model, methods=["GET"])
+        router.get("/models/{model_id:path}")(self.model)
         return router
 
     async def models(self) -> Response:
@@ -113,101 +120,78 @@ class ModelRoutes:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """In what completions and chats differ."""
-
-    read: Callable[[bytes], Awaitable[Call]]
-    make_choice: MakeChoice
-    kind: str
-    chunk_kind: str
-
-
 class CompletionRoutes:
-    """Answers completions and chats, whole or streamed."""
+    """Answers completions and chats, whole or streamed, and makes embeddings, by the base or an adapter."""
 
     def __init__(self, settings: Settings, client: EngineClient) -> None:
         self._client = client
-        base = settings.served_model_name
-        self._names = ModelNames(base)
-        self._reader = CallReader(self._names, client, settings.http.tool_call_parser)
-        self._completion = _Form(
-            self._read_completion, CompletionChoice, "text_completion", "text_completion"
-        )
-        self._chat = _Form(self._read_chat, ChatChoice, "chat.completion", "chat.completion.chunk")
+        self._base = settings.served_model_name
+        self._reader = CallReader(self._base, client, settings.http.tool_call_parser)
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route(
-            "/completions",
-            self.complete,
-            methods=["POST"],
-            openapi_extra=body_schema(CompletionBody),
-        )
-        router.add_api_route(
-            "/chat/completions", self.chat, methods=["POST"], openapi_extra=body_schema(ChatBody)
-        )
+        router.post("/completions", openapi_extra=body_schema(CompletionBody))(self.complete)
+        router.post("/chat/completions", openapi_extra=body_schema(ChatBody))(self.chat)
+        router.post("/embeddings", openapi_extra=body_schema(EmbeddingBody))(self.embed)
         return router
 
     async def complete(self, request: Request) -> Response:
         """Continue prompts."""
-        return await self._answer(request, self._completion)
+        return await self._answer(request, self._read_completion, CompletionChoice)
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        return await self._answer(request, self._chat)
+        return await self._answer(request, self._read_chat, ChatChoice)
 
-    async def _answer(self, request: Request, form: _Form) -> Response:
+    async def _answer(
+        self, request: Request, read: Callable[[bytes], Awaitable[Call]], make: type[Choice]
+    ) -> Response:
         data = await request.body()
-        call, stream = await until_disconnect(request.receive, self._begin(data, form))
-        if call.body.stream:
-            return EventStream(self._events(stream, call, form), on_end=stream.close)
+
+        async def begin() -> tuple[Call, CompletionStream]:
+            call = await read(data)
+            return call, await submit(self._client, call)
+
+        call, stream = await until_disconnect(request.receive, begin())
+        if call.is_stream:
+            return EventStream(self._events(stream, call, make), on_end=stream.close)
         try:
-            return await until_disconnect(request.receive, self._whole(stream, call, form))
+            return await until_disconnect(request.receive, self._whole(stream, call, make))
         finally:
             stream.close()
-
-    async def _begin(self, data: bytes, form: _Form) -> tuple[Call, CompletionStream]:
-        call = await form.read(data)
-        return call, await submit(self._client, call)
 
     async def _read_completion(self, data: bytes) -> Call:
         return await read_large(data, self._reader.completion)
 
     async def _read_chat(self, data: bytes) -> Call:
         body = await read_large(data, partial(parse_body, ChatBody))
-        adapter = self._names.adapter_of(body)
+        adapter, _ = find_adapter(self._base, body)
         if adapter is not None and adapter not in self._client.adapter_templates:
             # The resolver may find it, and messages are rendered with its template; if not, submitting says why.
             with suppress(UserError):
                 await self._client.command(FindAdapter(adapter))
         return await self._reader.chat(body, len(data))
 
-    async def _whole(self, stream: CompletionStream, call: Call, form: _Form) -> JSONReply:
+    async def _whole(self, stream: CompletionStream, call: Call, make: type[Choice]) -> JSONReply:
         """The reply once everything has finished. One that fails fails the call, and the others are aborted."""
-        finished: dict[int, Snapshot] = {}
-        async for index, completion in stream:
-            if completion.finish is not None:
-                check_finish(completion.finish)
-                finished[index] = completion.snapshot()
-        snapshots = [finished[index] for index in range(call.batch.num_completions)]
-        num_logprobs = sum(snapshot.num_logprobs for snapshot in snapshots)
-        return await build_reply(num_logprobs, partial(self._reply, snapshots, call, form))
+        snapshots = [completion.snapshot() for completion in await stream.finished(check_finish)]
 
-    def _reply(self, snapshots: Sequence[Snapshot], call: Call, form: _Form) -> JSONReply:
-        choices = [
-            form.make_choice(index, call, self._client.tokenizer).whole(snapshot)
-            for index, snapshot in enumerate(snapshots)
-        ]
-        return JSONReply(_envelope(call, form).whole(choices, snapshots))
+        def reply() -> JSONReply:
+            choices = [
+                make(index, call, self._client.tokenizer).whole(snapshot)
+                for index, snapshot in enumerate(snapshots)
+            ]
+            return JSONReply(Envelope(call, make).whole(choices, snapshots))
+
+        return await build_reply(sum(item.num_logprobs for item in snapshots), reply)
 
     async def _events(
-        self, stream: CompletionStream, call: Call, form: _Form
+        self, stream: CompletionStream, call: Call, make: type[Choice]
     ) -> AsyncGenerator[bytes, None]:
         """Frames of chunks as the choices grow. One that fails ends the stream, and the others are aborted."""
-        envelope = _envelope(call, form)
+        envelope = Envelope(call, make)
         num = call.batch.num_completions
-        choices = [form.make_choice(index, call, self._client.tokenizer) for index in range(num)]
+        choices = [make(index, call, self._client.tokenizer) for index in range(num)]
         finished: dict[int, Snapshot] = {}
         told: dict[int, int] = {}  # index -> log-probabilities so far
         try:
@@ -221,71 +205,28 @@ class CompletionRoutes:
                     yield frame(envelope.chunk(choice))
                 if snapshot.finish is not None:
                     finished[index] = snapshot
-            if envelope.has_usage:
+            if call.has_usage:
                 yield frame(envelope.usage_chunk([finished[index] for index in range(num)]))
         except (UserError, EngineFault) as error:
             yield frame(describe(error)[1])
         yield DONE
-
-
-def _envelope(call: Call, form: _Form) -> Envelope:
-    return Envelope(call, kind=form.kind, chunk_kind=form.chunk_kind)
-
-
-_FIELD_NAMES = {"text": "input", "input_ids": "input"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _EmbeddingCall(ModelCall):
-    body: EmbeddingBody
-
-
-class EmbeddingRoutes:
-    """Makes embeddings, by the base or an adapter."""
-
-    def __init__(self, base: str, client: EngineClient) -> None:
-        self._client = client
-        self._names = ModelNames(base)
-
-    def router(self) -> APIRouter:
-        router = APIRouter(prefix="/v1", tags=["openai"])
-        router.add_api_route(
-            "/embeddings", self.embed, methods=["POST"], openapi_extra=body_schema(EmbeddingBody)
-        )
-        return router
 
     async def embed(self, request: Request) -> Response:
         """Turn prompts into vectors."""
         data = await request.body()
 
         async def work() -> dict[str, Any]:
-            return await self._answer(await read_large(data, self._read))
+            return await self._vectors(*await read_large(data, self._read_embedding))
 
         return JSONReply(await until_disconnect(request.receive, work()))
 
-    def _read(self, data: bytes) -> _EmbeddingCall:
+    def _read_embedding(self, data: bytes) -> tuple[EmbeddingBody, Call]:
         body = parse_body(EmbeddingBody, data)
         self._check_dimensions(body.dimensions)
-        adapter = self._names.adapter_of(body)
-        call_id = f"embd-{uuid.uuid4().hex}"
-        fields = {
-            prompt_field(body.input): body.input,
-            "lora_path": adapter,
-            "rid": call_id,
-            "sampling_params": {"max_new_tokens": 0},
-        }
+        native = {prompt_field(body.input): body.input, "sampling_params": {"max_new_tokens": 0}}
         pooling = Pooling(kind=body.pooling or "last", normalize=body.normalize is not False)
-        with named(_FIELD_NAMES):
-            batch = self._client.intake.make_requests(fields, pooling)
-        return _EmbeddingCall(
-            body=body,
-            id=call_id,
-            model=body.model,
-            batch=batch,
-            adapter=adapter,
-            named_by_model=self._names.named_by_model(body.model) is not None,
-            names=_FIELD_NAMES,
-        )
+        call = make_call(self._base, self._client, body, "embd", native, _FIELD_NAMES, pooling)
+        return body, call
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         size = self._client.info.hidden_size
@@ -296,16 +237,13 @@ class EmbeddingRoutes:
                 "dimensions",
             )
 
-    async def _answer(self, call: _EmbeddingCall) -> dict[str, Any]:
+    async def _vectors(self, body: EmbeddingBody, call: Call) -> dict[str, Any]:
         """The reply once every vector is there. One that fails fails the call, and the others are aborted."""
         stream = await submit(self._client, call)
-        done: dict[int, bytes] = {}
         try:
-            async for index, completion in stream:
-                done[index] = _vector(completion)
+            vectors = [item.embedding for item in await stream.finished(check_finish)]
         finally:
             stream.close()
-        as_floats = call.body.encoding_format != "base64"
         num_tokens = sum(len(request.prompt_token_ids) for request in call.batch.requests)
         return {
             "id": call.id,
@@ -314,20 +252,16 @@ class EmbeddingRoutes:
                 {
                     "object": "embedding",
                     "index": index,
-                    "embedding": vector_floats(done[index])
-                    if as_floats
-                    else base64.b64encode(done[index]).decode(),
+                    "embedding": _shown(vector, body.encoding_format),
                 }
-                for index in range(len(done))
+                for index, vector in enumerate(vectors)
             ],
             "model": call.model,
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }
 
 
-def _vector(completion: Completion) -> bytes:
-    if completion.finish is not None:
-        check_finish(completion.finish)
-    if completion.embedding is None:
-        raise AssertionError("the request has not finished, or has no vector")
-    return completion.embedding
+def _shown(vector: bytes | None, encoding: str | None) -> str | list[float]:
+    if vector is None:
+        raise AssertionError("the request has no vector")
+    return base64.b64encode(vector).decode() if encoding == "base64" else vector_floats(vector)

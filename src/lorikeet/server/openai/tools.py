@@ -17,8 +17,7 @@ from typing import Any, cast
 import orjson
 
 from lorikeet.errors import RequestError
-from lorikeet.server.openai.bodies import ChatBody
-from lorikeet.server.openai.objects import read_field, read_function, refusal
+from lorikeet.server.openai.bodies import ChatBody, read_field, read_function, refusal
 from lorikeet.server.openai.tool_parsers import (
     HermesParser,
     Llama3Parser,
