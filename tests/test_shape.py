@@ -25,7 +25,7 @@ MAX_CODE_LINES = {
     ".": 1_850,
     "adapters": 3_800,
     "attention": 650,
-    "client": 1_300,
+    "client": 1_250,
     "config": 950,
     "core": 850,
     "demo": 50,
