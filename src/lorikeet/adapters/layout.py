@@ -75,7 +75,7 @@ class PoolLayout:
         """Lay out a pool for ``max_loras_per_batch`` adapters of ``max_rank`` on all enabled modules.
 
         Args:
-            sites: as this rank holds them (:func:`lorikeet.lora.shard.shard_site`).
+            sites: as this rank holds them (:func:`lorikeet.lora.pool_plan.shard_site`).
             element_size: bytes per element.
 
         Raises:

@@ -28,7 +28,7 @@ from lorikeet.errors import AdapterError
 from lorikeet.layers.linear import ShardRule
 from lorikeet.lora.adapter import HostAdapter, PackedModule
 from lorikeet.lora.base_weights import BaseWeight, is_copy
-from lorikeet.lora.shard import shard_pair
+from lorikeet.lora.pool_plan import shard_pair
 from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, empty_flat, open_tensors
 
 _PREFIX = "base_model.model."
