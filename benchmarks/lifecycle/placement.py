@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.engine.fixtures import LLAMA_8B, model_directory
 from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.residency import Admission, Residency
+from lorikeet.adapters.residency import AdapterAdmission, Residency
 from lorikeet.core.sites import LoRASite
 from lorikeet.models.spec import read_model_spec
 
@@ -75,7 +75,7 @@ def take(residency: Residency, version: int) -> tuple[float, int] | None:
         answer = residency.admit(version)
         residency.take_decisions()
         found = time.thread_time() - begin, residency.device.num_evictions - victims
-        assert answer is Admission.WAIT, f"no room for version {version}"
+        assert answer is AdapterAdmission.WAIT, f"no room for version {version}"
         residency.copies_done([version], {})
     residency.admit(version)
     residency.release(version)

@@ -17,13 +17,13 @@ def test_pages_lie_in_slabs_of_their_class() -> None:
     assert offsets is not None
     assert offsets == [0, 100, 10, 130]
     pages.check_integrity(offsets)
-    assert pages.num_free_elems == 2 * 100 + 8 * 10 + 1 * 30
+    assert (len(pages.free_slabs), pages.num_loose) == (2, [8, 1])
 
 
 def test_alloc_is_all_or_nothing() -> None:
     pages = RankPageAllocator((30,), 100, 2, [2])
     assert pages.alloc([0] * 7) is None
-    assert pages.num_free_elems == pages.num_elems == 200
+    assert (len(pages.free_slabs), pages.num_loose) == (2, [0])
     offsets = pages.alloc([0] * 6)
     assert offsets is not None
     assert len(set(offsets)) == 6

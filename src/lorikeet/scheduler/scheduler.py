@@ -28,8 +28,7 @@ twice what first come first served would take. Both hold for prompts that have r
 
 from __future__ import annotations
 
-from lorikeet.adapters.residency import Admission as AdapterAdmission
-from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.residency import AdapterAdmission, Residency
 from lorikeet.core.failure import Failure
 from lorikeet.core.plan import (
     NOT_FINITE,
