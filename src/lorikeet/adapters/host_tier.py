@@ -111,14 +111,6 @@ class HostTier:
         drops, self.drops = list(self.drops), {}
         return drops
 
-    def take_reads(self) -> list[int]:
-        reads, self.reads = self.reads, []
-        return reads
-
-    def take_ended(self) -> list[int]:
-        ended, self.ended = list(self.ended), {}
-        return ended
-
     def take_failures(self) -> dict[int, str]:
         """Versions that became FAILED since the last call, and why."""
         failures, self.failures = self.failures, {}

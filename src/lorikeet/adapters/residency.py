@@ -306,7 +306,8 @@ class Residency:
 
         Each is answered by ``read_done`` or ``read_failed``. Carry out the drops first: they make the room for these.
         """
-        return [version for version in self.host.take_reads() if self._is_reading(version)]
+        reads, self.host.reads = self.host.reads, []
+        return [version for version in reads if self._is_reading(version)]
 
     def read_done(self, version: int, page_classes: Sequence[int]) -> bool:
         """READING -> HOST.
@@ -357,7 +358,8 @@ class Residency:
 
     def take_ended_reads(self) -> list[int]:
         """Versions that are not being read any more, whatever came of it, since the last call."""
-        return self.host.take_ended()
+        ended, self.host.ended = list(self.host.ended), {}
+        return ended
 
     def check_integrity(self) -> None:
         """Recount both tiers.

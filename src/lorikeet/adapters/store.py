@@ -25,7 +25,6 @@ from lorikeet.adapters.records import (
     StoreState,
     Unload,
     as_fault,
-    log_load,
 )
 from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
 from lorikeet.adapters.residency import Residency
@@ -41,6 +40,7 @@ from lorikeet.core.adapters import (
     Origin,
     ReadOrder,
     SentTensors,
+    format_report,
 )
 from lorikeet.core.commands import LoadOutcome
 from lorikeet.core.messages import AdaptersChanged
@@ -418,7 +418,14 @@ class AdapterStore:
         seconds = time.monotonic() - load.began
         self._counters.loads += 1
         self._counters.sample("adapter_load_seconds", seconds)
-        log_load(name, version, facts, seconds)
+        logger.info(
+            "Adapter %s loaded: version %d, %.2f MB, %.0f ms, %s",
+            name,
+            version,
+            facts.nbytes / 1e6,
+            seconds * 1e3,
+            format_report(facts.report) if facts.report else f"rank {facts.rank}",
+        )
         return LoadOutcome(name, path, version, seconds)
 
     def _place(self, version: int, facts: AdapterFacts, *, pinned: bool) -> None:

@@ -151,11 +151,11 @@ class AdapterReader:
         finally:
             del self._transfers[reply]
         if host is not None:
-            self._downloads.submit(lambda: self._run_far(reply, order), host)
-
-    def _run_far(self, reply: Future[ReadAdapter], order: ReadOrder) -> None:
-        # Made here: its time begins now.
-        self._run(reply, order, Transfer(Reach.NETWORK, self._download_seconds))
+            # The transfer is made when the job begins: only then does its time run.
+            self._downloads.submit(
+                lambda: self._run(reply, order, Transfer(Reach.NETWORK, self._download_seconds)),
+                host,
+            )
 
     def _answer(self, reply: Future[ReadAdapter], order: ReadOrder, transfer: Transfer) -> None:
         """Give ``reply`` what is read, or why it cannot be. What was sent goes if that fails, or if nobody waits any more.
