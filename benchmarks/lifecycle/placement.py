@@ -58,10 +58,10 @@ CASES = (
 def page_classes(sites: tuple[LoRASite, ...], layout: PoolLayout, rank: int) -> list[int]:
     """The class of each page of an adapter on all enabled modules."""
     return [
-        layout.page_class(site, part)
+        layout.classes[site, part]
         for site, parts in enumerate(sites)
         for part in range(len(parts.slices))
-        if layout.is_enabled(site, part)
+        if (site, part) in layout.classes
         for _ in range(layout.num_pages(rank))
     ]
 

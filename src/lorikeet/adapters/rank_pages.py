@@ -70,10 +70,6 @@ class RankPageAllocator:
         """Pages of a class that fit whatever the other classes hold."""
         return self.reserved[page_class] * self.per_slab[page_class]
 
-    def fits(self, classes: Sequence[int]) -> bool:
-        """True if ``alloc(classes)`` would succeed."""
-        return self.trial().fits(Counter(classes))
-
     def trial(self) -> Trial:
         """What would be free if more pages were, as long as nothing is allocated or freed here."""
         return Trial(self)

@@ -134,7 +134,7 @@ class DevicePool:
     def _make_tables(self, index: int, site: LoRASite) -> tuple[SliceTable, ...]:
         tables: list[SliceTable] = []
         for part_index, part in enumerate(site.slices):
-            if self.layout.is_enabled(index, part_index):
+            if (index, part_index) in self.layout.classes:
                 table = SliceTable(
                     self._pool_E,
                     in_features=site.in_features,

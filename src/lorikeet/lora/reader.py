@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from lorikeet.adapters.sources.resolver import Resolver
 from lorikeet.adapters.sources.source import pin_source, public_path
 from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.core.adapters import Origin, ReadOrder, Trust
@@ -54,14 +55,6 @@ class ReadAdapter:
     report: dict[str, object] = field(default_factory=dict[str, object])
 
 
-class Finder(Protocol):
-    """A resolver: adapters by their names, see ``adapters/sources/resolver.py``. Called on a reader's thread."""
-
-    def find(self, name: str) -> Path | None: ...
-
-    def reject(self, name: str, reason: str) -> None: ...
-
-
 class LoadFiles(Protocol):
     """Resolve a path, read, check and pack. Raises AdapterError. Called on a reader's thread.
 
@@ -89,7 +82,7 @@ class AdapterReader:
         load: LoadFiles,
         *,
         report: Callable[[HostAdapter], dict[str, object]] = lambda adapter: {},
-        resolver: Finder | None = None,
+        resolver: Resolver | None = None,
         download_seconds: float | None = None,
     ) -> None:
         self._load_files = load
