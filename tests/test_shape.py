@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # simplify first; one that is raised says in the commit what for.
 MAX_CODE_LINES = {
     ".": 1_850,
-    "adapters": 3_800,
+    "adapters": 3_700,
     "attention": 650,
     "client": 1_250,
     "config": 950,
@@ -32,7 +32,7 @@ MAX_CODE_LINES = {
     "engine": 900,
     "kv": 450,
     "layers": 350,
-    "lora": 1_550,
+    "lora": 1_500,
     "models": 900,
     "ops": 2_050,
     "parallel": 50,

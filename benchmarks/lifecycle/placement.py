@@ -24,7 +24,7 @@ from benchmarks import common
 from benchmarks.engine.fixtures import LLAMA_8B, model_directory
 from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.residency import Admission, Residency
+from lorikeet.adapters.residency import AdapterAdmission, Residency
 from lorikeet.core.sites import LoRASite
 from lorikeet.models.spec import read_model_spec
 
@@ -58,10 +58,10 @@ CASES = (
 def page_classes(sites: tuple[LoRASite, ...], layout: PoolLayout, rank: int) -> list[int]:
     """The class of each page of an adapter on all enabled modules."""
     return [
-        layout.page_class(site, part)
+        layout.classes[site, part]
         for site, parts in enumerate(sites)
         for part in range(len(parts.slices))
-        if layout.is_enabled(site, part)
+        if (site, part) in layout.classes
         for _ in range(layout.num_pages(rank))
     ]
 
@@ -75,7 +75,7 @@ def take(residency: Residency, version: int) -> tuple[float, int] | None:
         answer = residency.admit(version)
         residency.take_decisions()
         found = time.thread_time() - begin, residency.device.num_evictions - victims
-        assert answer is Admission.WAIT, f"no room for version {version}"
+        assert answer is AdapterAdmission.WAIT, f"no room for version {version}"
         residency.copies_done([version], {})
     residency.admit(version)
     residency.release(version)

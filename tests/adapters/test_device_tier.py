@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.residency import Admission, Residency
-from lorikeet.adapters.tiers import FIRST, Resident, Tier
+from lorikeet.adapters.residency import AdapterAdmission, Residency
+from lorikeet.adapters.tiers import Resident, Tier
 from tests.support.count_operations import count_operations
+from tests.support.residency_rig import has_host_room
 from tests.support.slow_placement import SlowPages, leaving, victims
 
 ELEMS, SLAB, MOST = (7, 24, 40), 120, (5, 9, 2)
@@ -69,9 +70,9 @@ class Shadow:
                 expected = self.order(version, device=False)[:1] or None
         answer = self.residency.admit(version)
         if entry.tier is Tier.DEVICE:
-            assert answer is Admission.READY
+            assert answer is AdapterAdmission.READY
             return
-        assert (answer is Admission.NO_ROOM) == (expected is None)
+        assert (answer is AdapterAdmission.NO_ROOM) == (expected is None)
         self.num_compared += expected is None or bool(expected)
         gone = {v for v, e in self.entries.items() if v != version and e.tier is not before[v]}
         assert gone == set(expected or ())
@@ -133,7 +134,7 @@ def test_choices_agree_with_looking_at_everything(
     shadow = Shadow(policy, max_host, num_slots)
     residency = shadow.residency
     for version in range(1, 13):
-        if residency.host.has_room(FIRST):
+        if has_host_room(residency):
             residency.add(version, page_classes(rng))
     for _ in range(60):
         shadow.do_something(rng)
@@ -167,13 +168,13 @@ def test_a_placement_costs_the_same_among_hundreds() -> None:
         for version in range(1, num_slots + 2):
             residency.add(version, [0, 0, 1])
         for version in range(1, num_slots + 1):
-            assert residency.admit(version) is Admission.WAIT
+            assert residency.admit(version) is AdapterAdmission.WAIT
             residency.copies_done([version], [])
         residency.take_decisions()
         before = residency.device.num_evictions
         version = num_slots + 1
         count, answer = count_operations(lambda r=residency, v=version: r.admit(v))
-        assert answer is Admission.WAIT
+        assert answer is AdapterAdmission.WAIT
         assert residency.device.num_evictions == before + 1
         counts.append(count)
     assert counts[1] <= counts[0] + 10, counts

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorikeet.adapters.eviction import POLICIES, IdleLine
+from lorikeet.adapters.tiers import POLICIES, IdleLine
 
 
 def test_policies() -> None:

@@ -2,24 +2,24 @@ from __future__ import annotations
 
 import pytest
 
-from lorikeet.adapters.residency import Admission
-from lorikeet.adapters.tiers import FIRST, Tier
+from lorikeet.adapters.residency import AdapterAdmission
+from lorikeet.adapters.tiers import Tier
 from lorikeet.errors import AdapterError
 from tests.support.count_operations import count_operations
-from tests.support.residency_rig import NO_ROOM, WAIT, bring, make, use
+from tests.support.residency_rig import NO_ROOM, WAIT, bring, has_host_room, make, use
 
 
 def test_loads_beyond_the_host_limit() -> None:
     residency = make(max_host=2, max_pinned=1)
     for version in (1, 2, 3):
-        assert residency.host.has_room(FIRST)
+        assert has_host_room(residency)
         residency.add(version, [0])
     assert residency.host.take_drops() == [1]
     assert residency.host.take_drops() == []
     assert residency.tier(1) is Tier.DISK
     residency.set_pinned(2, pinned=True)
     bring(residency, 3)
-    assert not residency.host.has_room(FIRST)
+    assert not has_host_room(residency)
     with pytest.raises(AdapterError, match="--max-loaded-loras"):
         residency.add(4, [0])
     assert 4 not in residency
@@ -93,7 +93,7 @@ def test_a_failed_read() -> None:
     assert (residency.tier(1), residency.failure(1)) == (Tier.FAILED, "it has changed")
     assert residency.host.take_failures() == {1: "it has changed"}
     assert residency.host.take_failures() == {}
-    assert residency.admit(1) is Admission.FAILED
+    assert residency.admit(1) is AdapterAdmission.FAILED
     assert residency.take_reads() == []
     residency.check_integrity()
     residency.add(1, [0])

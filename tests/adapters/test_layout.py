@@ -72,12 +72,12 @@ def _full_elems(sites, targets, max_rank) -> int:
 def test_page_classes_are_the_distinct_sizes():
     layout = _layout(TINY, LINEAR, 16, 2)
     assert layout.class_elems == (16 * 96, 16 * 128, 16 * 160)
-    assert layout.page_class(1, 0) == 1  # q_proj 64 + 64
-    assert layout.page_class(1, 1) == 0  # k_proj 64 + 32
-    assert layout.page_class(3, 0) == layout.page_class(4, 0) == 2
-    assert not layout.is_enabled(0, 0)
+    assert layout.classes[1, 0] == 1  # q_proj 64 + 64
+    assert layout.classes[1, 1] == 0  # k_proj 64 + 32
+    assert layout.classes[3, 0] == layout.classes[4, 0] == 2
+    assert (0, 0) not in layout.classes
     with pytest.raises(KeyError):
-        layout.page_class(0, 0)
+        layout.classes[0, 0]
 
 
 @pytest.mark.parametrize(("rank", "pages"), [(1, 1), (16, 1), (17, 2), (32, 2), (256, 16)])
@@ -175,7 +175,7 @@ def test_small_adapters_of_few_modules_use_the_room_of_the_others():
     """Attention-only adapters may take more than attention's share of the pool."""
     layout = _layout(LLAMA_8B, LINEAR, 64, 8)
     allocator, count = _allocator(layout), 0
-    q_and_v = [layout.page_class(site, part) for site in range(1, 129, 4) for part in (0, 2)]
+    q_and_v = [layout.classes[site, part] for site in range(1, 129, 4) for part in (0, 2)]
     while allocator.alloc(q_and_v) is not None:
         count += 1
     share = (
@@ -200,5 +200,5 @@ def test_64_adapters_of_rank_8_take_their_own_bytes_in_a_pool_for_rank_256():
 
 
 def _free_slabs(allocator: RankPageAllocator, layout: PoolLayout) -> list[bool]:
-    free = set(allocator._free_slabs)
+    free = set(allocator.free_slabs)
     return [slab in free for slab in range(layout.num_slabs)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorikeet.adapters.templates import TemplateNews, read_templates
+from lorikeet.adapters.templates import read_templates
 from lorikeet.core.commands import FindAdapter
 from lorikeet.core.messages import AdapterTemplates
 from lorikeet.errors import AdapterError
@@ -82,17 +82,20 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_news() -> None:
-    news, known = TemplateNews(), dict[str, dict[str, str]]()
-    news.load("a", {"default": "1"})
-    news.load("b", {})
-    AdapterTemplates(news.take()).apply(known)
-    assert known == {"a": {"default": "1"}, "b": {}}
-    news.unload("a")
-    news.unload("b")
-    news.load("b", {"default": "2"})
-    AdapterTemplates(news.take()).apply(known)
-    assert known == {"b": {"default": "2"}}
-    assert not news.take()
+    with closing(AdapterRig()) as rig:
+        rig.disk.templates = {"/a": {"default": "1"}}
+        known = dict[str, dict[str, str]]()
+        rig.load("a", "a")
+        rig.load("b", "b")
+        AdapterTemplates(rig.core.take_templates()).apply(known)
+        assert known == {"a": {"default": "1"}, "b": {}}
+        rig.unload("a")
+        rig.unload("b")
+        rig.disk.templates["/b"] = {"default": "2"}
+        rig.load("b", "b")
+        AdapterTemplates(rig.core.take_templates()).apply(known)
+        assert known == {"b": {"default": "2"}}
+        assert not rig.core.take_templates()
 
 
 def test_names_and_their_templates() -> None:

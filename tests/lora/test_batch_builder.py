@@ -14,6 +14,7 @@ from lorikeet.lora.batch_builder import (
 )
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.ops.lora.metadata import NO_ROW, RowGroup, Tiles
+from tests.support.lora_runner import batch_of
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def _slots_by_row(groups: tuple[RowGroup, ...]) -> dict[int, int]:
 
 
 def test_the_example_of_the_documentation(builder):
-    batch = builder.build([2, 1, 0, 2, 0, 2], [3, 2, 1, 1, 1, 1], [2, 4, 5, 6, 7, 8])
+    batch = batch_of(builder.plan([2, 1, 0, 2, 0, 2], [3, 2, 1, 1, 1, 1], [2, 4, 5, 6, 7, 8]))
     gathered, adjacent = batch.tokens
     assert (gathered.slot, _rows(gathered)) == (2, [0, 1, 2, 6, 8])
     assert (adjacent.slot, adjacent.start, adjacent.stop, adjacent.index_T) == (1, 3, 5, None)
@@ -46,36 +47,36 @@ def test_the_example_of_the_documentation(builder):
 
 @pytest.mark.parametrize("slots", [[], [0], [0, 0, 0]])
 def test_base_only_batches_are_none(builder, slots):
-    assert builder.build(slots, [2] * len(slots), [0] * len(slots)) is None
+    assert builder.plan(slots, [2] * len(slots), [0] * len(slots)) is None
 
 
 def test_adjacent_rows_of_one_adapter_are_one_range(builder):
-    batch = builder.build([3, 3, 3, 0], [4, 1, 1, 2], [3, 4, 5])
+    batch = batch_of(builder.plan([3, 3, 3, 0], [4, 1, 1, 2], [3, 4, 5]))
     assert batch.tokens == (RowGroup(3, 0, 6),)
     assert batch.logits == (RowGroup(3, 0, 3),)
 
 
-def test_two_pieces_stay_ranges_and_three_are_gathered(builder):
-    batch = builder.build([1, 0, 1], [5, 1, 5], [])
+def test_two_runs_stay_ranges_and_three_are_gathered(builder):
+    batch = batch_of(builder.plan([1, 0, 1], [5, 1, 5], []))
     assert batch.tokens == (RowGroup(1, 0, 5), RowGroup(1, 6, 11))
-    (group,) = builder.build([1, 0, 1, 0, 1], [1] * 5, []).tokens
+    (group,) = batch_of(builder.plan([1, 0, 1, 0, 1], [1] * 5, [])).tokens
     assert group.index_T.tolist() == [0, 2, 4]
     assert (group.start, group.stop) == (0, 5)
 
 
 def test_logits_rows_may_repeat_skip_and_come_in_any_order(builder):
-    batch = builder.build([0, 2, 1], [2, 3, 1], [3, 4, 0, 4, 5])
+    batch = batch_of(builder.plan([0, 2, 1], [2, 3, 1], [3, 4, 0, 4, 5]))
     assert _slots_by_row(batch.logits) == {0: 2, 1: 2, 3: 2, 4: 1}
 
 
 def test_no_logits_rows(builder):
-    assert builder.build([1], [8], []).logits == ()
+    assert batch_of(builder.plan([1], [8], [])).logits == ()
 
 
 @pytest.mark.parametrize("slots", [[1, -1], [10_000]])
 def test_slots_outside_of_the_pool_are_a_bug(builder, slots):
     with pytest.raises(AssertionError, match="not in the pool"):
-        builder.build(slots, [1] * len(slots), [])
+        builder.plan(slots, [1] * len(slots), [])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -86,7 +87,7 @@ def test_every_row_is_in_the_group_of_its_slot_and_base_rows_in_none(builder, se
     lengths = [rng.choice([1, 1, 1, 5]) for _ in slots]
     slot_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
     rows = [rng.randrange(len(slot_T)) for _ in range(rng.randint(0, 20))]
-    batch = builder.build(slots, lengths, rows)
+    batch = batch_of(builder.plan(slots, lengths, rows))
     assert _slots_by_row(batch.tokens) == {t: slot for t, slot in enumerate(slot_T) if slot}
     assert _slots_by_row(batch.logits) == {
         n: slot_T[row] for n, row in enumerate(rows) if slot_T[row]
@@ -118,7 +119,7 @@ def _slots_by_tiled_row(tiles: Tiles) -> dict[int, int]:
 def test_a_plan_of_groups_has_nothing_to_copy(builder):
     plan = builder.plan([1, 0], [2, 1], None)
     assert plan.arrays == []
-    assert plan.batch([]) == builder.build([1, 0], [2, 1], [0, 1, 2])
+    assert plan.batch([]) == batch_of(builder.plan([1, 0], [2, 1], [0, 1, 2]))
     assert builder.plan([0], [2], None) is None
 
 
@@ -143,7 +144,7 @@ def test_every_row_is_in_a_tile_of_its_slot(tile_builder, seed):
     lengths = [rng.choice([1, 1, 70]) for _ in slots]
     slot_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
     rows = [rng.randrange(len(slot_T)) for _ in range(rng.randint(0, 20))]
-    batch = tile_builder.build(slots, lengths, rows)
+    batch = batch_of(tile_builder.plan(slots, lengths, rows))
     assert not batch.is_beside
     assert (batch.tokens.num_rows, batch.logits.num_rows) == (len(slot_T), len(rows))
     assert _slots_by_tiled_row(batch.tokens) == dict(enumerate(slot_T))
@@ -157,15 +158,15 @@ def test_long_chunks_get_large_tiles_up_to_the_limit(sites, layout):
     pool = DevicePool(sites, layout, torch.float32, torch.device("cpu"))
     for backend, block in (("csgmv", 32), ("triton", 64)):
         builder = make_batch_builder(backend, pool, torch.device("cpu"), max_chunk=32)
-        assert builder.build([1, 2], [500, 40], [499]).tokens.rows_JM.shape[1] == block
-        assert builder.build([1, 2, 3], [50, 40, 1], [0]).tokens.rows_JM.shape[1] == 16
+        assert batch_of(builder.plan([1, 2], [500, 40], [499])).tokens.rows_JM.shape[1] == block
+        assert batch_of(builder.plan([1, 2, 3], [50, 40, 1], [0])).tokens.rows_JM.shape[1] == 16
 
 
 @pytest.mark.parametrize("rows", [None, [0, 1, 2]])
 def test_rows_whose_logits_are_all_wanted_share_the_tiles(tile_builder, rows):
     plan = tile_builder.plan([1, 0, 2], [1, 1, 1], rows)
     assert len(plan.arrays) == 1
-    batch = plan.upload(torch.device("cpu"))
+    batch = batch_of(plan)
     assert batch.logits is batch.tokens
 
 
@@ -180,13 +181,13 @@ def test_captured_steps_have_all_rows_and_a_number_of_tiles_that_was_captured(ti
         (array,) = plan.arrays
         assert plan.num_tiles in counts
         assert len(array) == plan.num_tiles * 17
-        batch = plan.upload(torch.device("cpu"))
+        batch = batch_of(plan)
         assert batch.is_beside
         assert batch.tokens.num_used == plan.num_tiles
         assert batch.logits is batch.tokens
         padding = [0] * (bucket - num_rows)
         assert _slots_by_tiled_row(batch.tokens) == dict(enumerate([*slots, *padding]))
-        most = tile_builder.plan_decode(slots, bucket, counts[-1]).upload(torch.device("cpu"))
+        most = batch_of(tile_builder.plan_decode(slots, bucket, counts[-1]))
         assert most.tokens.num_used == counts[-1]
         assert _slots_by_tiled_row(most.tokens) == _slots_by_tiled_row(batch.tokens)
 
@@ -218,7 +219,7 @@ def test_captured_prompts_have_all_rows_and_as_many_tiles_as_were_captured(
         plan = tile_builder.plan_prompt(slots, lengths, rows, num_tokens, num_wanted)
         sizes = [len(array) for array in plan.arrays]
         assert sizes == [tiles * (block + 1) for tiles, block in shapes]
-        batch = plan.upload(torch.device("cpu"))
+        batch = batch_of(plan)
         assert batch.is_beside == (num_tokens <= 256)
         padding = [0] * (num_tokens - fill)
         assert _slots_by_tiled_row(batch.tokens) == dict(enumerate([*slot_T, *padding]))

@@ -9,7 +9,7 @@ from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import EngineFault
-from lorikeet.lora import page_upload
+from lorikeet.lora import device_pool
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.loader import load_adapter
 from lorikeet.ops.lora.reference import read_factors
@@ -135,7 +135,7 @@ def test_a_copy_that_fails_half_way_is_undone_by_clearing_the_slot(resident, ada
 @pytest.mark.gpu
 def test_pages_reach_a_gpu_in_pieces(sites, layout, adapters, monkeypatch):
     """Through a staging buffer that holds a few pages, behind what the current stream still does with the old ones."""
-    monkeypatch.setattr(page_upload, "_BUFFER_BYTES", 4 * 5 * max(adapters["wide"].page_sizes))
+    monkeypatch.setattr(device_pool, "_BUFFER_BYTES", 4 * 5 * max(adapters["wide"].page_sizes))
     pool = DevicePool(sites, layout, torch.float32, torch.device("cuda"))
     allocator = RankPageAllocator(
         layout.class_elems, layout.slab_elems, layout.num_slabs, layout.reserved_slabs

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorikeet.adapters.layout import PoolLayout
-from lorikeet.lora.attach import attach_lora
+from lorikeet.lora.build import attach_lora
 from lorikeet.lora.layers import LoRAEmbedding, LoRALinear
 from lorikeet.ops.lora.metadata import LoRABatch, RowGroup
 from lorikeet.ops.lora.torch_ops import TorchBackend

@@ -9,7 +9,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from lorikeet.lora.reader_threads import ReaderThreads
+from lorikeet.lora.reader import ReaderThreads
 
 PATIENCE_S = 20
 
@@ -74,7 +74,7 @@ def test_what_has_not_begun_can_be_taken_back() -> None:
 def test_the_interpreter_does_not_wait_for_a_job() -> None:
     code = (
         "import threading\n"
-        "from lorikeet.lora.reader_threads import ReaderThreads\n"
+        "from lorikeet.lora.reader import ReaderThreads\n"
         "began = threading.Event()\n"
         "ReaderThreads('t', 1).submit(lambda: (began.set(), threading.Event().wait()))\n"
         "began.wait()\n"

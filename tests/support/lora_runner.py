@@ -14,12 +14,12 @@ from lorikeet.attention.sdpa import SDPABackend
 from lorikeet.core.plan import PageCopy
 from lorikeet.core.sites import LoRASite
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.attach import attach_lora
 from lorikeet.lora.base_weights import checkpoint_weight
-from lorikeet.lora.batch_builder import TileBatchBuilder, make_batch_builder
+from lorikeet.lora.batch_builder import LoRAPlan, TileBatchBuilder, make_batch_builder
+from lorikeet.lora.build import attach_lora
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.loader import load_adapter
-from lorikeet.lora.shard import shard_site, site_rules
+from lorikeet.lora.pool_plan import shard_site, site_rules
 from lorikeet.models.build import build_model
 from lorikeet.models.spec import read_model_spec
 from lorikeet.ops.lora.metadata import LoRABatch
@@ -42,6 +42,11 @@ def copy_in(pool: DevicePool, adapter: HostAdapter, copy: PageCopy) -> None:
     pool.reserve(adapter, copy)
     pool.write(adapter, copy)
     pool.describe(adapter, copy)
+
+
+def batch_of(plan: LoRAPlan | None) -> LoRABatch | None:
+    """The batch of a plan, with its arrays copied by themselves."""
+    return None if plan is None else plan.batch([torch.from_numpy(a) for a in plan.arrays])
 
 
 class AdapterPool:
@@ -158,13 +163,12 @@ class LoRARunner:
     ) -> LoRABatch | None:
         """Which rows use which adapter; ``beside`` as for a captured step of one token per row."""
         if not beside:
-            return self._builder.build(slots, lengths, rows)
+            return batch_of(self._builder.plan(slots, lengths, rows))
         if not isinstance(self._builder, TileBatchBuilder):
-            batch = self._builder.build(slots, lengths, rows)
+            batch = batch_of(self._builder.plan(slots, lengths, rows))
             return batch and dataclasses.replace(batch, is_beside=True)
         assert list(lengths) == [1] * len(slots)
-        plan = self._builder.plan_decode(slots, len(slots))
-        return None if plan is None else plan.upload(torch.device("cpu"))
+        return batch_of(self._builder.plan_decode(slots, len(slots)))
 
     def step(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.residency import Admission, Residency
+from lorikeet.adapters.residency import AdapterAdmission, Residency
+from lorikeet.adapters.tiers import FIRST
 
-READY, WAIT, NO_ROOM = Admission.READY, Admission.WAIT, Admission.NO_ROOM
+READY, WAIT, NO_ROOM = AdapterAdmission.READY, AdapterAdmission.WAIT, AdapterAdmission.NO_ROOM
 
 
 def make(
@@ -46,3 +47,10 @@ def use(residency: Residency, version: int) -> None:
         residency.copies_done([version], {})
     assert residency.admit(version) is READY
     residency.release(version)
+
+
+def has_host_room(residency: Residency) -> bool:
+    """Whether there is or can be made room in host memory for a version that is loaded."""
+    host = residency.host
+    is_free = host._max_host is None or host._num_held < host._max_host
+    return is_free or any(residency.ledger.leaving_host(FIRST))

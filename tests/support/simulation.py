@@ -8,7 +8,7 @@ from collections import deque
 from lorikeet.adapters.rank_pages import RankPageAllocator
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
-from lorikeet.adapters.tiers import FIRST, Tier
+from lorikeet.adapters.tiers import Tier
 from lorikeet.core.failure import Failure
 from lorikeet.core.plan import StepPlan
 from lorikeet.core.request import (
@@ -24,6 +24,7 @@ from lorikeet.kv.manager import KVManager
 from lorikeet.scheduler.limits import SchedulerLimits
 from lorikeet.scheduler.scheduler import Scheduler
 from tests.support.fake_worker import FakeWorker
+from tests.support.residency_rig import has_host_room
 from tests.support.scenario import (
     CLASS_ELEMS,
     EOS,
@@ -306,7 +307,7 @@ class Simulation:
         self._drop_unleased()
         self.registry.check_integrity()
         assert not self.residency.device.placed
-        assert self.allocator.num_free_elems == self.allocator.num_elems
+        assert not self.allocator.free_pages
         assert self.kv.num_available == self.kv.num_pages
         assert self.kv.flush()
         assert self.kv.num_free == self.kv.num_pages
@@ -388,7 +389,7 @@ class Simulation:
     def _maybe_replace(self) -> None:
         if self.random.random() >= self.scenario.replace_rate:
             return
-        if not self.residency.host.has_room(FIRST):
+        if not has_host_room(self.residency):
             return
         index = self.random.randrange(self.scenario.num_adapters)
         self._load(f"a{index}", pinned=index < self.scenario.num_pinned)

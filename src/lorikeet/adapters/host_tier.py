@@ -50,10 +50,6 @@ class HostTier:
         """How many more may be read at this moment, if there is room for them."""
         return self._max_reads - self._ledger.num_in[Tier.READING]
 
-    def has_room(self, place: int) -> bool:
-        """True if there is or can be made room for one that stands at ``place``."""
-        return self._is_free or self._victim(place) is not None
-
     def take_place(self) -> None:
         """Make room for a version that is being loaded, whoever is wanted.
 
@@ -115,14 +111,6 @@ class HostTier:
         drops, self.drops = list(self.drops), {}
         return drops
 
-    def take_reads(self) -> list[int]:
-        reads, self.reads = self.reads, []
-        return reads
-
-    def take_ended(self) -> list[int]:
-        ended, self.ended = list(self.ended), {}
-        return ended
-
     def take_failures(self) -> dict[int, str]:
         """Versions that became FAILED since the last call, and why."""
         failures, self.failures = self.failures, {}
@@ -145,9 +133,9 @@ class HostTier:
 
     def _make_room(self, place: int) -> bool:
         """Let an idle version go if there is no free place; it stands behind ``place`` in the queue's order."""
-        if self._is_free:
+        if self._max_host is None or self._num_held < self._max_host:
             return True
-        victim = self._victim(place)
+        victim = next(self._ledger.leaving_host(place), None)
         if victim is None:
             return False
         if victim.tier is Tier.DEVICE:
@@ -160,10 +148,3 @@ class HostTier:
     def _give_place(self) -> None:
         self._num_held -= 1
         self._ledger.num_changes += 1
-
-    @property
-    def _is_free(self) -> bool:
-        return self._max_host is None or self._num_held < self._max_host
-
-    def _victim(self, place: int) -> Resident | None:
-        return next(self._ledger.leaving_host(place), None)

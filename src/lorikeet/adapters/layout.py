@@ -42,6 +42,7 @@ class PoolLayout:
 
     Attributes:
         targets: names of the modules that adapters may change.
+        classes: class of the pages of each slice that adapters may change, by (site, part).
         class_elems: size of a page of each class, ascending.
         slab_elems: size of a slab.
         reserved_slabs: slabs that each class can claim whatever the others do; see the module's docstring.
@@ -75,7 +76,7 @@ class PoolLayout:
         """Lay out a pool for ``max_loras_per_batch`` adapters of ``max_rank`` on all enabled modules.
 
         Args:
-            sites: as this rank holds them (:func:`lorikeet.lora.shard.shard_site`).
+            sites: as this rank holds them (:func:`lorikeet.lora.pool_plan.shard_site`).
             element_size: bytes per element.
 
         Raises:
@@ -124,13 +125,6 @@ class PoolLayout:
     def nbytes(self) -> int:
         """Bytes of the pool on each rank."""
         return self.num_elems * self.element_size
-
-    def is_enabled(self, site: int, part: int) -> bool:
-        return (site, part) in self.classes
-
-    def page_class(self, site: int, part: int) -> int:
-        """Class of the pages of slice ``part`` of site ``site``; KeyError if adapters may not change it."""
-        return self.classes[site, part]
 
     def num_pages(self, rank: int) -> int:
         """Pages that one slice needs for ``rank``."""

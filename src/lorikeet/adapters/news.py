@@ -13,7 +13,7 @@ import msgspec
 from lorikeet.adapters.records import Load, StoreState, Unload
 from lorikeet.adapters.registry import AdapterInfo
 from lorikeet.core.messages import AdaptersChanged
-from lorikeet.core.views import AdapterDetail, AdapterState, AdapterUse, AdapterView
+from lorikeet.core.views import AdapterDetail, AdapterUse, AdapterView
 
 
 class AdapterNews:
@@ -58,8 +58,8 @@ class AdapterNews:
         if name is not None:
             views = self._described([name])[name]
         else:
-            views = [self._loaded(info) for info in self._registry.loaded().values()]
-            views.extend(self._unloading(unload) for unload in self._unloads)
+            views = [self._of_version(info) for info in self._registry.loaded().values()]
+            views.extend(self._of_version(unload) for unload in self._unloads)
             views.extend(_loading(load) for load in self._loads.values())
         return [self._detail(view) for view in views]
 
@@ -85,32 +85,26 @@ class AdapterNews:
         for name, views in found.items():
             info = self._registry.get(name)
             if info is not None:
-                views.append(self._loaded(info))
+                views.append(self._of_version(info))
         for unload in self._unloads:
             if unload.name in found:
-                found[unload.name].append(self._unloading(unload))
+                found[unload.name].append(self._of_version(unload))
         for name, views in found.items():
             load = self._loads.get(name)
             if load is not None:
                 views.append(_loading(load))
         return found
 
-    def _loaded(self, info: AdapterInfo) -> AdapterView:
-        return self._of_version(info.name, info.path, info, state="loaded", pinned=info.pinned)
-
-    def _unloading(self, unload: Unload) -> AdapterView:
-        info = self._registry.info(unload.version)
-        return self._of_version(unload.name, unload.path, info, state="unloading", pinned=False)
-
-    def _of_version(
-        self, name: str, path: str, info: AdapterInfo, *, state: AdapterState, pinned: bool
-    ) -> AdapterView:
+    def _of_version(self, named: AdapterInfo | Unload) -> AdapterView:
+        """What a name means or has meant."""
+        info = self._registry.info(named.version)
+        is_loaded = isinstance(named, AdapterInfo)
         return AdapterView(
-            name=name,
-            path=path,
-            state=state,
-            pinned=pinned,
-            version=info.version,
+            name=named.name,
+            path=named.path,
+            state="loaded" if is_loaded else "unloading",
+            pinned=is_loaded and named.pinned,
+            version=named.version,
             rank=info.rank,
             targets=list(info.targets),
             nbytes=info.nbytes,

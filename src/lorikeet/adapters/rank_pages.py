@@ -23,6 +23,13 @@ class RankPageAllocator:
     A slab with pages in use belongs to exactly one class. A class may claim a free slab if it holds fewer than its
     reserved number, or if free slabs outnumber what the other classes may still claim. By default there is no memory.
 
+    Attributes:
+        owner: class that holds each slab, -1: none.
+        per_slab, reserved: by class, the pages that fit a slab, and the slabs that it can always claim.
+        free_slabs: held by no class.
+        free_pages: slab -> a bit for each of its free pages, for slabs that a class holds.
+        num_held, num_loose: by class, its slabs, and the free pages in them.
+
     Args:
         class_elems: elements of a page, by class.
         slab_elems: elements of a slab; a multiple of no page size in particular, the rest of a slab stays unused.
@@ -47,48 +54,25 @@ class RankPageAllocator:
             )
         self._class_elems = tuple(class_elems)
         self._slab_elems = slab_elems
-        self._per_slab = tuple(slab_elems // elems for elems in class_elems)
-        self._reserved = tuple(reserved_slabs)
-        self._owner = [_NOBODY] * num_slabs
-        self._free_slabs = list(range(num_slabs - 1, -1, -1))
-        # slab -> a bit for each of its free pages, for slabs that a class holds.
-        self._free_pages: dict[int, int] = {}
+        self.per_slab = tuple(slab_elems // elems for elems in class_elems)
+        self.reserved = tuple(reserved_slabs)
+        self.owner = [_NOBODY] * num_slabs
+        self.free_slabs = list(range(num_slabs - 1, -1, -1))
+        self.free_pages: dict[int, int] = {}
         # By class, number of free pages -> slabs that have so many; full slabs are not listed.
         self._partial: list[list[dict[int, None]]] = [
-            [{} for _ in range(per_slab)] for per_slab in self._per_slab
+            [{} for _ in range(per_slab)] for per_slab in self.per_slab
         ]
-        self._num_held = [0] * len(class_elems)
-        self._num_loose = [0] * len(class_elems)
-
-    @property
-    def num_elems(self) -> int:
-        return len(self._owner) * self._slab_elems
-
-    @property
-    def num_free_elems(self) -> int:
-        """Elements that no page in use covers (the unusable rests of claimed slabs not counted)."""
-        loose = zip(self._num_loose, self._class_elems, strict=True)
-        return len(self._free_slabs) * self._slab_elems + sum(num * elems for num, elems in loose)
+        self.num_held = [0] * len(class_elems)
+        self.num_loose = [0] * len(class_elems)
 
     def guaranteed_pages(self, page_class: int) -> int:
         """Pages of a class that fit whatever the other classes hold."""
-        return self._reserved[page_class] * self._per_slab[page_class]
-
-    def fits(self, classes: Sequence[int]) -> bool:
-        """True if ``alloc(classes)`` would succeed."""
-        return self.trial().fits(Counter(classes))
+        return self.reserved[page_class] * self.per_slab[page_class]
 
     def trial(self) -> Trial:
         """What would be free if more pages were, as long as nothing is allocated or freed here."""
-        return Trial(
-            self._free_pages,
-            self._owner,
-            self._per_slab,
-            self._reserved,
-            num_free=len(self._free_slabs),
-            num_held=self._num_held,
-            num_loose=self._num_loose,
-        )
+        return Trial(self)
 
     def spread(self, offsets: Iterable[int]) -> Spread:
         """How many of these pages lie in which slab."""
@@ -118,12 +102,12 @@ class RankPageAllocator:
         freed: dict[int, int] = {}
         for offset in offsets:
             slab, inside = divmod(offset, self._slab_elems)
-            owner = self._owner[slab] if 0 <= slab < len(self._owner) else _NOBODY
+            owner = self.owner[slab] if 0 <= slab < len(self.owner) else _NOBODY
             if owner == _NOBODY or inside % self._class_elems[owner]:
                 raise ValueError(f"there is no page at {offset}")
             page = inside // self._class_elems[owner]
             pages = freed.get(slab, 0)
-            if page >= self._per_slab[owner] or (self._free_pages[slab] | pages) >> page & 1:
+            if page >= self.per_slab[owner] or (self.free_pages[slab] | pages) >> page & 1:
                 raise ValueError(f"the page at {offset} is not in use")
             freed[slab] = pages | 1 << page
         for slab, pages in freed.items():
@@ -141,36 +125,36 @@ class RankPageAllocator:
             if inside in used.setdefault(slab, set()):
                 raise AssertionError(f"two holders of the page at {offset}")
             used[slab].add(inside)
-        for slab, owner in enumerate(self._owner):
+        for slab, owner in enumerate(self.owner):
             if (owner == _NOBODY) != (slab not in used):
                 raise AssertionError(f"slab {slab}: class {owner}, pages {used.get(slab)} in use")
             if owner == _NOBODY:
                 continue
             elems = self._class_elems[owner]
-            pages = range(self._per_slab[owner])
-            free = {page * elems for page in pages if self._free_pages[slab] >> page & 1}
+            pages = range(self.per_slab[owner])
+            free = {page * elems for page in pages if self.free_pages[slab] >> page & 1}
             every = {page * elems for page in pages}
             if free & used[slab] or free | used[slab] != every:
                 raise AssertionError(f"slab {slab}: pages {every}, free {free}, used {used[slab]}")
         self._check_counts()
-        if set(self._free_slabs) != {s for s, owner in enumerate(self._owner) if owner == _NOBODY}:
+        if set(self.free_slabs) != {s for s, owner in enumerate(self.owner) if owner == _NOBODY}:
             raise AssertionError("the list of free slabs is wrong")
 
     def _check_counts(self) -> None:
         """Recount the slabs and free pages of each class."""
         held, loose = [0] * len(self._class_elems), [0] * len(self._class_elems)
-        for slab, pages in self._free_pages.items():
-            owner, count = self._owner[slab], pages.bit_count()
+        for slab, pages in self.free_pages.items():
+            owner, count = self.owner[slab], pages.bit_count()
             held[owner] += 1
             loose[owner] += count
             if count and slab not in self._partial[owner][count]:
                 raise AssertionError(f"slab {slab} is not listed under {count} free pages")
-        if (held, loose) != (self._num_held, self._num_loose):
+        if (held, loose) != (self.num_held, self.num_loose):
             raise AssertionError(
-                f"{self._num_held} slabs and {self._num_loose} free pages counted, {held} and {loose} found"
+                f"{self.num_held} slabs and {self.num_loose} free pages counted, {held} and {loose} found"
             )
         num_listed = sum(len(slabs) for lists in self._partial for slabs in lists)
-        if num_listed != sum(pages != 0 for pages in self._free_pages.values()):
+        if num_listed != sum(pages != 0 for pages in self.free_pages.values()):
             raise AssertionError("a slab is listed twice or without a free page")
 
     def _take(self, page_class: int, count: int) -> list[int]:
@@ -181,74 +165,56 @@ class RankPageAllocator:
                 slab, _ = slabs.popitem()
                 self._take_from(slab, page_class, min(num_free, count - len(taken)), taken)
         while len(taken) < count:
-            slab = self._free_slabs.pop()
-            per_slab = self._per_slab[page_class]
-            self._owner[slab] = page_class
-            self._num_held[page_class] += 1
-            self._num_loose[page_class] += per_slab
-            self._free_pages[slab] = (1 << per_slab) - 1
+            slab = self.free_slabs.pop()
+            per_slab = self.per_slab[page_class]
+            self.owner[slab] = page_class
+            self.num_held[page_class] += 1
+            self.num_loose[page_class] += per_slab
+            self.free_pages[slab] = (1 << per_slab) - 1
             self._take_from(slab, page_class, min(per_slab, count - len(taken)), taken)
         return taken
 
     def _take_from(self, slab: int, page_class: int, count: int, taken: list[int]) -> None:
         """The first ``count`` free pages of a slab that is on no list; it is put on the right one."""
-        pages = self._free_pages[slab]
+        pages = self.free_pages[slab]
         start, elems = slab * self._slab_elems, self._class_elems[page_class]
         for _ in range(count):
             taken.append(start + ((pages & -pages).bit_length() - 1) * elems)
             pages &= pages - 1
-        self._free_pages[slab] = pages
-        self._num_loose[page_class] -= count
+        self.free_pages[slab] = pages
+        self.num_loose[page_class] -= count
         if pages:
             self._partial[page_class][pages.bit_count()][slab] = None
 
     def _put_back(self, slab: int, pages: int) -> None:
         """Pages of a slab, by their bits, are free; the slab is, too, if they were its last."""
-        owner, before = self._owner[slab], self._free_pages[slab]
+        owner, before = self.owner[slab], self.free_pages[slab]
         if before:
             del self._partial[owner][before.bit_count()][slab]
         after = before | pages
-        if after.bit_count() < self._per_slab[owner]:
-            self._free_pages[slab] = after
+        if after.bit_count() < self.per_slab[owner]:
+            self.free_pages[slab] = after
             self._partial[owner][after.bit_count()][slab] = None
-            self._num_loose[owner] += pages.bit_count()
+            self.num_loose[owner] += pages.bit_count()
             return
-        del self._free_pages[slab]
-        self._num_held[owner] -= 1
-        self._num_loose[owner] -= before.bit_count()
-        self._owner[slab] = _NOBODY
-        self._free_slabs.append(slab)
+        del self.free_pages[slab]
+        self.num_held[owner] -= 1
+        self.num_loose[owner] -= before.bit_count()
+        self.owner[slab] = _NOBODY
+        self.free_slabs.append(slab)
 
 
 class Trial:
     """What would be free if more pages were. Changes nothing; valid until the allocator does.
 
     ``free`` and ``keep`` cost as much as the holder of the pages has slabs, ``fits`` as much as there are classes.
-
-    Args:
-        free_pages: slab -> a bit for each free page; of slabs that a class holds.
-        num_free: slabs that nobody holds.
-        num_held, num_loose: slabs of each class, and free pages in them.
     """
 
-    def __init__(
-        self,
-        free_pages: Mapping[int, int],
-        owner: Sequence[int],
-        per_slab: Sequence[int],
-        reserved: Sequence[int],
-        *,
-        num_free: int,
-        num_held: Sequence[int],
-        num_loose: Sequence[int],
-    ) -> None:
-        self._free_pages = free_pages
-        self._owner = owner
-        self._per_slab = per_slab
-        self._reserved = reserved
-        self._num_free = num_free
-        self._num_held = list(num_held)
-        self._num_loose = list(num_loose)
+    def __init__(self, pages: RankPageAllocator) -> None:
+        self._pages = pages
+        self._num_free = len(pages.free_slabs)
+        self._num_held = pages.num_held.copy()
+        self._num_loose = pages.num_loose.copy()
         # slab -> pages that are free only here.
         self._freed: dict[int, int] = {}
 
@@ -267,19 +233,20 @@ class Trial:
         num_free, num_held = self._num_free, self._num_held.copy()
         for page_class, count in needs.items():
             short = max(0, count - self._num_loose[page_class])
-            num_claimed = -(-short // self._per_slab[page_class])
+            num_claimed = -(-short // self._pages.per_slab[page_class])
             num_free -= num_claimed
             num_held[page_class] += num_claimed
         # Claims within the reservations come first and always keep this inequality; if it holds at the end, it
         # held after each claim beyond them.
         return num_free >= sum(
-            max(0, reserved - held) for reserved, held in zip(self._reserved, num_held, strict=True)
+            max(0, reserved - held)
+            for reserved, held in zip(self._pages.reserved, num_held, strict=True)
         )
 
     def _change(self, slab: int, count: int) -> None:
-        owner = self._owner[slab]
-        per_slab, before = self._per_slab[owner], self._freed.get(slab, 0)
-        num_before = self._free_pages[slab].bit_count() + before
+        owner = self._pages.owner[slab]
+        per_slab, before = self._pages.per_slab[owner], self._freed.get(slab, 0)
+        num_before = self._pages.free_pages[slab].bit_count() + before
         num_after = num_before + count
         self._freed[slab] = before + count
         self._num_loose[owner] += count

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lorikeet.adapters.registry import AdapterRegistry
 from lorikeet.adapters.residency import Residency
-from lorikeet.core.adapters import AdapterFacts, Origin, format_report
+from lorikeet.core.adapters import AdapterFacts, Origin
 from lorikeet.core.commands import LoadOutcome
 from lorikeet.errors import AdapterError, EngineFault, LorikeetError
 from lorikeet.masking import printable, shortened, without_paths
@@ -189,14 +189,3 @@ class StoreState:
     loads: dict[str, Load] = field(default_factory=dict[str, Load])
     unloads: list[Unload] = field(default_factory=list[Unload])
     counters: AdapterCounters = field(default_factory=AdapterCounters)
-
-
-def log_load(name: str, version: int, facts: AdapterFacts, seconds: float) -> None:
-    logger.info(
-        "Adapter %s loaded: version %d, %.2f MB, %.0f ms, %s",
-        name,
-        version,
-        facts.nbytes / 1e6,
-        seconds * 1e3,
-        format_report(facts.report) if facts.report else f"rank {facts.rank}",
-    )

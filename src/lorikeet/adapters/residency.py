@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 
 from lorikeet.adapters.device_tier import DeviceTier
-from lorikeet.adapters.eviction import POLICIES
 from lorikeet.adapters.host_tier import MAX_READS, HostTier
 from lorikeet.adapters.layout import PoolLayout
 from lorikeet.adapters.rank_pages import RankPageAllocator
-from lorikeet.adapters.tiers import IN_HOST_MEMORY, Ledger, Resident, Tier
+from lorikeet.adapters.tiers import IN_HOST_MEMORY, POLICIES, Ledger, Resident, Tier
 from lorikeet.core.plan import PageCopy
 from lorikeet.errors import AdapterError
 
@@ -32,7 +31,7 @@ _RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
 
 
-class Admission(Enum):
+class AdapterAdmission(Enum):
     """Answer to a sequence that wants to run with a version."""
 
     #: It is on the device: the sequence may run in the step that is being planned.
@@ -56,7 +55,7 @@ class Residency:
 
     Args:
         num_slots: rows of the device's page tables, slot 0 included.
-        policy: ``lru`` or ``fifo``, see ``adapters/eviction.py``.
+        policy: ``lru`` or ``fifo``, see ``adapters/tiers.py``.
         max_pinned: at most this many versions may be pinned.
         max_host: at most this many versions are in host memory, those being read included; None means any number.
         max_reads: at most this many versions are being read.
@@ -222,7 +221,7 @@ class Residency:
 
     # -- use -----------------------------------------------------------------------------------------------------
 
-    def admit(self, version: int) -> Admission:
+    def admit(self, version: int) -> AdapterAdmission:
         """Ask for a version for one more sequence; starts its read or its copy if there is room.
 
         READY counts as one use, to be undone by ``release``.
@@ -231,22 +230,22 @@ class Residency:
             ValueError: the version is not there.
         """
         if version == 0:
-            return Admission.READY
+            return AdapterAdmission.READY
         entry = self._find(version)
         if entry.tier is Tier.DEVICE:
             entry.uses += 1
             entry.last_use = self.ledger.tick()
             self.ledger.note(entry)
-            return Admission.READY
+            return AdapterAdmission.READY
         if entry.tier is Tier.FAILED:
-            return Admission.FAILED
+            return AdapterAdmission.FAILED
         if entry.tier is Tier.DISK and self.host.num_free_reads <= 0:
-            return Admission.WAIT
+            return AdapterAdmission.WAIT
         if entry.tier is Tier.DISK and not self.host.start_read(entry):
-            return Admission.NO_ROOM
+            return AdapterAdmission.NO_ROOM
         if entry.tier is Tier.HOST and not self.device.place(entry):
-            return Admission.NO_ROOM
-        return Admission.WAIT
+            return AdapterAdmission.NO_ROOM
+        return AdapterAdmission.WAIT
 
     def release(self, version: int) -> None:
         """One sequence less uses a version.
@@ -307,7 +306,8 @@ class Residency:
 
         Each is answered by ``read_done`` or ``read_failed``. Carry out the drops first: they make the room for these.
         """
-        return [version for version in self.host.take_reads() if self._is_reading(version)]
+        reads, self.host.reads = self.host.reads, []
+        return [version for version in reads if self._is_reading(version)]
 
     def read_done(self, version: int, page_classes: Sequence[int]) -> bool:
         """READING -> HOST.
@@ -358,7 +358,8 @@ class Residency:
 
     def take_ended_reads(self) -> list[int]:
         """Versions that are not being read any more, whatever came of it, since the last call."""
-        return self.host.take_ended()
+        ended, self.host.ended = list(self.host.ended), {}
+        return ended
 
     def check_integrity(self) -> None:
         """Recount both tiers.

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from lorikeet.adapters.files import read_small
 from lorikeet.errors import AdapterError
@@ -108,25 +108,14 @@ def read_adapter_config(directory: str | Path) -> LoRASpec:
         AdapterError: the file is missing, is not JSON, or asks for what is not implemented.
     """
     path = Path(directory) / CONFIG_FILE
-    return parse_config_bytes(read_small(path, MAX_CONFIG_BYTES), str(path))
-
-
-def parse_config_bytes(text: bytes, where: str) -> LoRASpec:
-    """Check the bytes of an ``adapter_config.json``.
-
-    Args:
-        where: named in front of each error.
-
-    Raises:
-        AdapterError: they are not JSON, or ask for what is not implemented.
-    """
+    text = read_small(path, MAX_CONFIG_BYTES)
     try:
         data: object = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where} is not valid JSON: {printable(str(error))}") from error
+        raise AdapterError(f"{path} is not valid JSON: {printable(str(error))}") from error
     if not isinstance(data, dict):
-        raise AdapterError(f"{where} holds a JSON {type(data).__name__}, not an object")
-    return parse_adapter_config(cast("dict[str, object]", data), where)
+        raise AdapterError(f"{path} holds a JSON {type(data).__name__}, not an object")
+    return parse_adapter_config(cast("dict[str, object]", data), str(path))
 
 
 def parse_adapter_config(data: Mapping[str, object], where: str) -> LoRASpec:
@@ -138,125 +127,69 @@ def parse_adapter_config(data: Mapping[str, object], where: str) -> LoRASpec:
     Raises:
         AdapterError: names the field, its value and what is allowed.
     """
-    reader = _Reader(data, where)
-    reader.check_text()
-    if data.get("peft_type") != "LORA":
-        raise reader.refuse("peft_type", '"LORA"')
-    reader.check_bias()
-    reader.check_init()
-    spec = LoRASpec(
-        r=reader.take("r", _rank, 8, _RANKS),
-        lora_alpha=reader.take("lora_alpha", _number, 8.0, "a finite number"),
-        use_rslora=reader.take("use_rslora", _boolean_or_none, None, "true or false"),
-        target_modules=reader.take(
-            "target_modules", _modules, None, "a list of names, a pattern, or all-linear"
-        ),
-        exclude_modules=reader.take(
-            "exclude_modules", _modules_or_none, (), "null, a list of names, or a pattern"
-        ),
-        layers_to_transform=reader.take(
-            "layers_to_transform", _layers, None, "null, an integer or a list of integers"
-        ),
-        layers_pattern=reader.take(
-            "layers_pattern", _strings_or_none, (), "null, a name or a list of names"
-        ),
-        rank_pattern=reader.take(
-            "rank_pattern", _pattern_of(_rank), {}, f"an object, name to {_RANKS}"
-        ),
-        alpha_pattern=reader.take(
-            "alpha_pattern", _pattern_of(_number), {}, "an object of finite numbers"
-        ),
-    )
-    reader.check_rest()
-    _check_combination(spec, reader)
-    _check_patterns(spec, reader)
+    _check_text(data, where)
+    values: dict[str, Any] = {}
+    for name, (parse, default, allowed) in _FIELDS.items():
+        try:
+            values[name] = parse(data.get(name, default))
+        except ValueError:
+            value = _show(data[name]) if name in data else "missing"
+            raise AdapterError(f"{where}: {name} is {value}; allowed: {allowed}") from None
+    _check_rest(data, where)
+    spec = LoRASpec(**{field.name: values[field.name] for field in fields(LoRASpec)})
+    _check_combination(spec, where)
     return spec
 
 
-class _Reader:
-    """Takes fields out of a configuration and remembers which are left."""
-
-    def __init__(self, data: Mapping[str, object], where: str) -> None:
-        self._data = data
-        self._where = where
-        self._taken = {"peft_type", "bias", "init_lora_weights"}
-
-    def take(self, name: str, parse: Callable[[object], T], default: T | None, allowed: str) -> T:
-        """Value of a field; ``default`` stands in for one that is not there (None: the field is required)."""
-        self._taken.add(name)
-        if name not in self._data and default is not None:
-            return default
+def _check_text(data: Mapping[str, object], where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can write and nothing can store or send."""
+    for name, value in data.items():
         try:
-            return parse(self._data.get(name))
-        except ValueError:
-            raise self.refuse(name, allowed) from None
+            f"{name}{json.dumps(value, ensure_ascii=False)}".encode()
+        except UnicodeEncodeError:
+            reason = "holds half of a surrogate pair, which is no text"
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = f"cannot be read: {printable(str(error))}"
+        else:
+            continue
+        raise AdapterError(f"{where}: {shortened(name)} {reason}")
 
-    def refuse(self, name: str, allowed: str) -> AdapterError:
-        value = _show(self._data[name]) if name in self._data else "missing"
-        return AdapterError(f"{self._where}: {name} is {value}; allowed: {allowed}")
 
-    def check_text(self) -> None:
-        """Refuse halves of surrogate pairs, which JSON can write and nothing can store or send."""
-        for name, value in self._data.items():
-            try:
-                f"{name}{json.dumps(value, ensure_ascii=False)}".encode()
-            except UnicodeEncodeError:
-                raise self.fail(
-                    f"{shortened(name)} holds half of a surrogate pair, which is no text"
-                ) from None
-            except (TypeError, ValueError, RecursionError) as error:
-                raise self.fail(
-                    f"{shortened(name)} cannot be read: {printable(str(error))}"
-                ) from None
-
-    def check_bias(self) -> None:
-        if self._data.get("bias", "none") != "none":
-            raise self.refuse("bias", '"none" (trained biases are not implemented)')
-
-    def check_init(self) -> None:
-        init = self._data.get("init_lora_weights", True)
-        if isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
-            return
-        raise self.refuse(
-            "init_lora_weights",
-            f"true, false, {', '.join(sorted(_PLAIN_INITS))}; others change the base model's weights "
-            "(PEFT can convert such an adapter to plain LoRA when it saves it)",
+def _check_rest(data: Mapping[str, object], where: str) -> None:
+    """Refuse every other field unless its value says that the feature is off."""
+    for name, value in data.items():
+        if name in _FIELDS or name in _HARMLESS:
+            continue
+        if value is None or value is False or value in ("", [], {}):
+            continue
+        hint = f" ({_HINTS[name]})" if name in _HINTS else ""
+        raise AdapterError(
+            f"{where}: {shortened(name)}{hint} is {_show(value)}; it is not implemented, "
+            "so the adapter cannot be served exactly"
         )
 
-    def check_rest(self) -> None:
-        """Refuse every other field unless its value says that the feature is off."""
-        for name, value in self._data.items():
-            if name in self._taken or name in _HARMLESS:
-                continue
-            if value is None or value is False or value in ("", [], {}):
-                continue
-            hint = f" ({_HINTS[name]})" if name in _HINTS else ""
-            raise AdapterError(
-                f"{self._where}: {shortened(name)}{hint} is {_show(value)}; it is not implemented, "
-                "so the adapter cannot be served exactly"
-            )
 
-    def fail(self, message: str) -> AdapterError:
-        return AdapterError(f"{self._where}: {message}")
-
-
-def _check_combination(spec: LoRASpec, reader: _Reader) -> None:
-    """Combinations that PEFT refuses when it builds a ``LoraConfig``."""
-    if isinstance(spec.target_modules, str):
-        if spec.layers_to_transform is not None:
-            raise reader.fail("layers_to_transform needs target_modules to be a list, not a string")
-        if spec.layers_pattern:
-            raise reader.fail("layers_pattern needs target_modules to be a list, not a string")
-    if spec.layers_pattern and spec.layers_to_transform is None:
-        raise reader.fail("layers_pattern needs layers_to_transform")
-
-
-def _check_patterns(spec: LoRASpec, reader: _Reader) -> None:
+def _check_combination(spec: LoRASpec, where: str) -> None:
+    """Refuse combinations that PEFT refuses when it builds a ``LoraConfig``, and too many patterns."""
+    is_text, has_layers = isinstance(spec.target_modules, str), spec.layers_to_transform is not None
     num_patterns = len(spec.rank_pattern) + len(spec.alpha_pattern) + len(spec.layers_pattern)
-    if num_patterns > MAX_PATTERNS:
-        raise reader.fail(
-            f"rank_pattern, alpha_pattern and layers_pattern have {num_patterns} entries; allowed: at most {MAX_PATTERNS}"
-        )
+    for is_wrong, message in (
+        (
+            is_text and has_layers,
+            "layers_to_transform needs target_modules to be a list, not a string",
+        ),
+        (
+            is_text and spec.layers_pattern,
+            "layers_pattern needs target_modules to be a list, not a string",
+        ),
+        (spec.layers_pattern and not has_layers, "layers_pattern needs layers_to_transform"),
+        (
+            num_patterns > MAX_PATTERNS,
+            f"rank_pattern, alpha_pattern and layers_pattern have {num_patterns} entries; allowed: at most {MAX_PATTERNS}",
+        ),
+    ):
+        if is_wrong:
+            raise AdapterError(f"{where}: {message}")
 
 
 def _rank(value: object) -> int:
@@ -330,6 +263,44 @@ def _pattern_of(parse: Callable[[object], T]) -> Callable[[object], dict[str, T]
         return {key: parse(item) for key, item in cast("dict[str, object]", value).items()}
 
     return parse_pattern
+
+
+def _only(word: str) -> Callable[[object], object]:
+    def parse_word(value: object) -> object:
+        if value != word:
+            raise ValueError
+        return value
+
+    return parse_word
+
+
+def _plain_init(value: object) -> object:
+    if isinstance(value, bool) or (isinstance(value, str) and value.lower() in _PLAIN_INITS):
+        return value
+    raise ValueError
+
+
+# The fields of ``LoRASpec``, and those that must have a certain value: how each is read (ValueError: it is refused), what
+# stands in for one that is not there, and what is allowed.
+_FIELDS: dict[str, tuple[Callable[[object], object], object, str]] = {
+    "peft_type": (_only("LORA"), None, '"LORA"'),
+    "bias": (_only("none"), "none", '"none" (trained biases are not implemented)'),
+    "init_lora_weights": (
+        _plain_init,
+        True,
+        f"true, false, {', '.join(sorted(_PLAIN_INITS))}; others change the base model's weights "
+        "(PEFT can convert such an adapter to plain LoRA when it saves it)",
+    ),
+    "r": (_rank, 8, _RANKS),
+    "lora_alpha": (_number, 8.0, "a finite number"),
+    "use_rslora": (_boolean_or_none, None, "true or false"),
+    "target_modules": (_modules, None, "a list of names, a pattern, or all-linear"),
+    "exclude_modules": (_modules_or_none, None, "null, a list of names, or a pattern"),
+    "layers_to_transform": (_layers, None, "null, an integer or a list of integers"),
+    "layers_pattern": (_strings_or_none, None, "null, a name or a list of names"),
+    "rank_pattern": (_pattern_of(_rank), None, f"an object, name to {_RANKS}"),
+    "alpha_pattern": (_pattern_of(_number), None, "an object of finite numbers"),
+}
 
 
 def _show(value: object) -> str:

@@ -25,15 +25,13 @@ from lorikeet.adapters.records import (
     StoreState,
     Unload,
     as_fault,
-    log_load,
 )
 from lorikeet.adapters.registry import AdapterInfo, AdapterRegistry
 from lorikeet.adapters.residency import Residency
 from lorikeet.adapters.sources.resolver import is_name
 from lorikeet.adapters.sources.source import public_path
-from lorikeet.adapters.templates import TemplateNews, Templates
+from lorikeet.adapters.templates import Templates
 from lorikeet.adapters.tiers import Tier
-from lorikeet.adapters.unloads import UnloadedNames, Unloads
 from lorikeet.config import LoRAPath
 from lorikeet.core.adapters import (
     TENSORS_PATH,
@@ -42,6 +40,7 @@ from lorikeet.core.adapters import (
     Origin,
     ReadOrder,
     SentTensors,
+    format_report,
 )
 from lorikeet.core.commands import LoadOutcome
 from lorikeet.core.messages import AdaptersChanged
@@ -58,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 # Names of adapters that a report lists at most; ``metrics.py`` shows so many.
 MAX_NAMES = 100
+# Names unloaded on purpose that are remembered; a resolver may find older ones again.
+MAX_UNLOADED = 4096
 
 
 class AdapterStore:
@@ -81,11 +82,12 @@ class AdapterStore:
         self._has_lora = host is not None
         self._can_find = can_find
         # Names that were unloaded on purpose: the resolver must not bring them back behind the user's back.
-        self._unloaded = UnloadedNames()
-        self._templates = TemplateNews()
+        self._unloaded: dict[str, None] = {}
+        # Names that came since the last report, with their templates, and those that went, with None.
+        self._templates: dict[str, Templates | None] = {}
         self._news = AdapterNews(self._state)
         self._moves = HostMoves(self._state, host)
-        self._unloads = Unloads(self._state, self._news.name)
+        self._unloads = self._state.unloads
 
     # -- commands ------------------------------------------------------------------------------------------------
 
@@ -169,16 +171,18 @@ class AdapterStore:
         if info.pinned:
             self._unpin_for(name, info.version)
         self._registry.unload(name)
-        self._templates.unload(name)
+        self._templates[name] = None
         self._news.name(name)
         self._forget_origin(name, info.version)
-        self._unloaded.add(name)
+        self._unloaded[name] = None
+        if len(self._unloaded) > MAX_UNLOADED:
+            del self._unloaded[next(iter(self._unloaded))]
         now = time.monotonic()
         deadline = None if timeout is None else now + timeout
         unload = Unload(name, info.path, info.version, info.nbytes, now, deadline)
-        self._state.unloads.append(unload)
+        self._unloads.append(unload)
         self._drop_unleased()
-        self._unloads.poll()  # another name may mean the version: then there is nothing to wait for
+        self._poll_unloads()  # another name may mean the version: then there is nothing to wait for
         return unload.reply
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -237,7 +241,7 @@ class AdapterStore:
         for load, result in self._moves.collect():
             self._finish_load(load, result)
         self._moves.poll()
-        self._unloads.poll()
+        self._poll_unloads()
 
     def pending(self) -> list[Future[Any]]:
         """What to wait for, if there is nothing else to do: done when ``poll`` will find something."""
@@ -246,7 +250,7 @@ class AdapterStore:
     @property
     def is_waiting(self) -> bool:
         """True if ``poll`` may find something without any step in between."""
-        return self._moves.is_reading or bool(self._loads or self._state.unloads)
+        return self._moves.is_reading or bool(self._loads or self._unloads)
 
     def describe(self, name: str | None = None) -> list[AdapterDetail]:
         """All adapters, or those called ``name``: one that is unloading and its successor may share it.
@@ -292,7 +296,8 @@ class AdapterStore:
 
     def take_templates(self) -> dict[str, Templates | None]:
         """Names that came since the last call, with their chat templates, and those that went, with None."""
-        return self._templates.take()
+        changed, self._templates = self._templates, {}
+        return changed
 
     def check_integrity(self, leases: Mapping[int, int]) -> None:
         """Compare registry, residency, host memory and the completions that are open (id -> version)."""
@@ -306,7 +311,7 @@ class AdapterStore:
             assert version in self.residency, f"version {version} is unknown to the residency"
         self._moves.check_integrity()
         names = {info.version for info in self._registry.loaded().values()}
-        hidden = {unload.version for unload in self._state.unloads}
+        hidden = {unload.version for unload in self._unloads}
         assert names <= self._records.keys()
         assert self._records.keys() >= hidden
 
@@ -402,18 +407,25 @@ class AdapterStore:
             nbytes=facts.nbytes,
             pinned=load.pinned,
         )
-        self._templates.load(name, facts.chat_templates)
+        self._templates[name] = dict(facts.chat_templates)
         is_alone = self._registry.num_names(version) == 1
         for origin in record.add_origin(name, facts.origin, is_alone=is_alone):
             self._moves.forget(origin)
         if old is not None and old.version != version:
             self._note_replaced(old)
         self._drop_unleased()
-        self._unloaded.discard(name)
+        self._unloaded.pop(name, None)
         seconds = time.monotonic() - load.began
         self._counters.loads += 1
         self._counters.sample("adapter_load_seconds", seconds)
-        log_load(name, version, facts, seconds)
+        logger.info(
+            "Adapter %s loaded: version %d, %.2f MB, %.0f ms, %s",
+            name,
+            version,
+            facts.nbytes / 1e6,
+            seconds * 1e3,
+            format_report(facts.report) if facts.report else f"rank {facts.rank}",
+        )
         return LoadOutcome(name, path, version, seconds)
 
     def _place(self, version: int, facts: AdapterFacts, *, pinned: bool) -> None:
@@ -435,7 +447,7 @@ class AdapterStore:
     def _note_replaced(self, old: AdapterInfo) -> None:
         """A name means another content now. The old one is listed as long as requests run with it."""
         self._forget_origin(old.name, old.version)
-        self._state.unloads.append(
+        self._unloads.append(
             Unload(old.name, old.path, old.version, old.nbytes, time.monotonic(), counts=False)
         )
 
@@ -458,4 +470,43 @@ class AdapterStore:
             for origin in record.origins.values():
                 self._moves.forget(origin)
         if gone:
-            self._unloads.poll()
+            self._poll_unloads()
+
+    # -- unloading -----------------------------------------------------------------------------------------------
+
+    def _poll_unloads(self) -> None:
+        """Answer those whose version is free or has a name again, and those that have waited long enough."""
+        if not self._unloads:
+            return
+        now, is_hidden = time.monotonic(), self._registry.is_hidden
+        ended = [unload for unload in self._unloads if not is_hidden(unload.version)]
+        # In place: others look into this list, too.
+        self._unloads[:] = [unload for unload in self._unloads if is_hidden(unload.version)]
+        for unload in ended:
+            self._news.name(unload.name)
+            self._end_unload(unload, now - unload.began)
+        for unload in self._unloads:
+            if unload.deadline is not None and now >= unload.deadline:
+                unload.deadline = None
+                if not unload.reply.cancelled():
+                    unload.reply.set_exception(self._too_slow(unload, now - unload.began))
+
+    def _end_unload(self, unload: Unload, seconds: float) -> None:
+        self._counters.unloads += unload.counts
+        logger.info(
+            "Adapter %s %s: version %d, %.2f MB, %.0f ms",
+            unload.name,
+            "unloaded" if unload.counts else "replaced",
+            unload.version,
+            unload.nbytes / 1e6,
+            seconds * 1e3,
+        )
+        if not unload.reply.done():
+            unload.reply.set_result(LoadOutcome(unload.name, unload.path, unload.version, seconds))
+
+    def _too_slow(self, unload: Unload, seconds: float) -> AdapterError:
+        num_running = len(self._records[unload.version].holders)
+        return AdapterError(
+            f"adapter {unload.name!r} takes no new requests, but after {seconds:.1f} s {num_running} still run with "
+            f"it; its memory is freed when they end"
+        )

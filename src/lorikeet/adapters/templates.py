@@ -1,9 +1,8 @@
-"""Chat templates that adapters bring, and how the HTTP process, which renders messages, hears of them."""
+"""Chat templates that adapters bring."""
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from lorikeet.adapters.files import read_small
 from lorikeet.adapters.sources.source import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from lorikeet.text.template_sandbox import Templates, TemplateSandbox
 
-__all__ = ["TemplateNews", "Templates", "read_templates"]
+__all__ = ["Templates", "read_templates"]
 
 _MAX_BYTES = 4 * 2**20
 
@@ -37,23 +36,3 @@ def _sandbox() -> TemplateSandbox:
     made = TemplateSandbox()
     atexit.register(made.close)
     return made
-
-
-class TemplateNews:
-    """Names that came or went since the news was last taken."""
-
-    def __init__(self) -> None:
-        self._changed: dict[str, Templates | None] = {}
-
-    def load(self, name: str, templates: Mapping[str, str]) -> None:
-        """``name`` means an adapter with these templates from now on."""
-        self._changed[name] = dict(templates)
-
-    def unload(self, name: str) -> None:
-        """``name`` means nothing any more."""
-        self._changed[name] = None
-
-    def take(self) -> dict[str, Templates | None]:
-        """Name -> its templates; None if it is gone."""
-        changed, self._changed = self._changed, {}
-        return changed

@@ -21,8 +21,8 @@ from lorikeet.ops.lora.cutting import CutTiles, RowRuns, cut_tiles, most_tiles, 
 from lorikeet.ops.lora.metadata import LoRABatch, RowGroup, Tiles
 from lorikeet.ops.lora.tiles import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, prefill_block
 
-# An adapter whose rows lie in more pieces than this is gathered; below, one matmul per piece is cheaper than the copy.
-_MAX_PIECES = 2
+# An adapter whose rows lie in more runs than this is gathered; below, one matmul per run is cheaper than the copy.
+_MAX_RUNS = 2
 # Tiles of a captured step that is not captured for the most it may need: one for each 16 rows, and a few that are not full.
 _FEW_MORE_TILES = 7
 # Captured steps with prompts of up to this many tokens compute deltas beside the base layers, in small tiles: their
@@ -80,29 +80,22 @@ class LoRABatchBuilder:
         self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
     ) -> GroupPlan | None:
         """See :class:`BatchBuilder`."""
-        batch = self.build(slots, lengths, logits_rows)
-        return None if batch is None else GroupPlan(batch)
-
-    def build(
-        self, slots: Sequence[int], lengths: Sequence[int], logits_rows: Sequence[int] | None
-    ) -> LoRABatch | None:
-        """The batch of a plan, at once."""
         if not any(slots):
             return None
         _check_slots(slots, self._num_slots)
         ends = list(accumulate(lengths))
-        pieces = zip(slots, [0, *ends[:-1]], ends, strict=True)
-        tokens = self._group(pieces)
+        runs = zip(slots, [0, *ends[:-1]], ends, strict=True)
+        tokens = self._group(runs)
         if logits_rows is None:
-            return LoRABatch(tokens=tokens, logits=tokens)
+            return GroupPlan(LoRABatch(tokens=tokens, logits=tokens))
         logits_slots = (slots[bisect_right(ends, token)] for token in logits_rows)
-        logits_pieces = ((slot, row, row + 1) for row, slot in enumerate(logits_slots))
-        return LoRABatch(tokens=tokens, logits=self._group(logits_pieces))
+        logits_runs = ((slot, row, row + 1) for row, slot in enumerate(logits_slots))
+        return GroupPlan(LoRABatch(tokens=tokens, logits=self._group(logits_runs)))
 
-    def _group(self, pieces: Iterable[tuple[int, int, int]]) -> tuple[RowGroup, ...]:
-        """Pieces (slot, start, stop) in ascending order -> groups, by first appearance."""
+    def _group(self, runs: Iterable[tuple[int, int, int]]) -> tuple[RowGroup, ...]:
+        """Runs (slot, start, stop) in ascending order -> groups, by first appearance."""
         by_slot: dict[int, list[tuple[int, int]]] = {}
-        for slot, start, stop in pieces:
+        for slot, start, stop in runs:
             if slot == 0 or start == stop:
                 continue
             ranges = by_slot.setdefault(slot, [])
@@ -112,7 +105,7 @@ class LoRABatchBuilder:
                 ranges.append((start, stop))
         groups: list[RowGroup] = []
         for slot, ranges in by_slot.items():
-            if len(ranges) <= _MAX_PIECES:
+            if len(ranges) <= _MAX_RUNS:
                 groups.extend(RowGroup(slot, start, stop) for start, stop in ranges)
             else:
                 rows = [row for start, stop in ranges for row in range(start, stop)]
@@ -164,16 +157,16 @@ class TileBatchBuilder:
         """See :class:`BatchBuilder`: for a step that runs eagerly. Deltas are added to the base layers' outputs."""
         if not any(slots):
             return None
-        pieces = self._pieces(slots, lengths)
-        has_adapter_N = pieces.slots_N > 0
-        num_rows = int(pieces.lengths_N[has_adapter_N].sum())
-        num_adapters = len(np.unique(pieces.slots_N[has_adapter_N]))
+        runs = self._runs(slots, lengths)
+        has_adapter_N = runs.slots_N > 0
+        num_rows = int(runs.lengths_N[has_adapter_N].sum())
+        num_adapters = len(np.unique(runs.slots_N[has_adapter_N]))
         block = prefill_block(num_rows, num_adapters, self._max_block)
-        tokens = self._cut(pieces, block)
-        num_tokens = int(pieces.lengths_N.sum())
+        tokens = self._cut(runs, block)
+        num_tokens = int(runs.lengths_N.sum())
         if logits_rows is None or np.array_equal(logits_rows, np.arange(num_tokens)):
             return TilePlan(tokens, num_tokens)
-        logits = self._cut_rows(pieces, logits_rows, DECODE_BLOCK_ROWS)
+        logits = self._cut_rows(runs, logits_rows, DECODE_BLOCK_ROWS)
         return TilePlan(tokens, num_tokens, logits, len(logits_rows))
 
     def plan_decode(
@@ -191,8 +184,8 @@ class TileBatchBuilder:
         if num_tiles is None and not any(slots):
             return None
         padding = bucket - len(slots)
-        pieces = self._pieces([*slots, 0], [1] * len(slots) + [padding])
-        tiles = self._cut(pieces, DECODE_BLOCK_ROWS)
+        runs = self._runs([*slots, 0], [1] * len(slots) + [padding])
+        tiles = self._cut(runs, DECODE_BLOCK_ROWS)
         if num_tiles is None:
             num_tiles = next(n for n in self.tile_counts(bucket) if n >= len(tiles.slot_J))
         return TilePlan(padded(tiles, num_tiles), bucket, is_captured=True, is_beside=True)
@@ -216,13 +209,13 @@ class TileBatchBuilder:
         Returns:
             Tiles of :meth:`prompt_shapes`; None if the step needs more of them.
         """
-        pieces = self._pieces([*slots, 0], [*lengths, num_tokens - sum(lengths)])
+        runs = self._runs([*slots, 0], [*lengths, num_tokens - sum(lengths)])
         padding = num_wanted - len(logits_rows)
         (num_tiles, block), (num_logits_tiles, logits_block) = self.prompt_shapes(
             num_tokens, num_wanted
         )
-        tokens = self._cut(pieces, block)
-        logits = self._cut_rows(pieces, logits_rows, logits_block, padding)
+        tokens = self._cut(runs, block)
+        logits = self._cut_rows(runs, logits_rows, logits_block, padding)
         if len(tokens.slot_J) > num_tiles or len(logits.slot_J) > num_logits_tiles:
             return None
         return TilePlan(
@@ -248,27 +241,16 @@ class TileBatchBuilder:
         most = self._most(num_rows, self._max_adapters, block)
         return min(most, -(-num_rows // block) + _MORE_PROMPT_TILES), block
 
-    def build(
-        self,
-        slots: Sequence[int],
-        lengths: Sequence[int],
-        logits_rows: Sequence[int] | None,
-        device: torch.device | None = None,
-    ) -> LoRABatch | None:
-        """The batch of a plan, at once."""
-        plan = self.plan(slots, lengths, logits_rows)
-        return None if plan is None else plan.upload(device or torch.device("cpu"))
-
     def _cut_rows(
-        self, pieces: RowRuns, rows: Sequence[int], block: int, padding: int = 0
+        self, runs: RowRuns, rows: Sequence[int], block: int, padding: int = 0
     ) -> CutTiles:
         """Tiles of some rows, in the order in which they are wanted, and of more rows of the base model behind them."""
-        ends_N = np.cumsum(pieces.lengths_N)
+        ends_N = np.cumsum(runs.lengths_N)
         of_row = np.searchsorted(ends_N, np.asarray(rows, dtype=np.int64), side="right")
-        slots = np.concatenate((pieces.slots_N[of_row], np.zeros(padding, dtype=np.int64)))
+        slots = np.concatenate((runs.slots_N[of_row], np.zeros(padding, dtype=np.int64)))
         return self._cut(RowRuns(slots, np.ones_like(slots)), block)
 
-    def _pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> RowRuns:
+    def _runs(self, slots: Sequence[int], lengths: Sequence[int]) -> RowRuns:
         _check_slots(slots, self._num_slots)
         return RowRuns(np.asarray(slots, dtype=np.int64), np.asarray(lengths, dtype=np.int64))
 
@@ -314,10 +296,6 @@ class TilePlan:
             for data, (cut, num_rows) in zip(tensors, self._parts, strict=True)
         ]
         return LoRABatch(tokens=tiles[0], logits=tiles[-1], is_beside=self._is_beside)
-
-    def upload(self, device: torch.device) -> LoRABatch:
-        """The batch, copied by itself."""
-        return self.batch([torch.from_numpy(array).to(device) for array in self.arrays])
 
 
 def _tiles_at(data: torch.Tensor, cut: CutTiles, num_rows: int, num_used: int) -> Tiles:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
+from torch import nn
 
 from lorikeet.adapters.sources.resolver import Resolver
 from lorikeet.adapters.sources.source import SourceOptions, open_source
 from lorikeet.adapters.sources.transfer import Transfer
 from lorikeet.adapters.templates import read_templates
 from lorikeet.core.adapters import Trust
+from lorikeet.core.sites import LoRASite
+from lorikeet.layers.batch import ForwardBatch
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.attach import Model, attach_lora
 from lorikeet.lora.base_weights import BaseWeight
 from lorikeet.lora.device_pool import DevicePool
 from lorikeet.lora.host_memory import HostMemory
+from lorikeet.lora.layers import LoRAEmbedding, LoRALinear, LoRAStreams, SplitLayer
 from lorikeet.lora.loader import load_adapter
 from lorikeet.lora.pool_plan import PoolPlan
 from lorikeet.lora.reader import AdapterReader
 from lorikeet.lora.report import adapter_report
+from lorikeet.ops.lora.api import LoRABackend
 from lorikeet.ops.select import BackendName, make_backend
 
 
@@ -36,6 +42,14 @@ class LoRAParts:
     backend: BackendName
     pool: DevicePool
     host: HostMemory
+
+
+class Model(Protocol):
+    """What :class:`lorikeet.models.decoder.Decoder` is to this module."""
+
+    def get_submodule(self, target: str, /) -> nn.Module: ...
+
+    def on_begin(self, begin: Callable[[ForwardBatch], None], /) -> None: ...
 
 
 def build_pool(
@@ -62,6 +76,42 @@ def build_pool(
     )
     attach_lora(model, plan.sites, pool, kernels)
     return pool
+
+
+def attach_lora(
+    model: Model, sites: Sequence[LoRASite], pool: DevicePool, backend: LoRABackend[Any, Any]
+) -> list[str]:
+    """Replace the module of every site that adapters may change, and let the model begin the backend's steps.
+
+    Returns:
+        The paths of the replaced modules, in the order of the sites.
+
+    Raises:
+        AttributeError: the model has no module at a site's path, so it is not the model that declared the sites.
+    """
+    replaced: list[str] = []
+    streams = LoRAStreams(pool.device) if pool.device.type == "cuda" else None
+    for index, site in enumerate(sites):
+        table = pool.table(index)
+        if table is None:
+            continue
+        parent_path, _, name = site.path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        base = cast("SplitLayer", parent.get_submodule(name))
+        if site.kind == "embedding":
+            layer = LoRAEmbedding(base, table, backend)
+        else:
+            is_head = site.kind == "lm_head"
+            layer = LoRALinear(base, table, backend, reads_logits_rows=is_head, streams=streams)
+        setattr(parent, name, layer)
+        replaced.append(site.path)
+
+    def begin(batch: ForwardBatch) -> None:
+        if batch.lora is not None:
+            backend.begin(batch.lora)
+
+    model.on_begin(begin)
+    return replaced
 
 
 def build_host_memory(

@@ -28,7 +28,7 @@ from lorikeet.errors import AdapterError
 from lorikeet.layers.linear import ShardRule
 from lorikeet.lora.adapter import HostAdapter, PackedModule
 from lorikeet.lora.base_weights import BaseWeight, is_copy
-from lorikeet.lora.shard import shard_pair
+from lorikeet.lora.pool_plan import shard_pair
 from lorikeet.lora.tensors import TORCH_TYPES, TensorFile, empty_flat, open_tensors
 
 _PREFIX = "base_model.model."
@@ -236,7 +236,7 @@ class _Packer:
                 PackedModule(site, part, rank, wanted.lora.scale, len(page_sizes), num_pages)
             )
             page_sizes += [page_ranks * (A_RK.shape[1] + B_OR.shape[0])] * num_pages
-            page_classes += [self._layout.page_class(site, part)] * num_pages
+            page_classes += [self._layout.classes[site, part]] * num_pages
         data = empty_flat(sum(page_sizes), self._dtype)
         begin = 0
         for (wanted, A_RK, B_OR), module in zip(self._pairs, modules, strict=True):

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from lorikeet.adapters.sources.resolver import Resolver
 from lorikeet.adapters.sources.source import pin_source, public_path
 from lorikeet.adapters.sources.transfer import NeedsNetworkError, Reach, Transfer
 from lorikeet.core.adapters import Origin, ReadOrder, Trust
 from lorikeet.errors import AdapterError, AdapterNotFoundError
 from lorikeet.lora.adapter import HostAdapter
-from lorikeet.lora.reader_threads import ReaderThreads
 from lorikeet.lora.tensors import accept_tensors
 from lorikeet.masking import shortened
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Several at a time, since disks may be slow, too.
 NUM_LOADS = 4
@@ -49,14 +53,6 @@ class ReadAdapter:
     adapter: HostAdapter
     origin: Origin
     report: dict[str, object] = field(default_factory=dict[str, object])
-
-
-class Finder(Protocol):
-    """A resolver: adapters by their names, see ``adapters/sources/resolver.py``. Called on a reader's thread."""
-
-    def find(self, name: str) -> Path | None: ...
-
-    def reject(self, name: str, reason: str) -> None: ...
 
 
 class LoadFiles(Protocol):
@@ -86,7 +82,7 @@ class AdapterReader:
         load: LoadFiles,
         *,
         report: Callable[[HostAdapter], dict[str, object]] = lambda adapter: {},
-        resolver: Finder | None = None,
+        resolver: Resolver | None = None,
         download_seconds: float | None = None,
     ) -> None:
         self._load_files = load
@@ -148,11 +144,11 @@ class AdapterReader:
         finally:
             del self._transfers[reply]
         if host is not None:
-            self._downloads.submit(lambda: self._run_far(reply, order), host)
-
-    def _run_far(self, reply: Future[ReadAdapter], order: ReadOrder) -> None:
-        # Made here: its time begins now.
-        self._run(reply, order, Transfer(Reach.NETWORK, self._download_seconds))
+            # The transfer is made when the job begins: only then does its time run.
+            self._downloads.submit(
+                lambda: self._run(reply, order, Transfer(Reach.NETWORK, self._download_seconds)),
+                host,
+            )
 
     def _answer(self, reply: Future[ReadAdapter], order: ReadOrder, transfer: Transfer) -> None:
         """Give ``reply`` what is read, or why it cannot be. What was sent goes if that fails, or if nobody waits any more.
@@ -242,3 +238,74 @@ class AdapterReader:
 def _remove_sent(order: ReadOrder) -> None:
     if order.sent is not None:
         shutil.rmtree(Path(order.sent.weights).parent, ignore_errors=True)
+
+
+class ReaderThreads:
+    """Runs jobs, the oldest first, each on a thread of its own, which the interpreter does not wait for at its end.
+
+    Why not a ``ThreadPoolExecutor``: the interpreter joins its threads before it ends, and one that waits for a silent
+    host does not end.
+
+    Args:
+        name: of the threads.
+        most: jobs at a time.
+        most_per_key: jobs at a time with the same key; None: any number.
+    """
+
+    def __init__(self, name: str, most: int, most_per_key: int | None = None) -> None:
+        self._name = name
+        self._most = most
+        self._most_per_key = most if most_per_key is None else most_per_key
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[str, Callable[[], Any], Future[Any]]] = []
+        self._running: Counter[str] = Counter()
+        self._is_closed = False
+
+    def submit(self, job: Callable[[], T], key: str = "") -> Future[T]:
+        """Run ``job`` as soon as there is a place. Cancel the future to take it back until then."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._is_closed:
+                future.cancel()
+                return future
+            self._waiting.append((key, job, future))
+            self._start_next()
+        return future
+
+    def close(self) -> None:
+        """Take back what has not begun, and take nothing more. Does not wait."""
+        with self._lock:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, []
+        for _, _, future in waiting:
+            future.cancel()
+
+    def _start_next(self) -> None:
+        """Start what may run. The caller holds the lock."""
+        rest: list[tuple[str, Callable[[], Any], Future[Any]]] = []
+        for key, job, future in self._waiting:
+            has_place = self._running.total() < self._most
+            if not has_place or self._running[key] >= self._most_per_key:
+                if not future.cancelled():
+                    rest.append((key, job, future))
+            elif future.set_running_or_notify_cancel():
+                self._running[key] += 1
+                thread = threading.Thread(
+                    target=self._run, args=(key, job, future), name=self._name, daemon=True
+                )
+                thread.start()
+        self._waiting = rest
+
+    def _run(self, key: str, job: Callable[[], Any], future: Future[Any]) -> None:
+        try:
+            result = job()
+        except BaseException as error:  # noqa: BLE001 - whoever looks at the future raises it
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        with self._lock:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
+            if not self._is_closed:
+                self._start_next()

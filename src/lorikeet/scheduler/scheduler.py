@@ -30,8 +30,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lorikeet.adapters.residency import Admission as AdapterAdmission
-from lorikeet.adapters.residency import Residency
+from lorikeet.adapters.residency import AdapterAdmission, Residency
 from lorikeet.core.failure import Failure
 from lorikeet.core.plan import (
     NOT_FINITE,

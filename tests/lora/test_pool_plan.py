@@ -6,7 +6,7 @@ import torch
 
 from lorikeet.core.sites import LoRASite, SiteSlice
 from lorikeet.layers.linear import Part, ShardRule
-from lorikeet.lora.shard import shard_pair, shard_site
+from lorikeet.lora.pool_plan import shard_pair, shard_site
 
 QKV = LoRASite(
     "qkv",
