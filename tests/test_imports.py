@@ -24,7 +24,7 @@ DECISIONS = [
     *("core.request", "core.sequence", "core.plan", "core.messages", "core.sites"),
     *("config", "metrics", "models.spec", "scheduler.scheduler"),
     *("kv.pages", "kv.radix", "kv.manager"),
-    *("adapters.spec", "adapters.targets", "adapters.registry", "adapters.eviction"),
+    *("adapters.spec", "adapters.targets", "adapters.registry", "adapters.tiers"),
     *("adapters.residency", "adapters.rank_pages", "adapters.layout", "adapters.sources.source"),
     *("adapters.store", "adapters.limits", "core.adapters"),
 ]

@@ -87,15 +87,15 @@ def test_news() -> None:
         known = dict[str, dict[str, str]]()
         rig.load("a", "a")
         rig.load("b", "b")
-        AdapterTemplates(rig.core.take_templates()).apply(known)
+        AdapterTemplates(rig.core.adapters.take_templates()).apply(known)
         assert known == {"a": {"default": "1"}, "b": {}}
         rig.unload("a")
         rig.unload("b")
         rig.disk.templates["/b"] = {"default": "2"}
         rig.load("b", "b")
-        AdapterTemplates(rig.core.take_templates()).apply(known)
+        AdapterTemplates(rig.core.adapters.take_templates()).apply(known)
         assert known == {"b": {"default": "2"}}
-        assert not rig.core.take_templates()
+        assert not rig.core.adapters.take_templates()
 
 
 def test_names_and_their_templates() -> None:

@@ -304,7 +304,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def ask(given: bytes) -> None:
         rules = middleware.KeyRules(api_key=KEY, admin_api_key=None, admin_paths=(), open_paths=())
-        keys = middleware.ApiKeys(app, rules=rules)
+        keys = middleware.Gate(app, refusal=rules.refusal)
         headers = [(b"authorization", b"Bearer " + given)]
         await keys({"type": "http", "path": "/v1/models", "headers": headers}, None, send)  # pyright: ignore[reportArgumentType]
 
