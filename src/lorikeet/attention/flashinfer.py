@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -257,7 +258,7 @@ class FlashInferBackend:
         return self._decoders[self._path_of(len(inputs.kv_lens) - inputs.num_chunks, num_keys)]
 
 
-class _PlannedAttention:
+class _PlannedAttention(ABC):
     """Attention by wrappers that hold a plan, which is made once in a step for each window size.
 
     Args:
@@ -287,12 +288,13 @@ class _PlannedAttention:
             wrapper = self._ready[window] = self._plan(inputs, window)
         wrapper.run(q_TQW, kv_BSKW, out=out_TQW)
 
+    @abstractmethod
     def _plan(self, inputs: AttentionInputs, window: int | None) -> Any:
         """Plan for the step's sequences; returns a wrapper."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _new(self) -> Planned:
-        raise NotImplementedError
+        """A wrapper without a plan."""
 
 
 class _Prefill(_PlannedAttention):
