@@ -33,6 +33,7 @@ from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.engine.fixtures import write_adapters, write_model
 from benchmarks.engine.traffic import Traffic, choose_adapters
+from benchmarks.lifecycle.fixtures import ALL_LINEAR, LLAMA
 from benchmarks.serving.client import Client, Record, generate_body
 from benchmarks.serving.measure import Load, send_load, summarize
 from benchmarks.serving.target import Target, started
@@ -54,18 +55,7 @@ WAVE = 250
 # the one that is not running, and a step takes many times as long.
 THREADS = max(1, (os.cpu_count() or 1) - 1)
 
-_LLAMA: dict[str, object] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 320,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "torch_dtype": "float32",
-}
+_LLAMA = LLAMA | {"vocab_size": 320}
 # Small, so that a long prompt takes a minute and not an hour.
 LONG_CONTEXT = _LLAMA | {
     "hidden_size": 64,
@@ -84,7 +74,6 @@ LARGE_ADAPTER = _LLAMA | {
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
 }
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -430,7 +419,7 @@ _LARGE = Setup(
         "enable_lora": True,
         "max_lora_rank": 238,
         "max_loras_per_batch": 1,
-        "lora_target_modules": LINEAR,
+        "lora_target_modules": ALL_LINEAR,
     },
 )
 MEASUREMENTS: dict[str, tuple[Callable[[Scene], Awaitable[Row]], Setup]] = {
